@@ -1,0 +1,24 @@
+"""An event-driven PyTorch trainer: the loop only publishes, everything else is a callback."""
+
+from eventtrain import events
+from eventtrain.callback import Callback
+from eventtrain.closure import Closure
+from eventtrain.errors import MisconfigurationError
+from eventtrain.module import LightningDataModule, LightningModule
+from eventtrain.optimizer import LightningOptimizer
+from eventtrain.rng import seed_everything
+from eventtrain.trainer import Trainer
+from eventtrain.version import __version__
+
+__all__ = [
+    "Callback",
+    "Closure",
+    "LightningDataModule",
+    "LightningModule",
+    "LightningOptimizer",
+    "MisconfigurationError",
+    "Trainer",
+    "__version__",
+    "events",
+    "seed_everything",
+]

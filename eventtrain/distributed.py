@@ -1,0 +1,42 @@
+"""The seam between the core and several processes: one rank's view of the others.
+
+The core asks this object and never whether a run is distributed. A callback that starts a process group
+replaces ``trainer.distributed`` by an object with the same methods.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+Reduction = Literal["mean", "sum", "min", "max"]
+
+
+class SingleProcess:
+    """The world of one process.
+
+    Attributes:
+        world_size: The number of processes.
+        global_rank: This process's index among all.
+        local_rank: This process's index on its machine.
+    """
+
+    world_size = 1
+    global_rank = 0
+    local_rank = 0
+
+    def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
+        """Combines a tensor of every rank; all ranks get the result."""
+        return value
+
+    def broadcast(self, value: Any) -> Any:
+        """Gives every rank the first rank's object."""
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag holds on any rank."""
+        return flag
+
+    def barrier(self) -> None:
+        """Waits for every rank."""

@@ -1,0 +1,889 @@
+"""The one table of events.
+
+Every event of a run is a class in this file, in the order in which a run publishes them. The class
+says when it is published, what it carries, and which of its fields a listener may write. Signals,
+hook names, type stubs, the loop map and the event table in the documentation are derived from it.
+
+An event's signal bears the class's name in snake case (``TrainBatchStart`` -> ``train_batch_start``)
+and a callback's method is ``on_`` + that name. A :class:`Phase` is an event that spans the work
+between it and its counterpart: what a listener enters there is left when the phase ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eventtrain.configure import LRSchedulerConfig
+    from eventtrain.optimizer import LightningOptimizer
+
+T = TypeVar("T")
+Stage = Literal["train", "validation", "test", "predict"]
+Scalar = "Tensor | float"
+
+
+def _writable() -> Any:
+    """A field that a listener may write; the core reads it back after the event."""
+    return field(metadata={"writable": True})
+
+
+def _written(default: Any = None) -> Any:
+    """A field with a default that a listener may write."""
+    return field(default=default, metadata={"writable": True})
+
+
+class Event:
+    """What all events have in common.
+
+    Attributes:
+        signal_name: The name of the signal, where it is not the class's name in snake case.
+        module_hook: The name of the module's hook, where it is not ``on_`` + the signal's name.
+        module_arguments: The fields that the module's hook is called with, in the order of
+            Lightning's signature; None where Lightning has no such hook, and the module's own
+            ``on_...(self, event)`` gets the event.
+    """
+
+    __slots__ = ()
+    signal_name: ClassVar[str] = ""
+    module_hook: ClassVar[str] = ""
+    module_arguments: ClassVar[tuple[str, ...] | None] = None
+
+
+class Phase(Event):
+    """An event that spans work: what is entered here is left, in reverse order, when the work ends."""
+
+    __slots__ = ("_entered",)
+    _entered: ExitStack | None
+
+    def enter(self, context_manager: AbstractContextManager[T]) -> T:
+        """Enters a context manager for as long as the phase lasts.
+
+        Args:
+            context_manager: Autocast, a profiler's range, ``no_sync``, ... It is left when the phase
+                ends, by an error too; those entered later are left earlier.
+
+        Returns:
+            What the context manager's ``__enter__`` returned.
+        """
+        stack: ExitStack | None = getattr(self, "_entered", None)
+        if stack is None:
+            stack = self._entered = ExitStack()
+        return stack.enter_context(context_manager)
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        stack: ExitStack | None = getattr(self, "_entered", None)
+        return None if stack is None else stack.__exit__(kind, error, trace)
+
+
+# ------------------------------------------------------------------------------------ a run begins
+
+
+@dataclass(slots=True)
+class Setup(Event):
+    """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders
+    and optimizers do not exist yet. The place to wrap or shard the module.
+
+    Attributes:
+        stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+    """
+
+    stage: str
+
+
+@dataclass(slots=True)
+class EstimateSteppingBatches(Event):
+    """Asks how many batches of the whole run will update something; published whenever
+    ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``.
+
+    Attributes:
+        batches_per_epoch: Training batches per epoch on this rank, limits counted; None where the
+            loader has no length.
+        max_epochs: Epochs of the whole run; None where only ``max_steps`` ends it.
+        max_steps: Updates at most; None for no limit. The core caps the answer by it.
+        stepping_batches: The answer. None where no listener accumulates: then every batch updates.
+    """
+
+    batches_per_epoch: int | None
+    max_epochs: int | None
+    max_steps: int | None
+    stepping_batches: int | None = _written()
+
+
+@dataclass(slots=True)
+class LoadCheckpoint(Event):
+    """A checkpoint has been read; module, optimizers, counters and callbacks are restored from it
+    right after this event.
+
+    Attributes:
+        checkpoint: The checkpoint's content. A listener may read or change it in place.
+    """
+
+    module_arguments: ClassVar = ("checkpoint",)
+    checkpoint: dict[str, Any]
+
+
+@dataclass(slots=True)
+class FitStart(Event):
+    """``fit`` begins: module, loaders, optimizers and schedulers exist. The place for checks that
+    need them."""
+
+    module_arguments: ClassVar = ()
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+@dataclass(slots=True)
+class TrainStart(Event):
+    """Training begins, after the sanity check."""
+
+    module_arguments: ClassVar = ()
+
+
+@dataclass(slots=True)
+class TrainEpochStart(Event):
+    """An epoch of training begins.
+
+    Attributes:
+        epoch: The epoch's index, from 0.
+    """
+
+    module_arguments: ClassVar = ()
+    epoch: int
+
+
+@dataclass(slots=True)
+class BeforeBatchFetch(Phase):
+    """The next batch is about to be waited for and moved to the device. All stages.
+
+    Attributes:
+        stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+    """
+
+    stage: Stage
+
+
+@dataclass(slots=True)
+class AfterBatchFetch(Event):
+    """The batch is on its device: augment it here. All stages.
+
+    Attributes:
+        stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        batch: The batch, as the loader and the module's transfer hooks made it.
+    """
+
+    stage: Stage
+    batch: Any = _writable()
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a batch does to the accumulation window that it belongs to.
+
+    Attributes:
+        step: The batch closes its window: gradients are completed and the optimizer steps.
+        zero_grad: The batch opens its window: gradients are zeroed before its backward.
+        loss_scale: Backward runs on the loss times this number. Where it is one over a whole number
+            N, on ``loss / N``, whose bits are those of a hand-written loop.
+        weighted: A listener normalises gradients by the weights that ``training_step`` returned, so
+            that backward runs on ``loss * weight / (N * w_ref)``; ``w_ref`` is the run's first weight.
+    """
+
+    step: bool = True
+    zero_grad: bool = True
+    loss_scale: float = 1.0
+    weighted: bool = False
+
+
+@dataclass(slots=True)
+class TrainBatchStart(Event):
+    """A batch is about to be trained: the gate, at which accumulation writes the plan.
+
+    Attributes:
+        batch: The batch.
+        batch_idx: Its index in the epoch, from 0.
+        is_last_batch: It is the epoch's last.
+        plan: What it does to its window. The core reads it after the event.
+        skipped: :meth:`skip_batch` was called.
+    """
+
+    module_arguments: ClassVar = ("batch", "batch_idx")
+    batch: Any
+    batch_idx: int
+    is_last_batch: bool
+    plan: Plan = _writable()
+    skipped: bool = False
+    ends_epoch: bool = False
+
+    def skip_batch(self) -> None:
+        """Makes this a batch without a loss: no forward, no backward. Its plan is honoured still, so
+        a window that it closes is closed."""
+        self.skipped = True
+
+    def end_epoch(self) -> None:
+        """Ends the training epoch before this batch. Nothing steps for it; validation still runs."""
+        self.ends_epoch = True
+
+
+@dataclass(slots=True)
+class OptimizerStep(Phase):
+    """An optimizer is about to step. The closure runs inside of this phase, because torch's
+    optimizers evaluate it inside of ``step``.
+
+    Attributes:
+        optimizer: The optimizer.
+    """
+
+    optimizer: LightningOptimizer
+
+
+def call_step(step: Callable[..., Any], *args: Any) -> Any:
+    """Calls a module's step, unwrapped: what :attr:`BeforeForward.run` is where nobody replaced it."""
+    return step(*args)
+
+
+@dataclass(slots=True)
+class BeforeForward(Phase):
+    """The module's step (``training_step``, ``validation_step``, ...) is about to run. All stages.
+    In manual optimization the whole ``training_step``, backward included, runs inside.
+
+    Attributes:
+        stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        batch: The batch.
+        batch_idx: Its index.
+        closes_window: The batch's backward completes gradients: the one that a distributed wrapper
+            has to synchronise in. False outside of automatic optimization.
+        run: How the step is called: ``run(step, *args)``. A distributed wrapper puts its own here.
+    """
+
+    stage: Stage
+    batch: Any
+    batch_idx: int
+    closes_window: bool
+    run: Callable[..., Any] = _written(call_step)
+
+
+@dataclass(slots=True)
+class AfterForward(Event):
+    """The module's step has returned. All stages.
+
+    Attributes:
+        stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        batch: The batch.
+        batch_idx: Its index.
+        outputs: What the step returned.
+        loss: The raw loss, a scalar tensor with its graph; None where the batch has none, and in the
+            other stages.
+    """
+
+    stage: Stage
+    batch: Any
+    batch_idx: int
+    outputs: Any = _writable()
+    loss: Tensor | None = _writable()
+
+
+@dataclass(slots=True)
+class BeforeZeroGrad(Phase):
+    """An optimizer's gradients are about to be zeroed.
+
+    Attributes:
+        optimizer: The optimizer.
+    """
+
+    module_arguments: ClassVar = ("optimizer",)
+    optimizer: LightningOptimizer
+
+
+@dataclass(slots=True)
+class AfterZeroGrad(Event):
+    """An optimizer's gradients have been zeroed.
+
+    Attributes:
+        optimizer: The optimizer.
+    """
+
+    optimizer: LightningOptimizer
+
+
+@dataclass(slots=True)
+class BeforeBackward(Phase):
+    """Backward is about to run.
+
+    Attributes:
+        raw_loss: The loss as the module returned it, a scalar tensor: whatever the window and the
+            loss scale are.
+        loss: The loss that backward runs on.
+    """
+
+    module_arguments: ClassVar = ("raw_loss",)
+    raw_loss: Tensor
+    loss: Tensor = _writable()
+
+
+@dataclass(slots=True)
+class AfterBackward(Event):
+    """Backward has run: gradients were added to.
+
+    Attributes:
+        raw_loss: The loss as the module returned it.
+    """
+
+    module_arguments: ClassVar = ()
+    raw_loss: Tensor
+
+
+@dataclass(slots=True)
+class ReduceGradients(Event):
+    """The window is complete: average gradients over ranks where backward has not done it.
+
+    Attributes:
+        optimizer: The optimizer.
+    """
+
+    optimizer: LightningOptimizer
+
+
+@dataclass(slots=True)
+class UnscaleGradients(Event):
+    """Loss scaling is to be taken off the gradients.
+
+    Attributes:
+        optimizer: The optimizer.
+        evaluation: Which evaluation of the closure made them, from 1, in this step.
+        can_skip: A step that follows can still be vetoed. False where the raw optimizer is stepping:
+            then gradients that must not be used have to be an error.
+    """
+
+    optimizer: LightningOptimizer
+    evaluation: int
+    can_skip: bool
+
+
+@dataclass(slots=True)
+class GradientsReady(Event):
+    """Gradients are complete and unscaled: normalise what is short or weighted. After this event they
+    are the true gradients.
+
+    Attributes:
+        optimizer: The optimizer.
+        batches: The window's batches that had a loss; None in manual optimization.
+        weight: The sum of their weights, None where they carry none.
+        weight_reference: The run's first weight, the unit that backward measured weights in.
+    """
+
+    optimizer: LightningOptimizer
+    batches: int | None
+    weight: Tensor | float | None
+    weight_reference: Tensor | float | None
+
+
+@dataclass(slots=True)
+class BeforeOptimizerStep(Event):
+    """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones,
+    unclipped. A listener may veto the step.
+
+    Attributes:
+        optimizer: The optimizer.
+        evaluation: Which evaluation of the closure this follows, from 1; 1 where there is no closure.
+        skip_reason: Why the step was vetoed; None where it was not.
+    """
+
+    module_arguments: ClassVar = ("optimizer",)
+    optimizer: LightningOptimizer
+    evaluation: int
+    skip_reason: str | None = None
+
+    def skip(self, reason: str) -> None:
+        """Vetoes the step: nothing is updated and ``optimizer_step_skipped`` bears the reason.
+
+        Args:
+            reason: Why, in a few words. At a second evaluation of a closure a veto is an error,
+                because the weights have moved by then. The first veto's reason counts.
+        """
+        if self.skip_reason is None:
+            self.skip_reason = reason
+
+
+@dataclass(slots=True)
+class BeforeGradientClipping(Event):
+    """Gradients may be clipped now: policies write the three fields.
+
+    Attributes:
+        optimizer: The optimizer.
+        gradient_clip_val: The threshold, a positive number; None for no clipping.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``; None means ``"norm"``.
+        norm_type: The order p of the norm for ``"norm"``.
+    """
+
+    optimizer: LightningOptimizer
+    gradient_clip_val: float | None = _written()
+    gradient_clip_algorithm: str | None = _written()
+    norm_type: float = _written(2.0)
+
+
+@dataclass(slots=True)
+class AfterGradientClipping(Event):
+    """Gradients were clipped.
+
+    Attributes:
+        optimizer: The optimizer.
+        gradient_clip_val: The threshold that was used.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        norm_type: The order p of the norm.
+        total_norm: The norm of all of the optimizer's gradients before clipping, a scalar tensor on
+            their device, never synchronised; None for ``"value"``.
+    """
+
+    optimizer: LightningOptimizer
+    gradient_clip_val: float
+    gradient_clip_algorithm: str
+    norm_type: float
+    total_norm: Tensor | None
+
+
+@dataclass(slots=True)
+class AfterOptimizerStep(Event):
+    """The optimizer has updated its parameters.
+
+    Attributes:
+        optimizer: The optimizer.
+    """
+
+    optimizer: LightningOptimizer
+
+
+@dataclass(slots=True)
+class OptimizerStepSkipped(Event):
+    """The optimizer has not updated its parameters.
+
+    Attributes:
+        optimizer: The optimizer.
+        reason: ``"no loss"``, ``"no gradients"``, ``"overflow"``, or a veto's reason.
+    """
+
+    optimizer: LightningOptimizer
+    reason: str
+
+
+@dataclass(slots=True)
+class AfterUpdate(Event):
+    """A batch's optimization is over, something was updated, and ``global_step`` has just been counted:
+    the place of everything that happens every n steps. Once per value of ``global_step``.
+
+    Attributes:
+        global_step: Batches of the run in which at least one optimizer updated, this one included.
+    """
+
+    global_step: int
+
+
+@dataclass(slots=True)
+class TrainDataEnd(Event):
+    """The epoch's last batch has been optimized. Not published for an epoch that was ended early.
+
+    Attributes:
+        epoch: The epoch's index.
+    """
+
+    epoch: int
+
+
+@dataclass(slots=True)
+class BeforeLRSchedulerStep(Event):
+    """A learning rate scheduler is about to step.
+
+    Attributes:
+        config: The scheduler and when it steps.
+        learning_rates: The rate of each parameter group, as the last update used it.
+        metric: The monitored value that the scheduler is given; None where it monitors nothing.
+    """
+
+    signal_name: ClassVar = "before_lr_scheduler_step"
+    config: LRSchedulerConfig
+    learning_rates: list[float]
+    metric: Tensor | float | None = _written()
+
+
+@dataclass(slots=True)
+class AfterLRSchedulerStep(Event):
+    """A learning rate scheduler has stepped.
+
+    Attributes:
+        config: The scheduler and when it steps.
+        learning_rates: The new rate of each parameter group.
+    """
+
+    signal_name: ClassVar = "after_lr_scheduler_step"
+    config: LRSchedulerConfig
+    learning_rates: list[float]
+
+
+@dataclass(slots=True)
+class TrainBatchEnd(Event):
+    """A batch has been trained.
+
+    Attributes:
+        outputs: What ``training_step`` returned: a mapping with ``"loss"`` and its other keys,
+            detached; None for a batch without a loss.
+        batch: The batch.
+        batch_idx: Its index in the epoch.
+        loss: The raw loss, detached, whatever the window; None where there was none.
+    """
+
+    module_arguments: ClassVar = ("outputs", "batch", "batch_idx")
+    outputs: Any
+    batch: Any
+    batch_idx: int
+    loss: Tensor | None
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+@dataclass(slots=True)
+class ValidationStart(Event):
+    """A validation begins; the module is in evaluation mode."""
+
+    module_arguments: ClassVar = ()
+
+
+@dataclass(slots=True)
+class ValidationEpochStart(Event):
+    """The pass over the validation loaders begins."""
+
+    module_arguments: ClassVar = ()
+
+
+@dataclass(slots=True)
+class ValidationBatchStart(Event):
+    """A validation batch is about to run.
+
+    Attributes:
+        batch: The batch.
+        batch_idx: Its index in its loader.
+        dataloader_idx: The loader's index.
+    """
+
+    module_arguments: ClassVar = ("batch", "batch_idx", "dataloader_idx")
+    batch: Any
+    batch_idx: int
+    dataloader_idx: int = 0
+
+
+@dataclass(slots=True)
+class ValidationBatchEnd(Event):
+    """A validation batch has run.
+
+    Attributes:
+        outputs: What ``validation_step`` returned.
+        batch: The batch.
+        batch_idx: Its index in its loader.
+        dataloader_idx: The loader's index.
+    """
+
+    module_arguments: ClassVar = ("outputs", "batch", "batch_idx", "dataloader_idx")
+    outputs: Any
+    batch: Any
+    batch_idx: int
+    dataloader_idx: int = 0
+
+
+@dataclass(slots=True)
+class ValidationEpochEnd(Event):
+    """The pass over the validation loaders is over; the module may still log here."""
+
+    module_arguments: ClassVar = ()
+
+
+@dataclass(slots=True)
+class ValidationEnd(Event):
+    """A validation is over and its metrics are final."""
+
+    module_arguments: ClassVar = ()
+
+
+@dataclass(slots=True)
+class TestStart(ValidationStart):
+    """A test begins; the module is in evaluation mode."""
+
+
+@dataclass(slots=True)
+class TestEpochStart(ValidationEpochStart):
+    """The pass over the test loaders begins."""
+
+
+@dataclass(slots=True)
+class TestBatchStart(ValidationBatchStart):
+    """A test batch is about to run; fields as in :class:`ValidationBatchStart`."""
+
+
+@dataclass(slots=True)
+class TestBatchEnd(ValidationBatchEnd):
+    """A test batch has run; fields as in :class:`ValidationBatchEnd`."""
+
+
+@dataclass(slots=True)
+class TestEpochEnd(ValidationEpochEnd):
+    """The pass over the test loaders is over; the module may still log here."""
+
+
+@dataclass(slots=True)
+class TestEnd(ValidationEnd):
+    """A test is over and its metrics are final."""
+
+
+@dataclass(slots=True)
+class PredictStart(ValidationStart):
+    """Prediction begins; the module is in evaluation mode."""
+
+
+@dataclass(slots=True)
+class PredictEpochStart(ValidationEpochStart):
+    """The pass over the prediction loaders begins."""
+
+
+@dataclass(slots=True)
+class PredictBatchStart(ValidationBatchStart):
+    """A prediction batch is about to run; fields as in :class:`ValidationBatchStart`."""
+
+
+@dataclass(slots=True)
+class PredictBatchEnd(ValidationBatchEnd):
+    """A prediction batch has run; fields as in :class:`ValidationBatchEnd`."""
+
+
+@dataclass(slots=True)
+class PredictEpochEnd(ValidationEpochEnd):
+    """The pass over the prediction loaders is over."""
+
+
+@dataclass(slots=True)
+class PredictEnd(ValidationEnd):
+    """Prediction is over."""
+
+
+# ------------------------------------------------------------------------------------ an epoch ends
+
+
+@dataclass(slots=True)
+class TrainEpochEnd(Event):
+    """An epoch of training is over, its validation included; the module may still log here.
+
+    Attributes:
+        epoch: The epoch's index.
+    """
+
+    module_arguments: ClassVar = ()
+    epoch: int
+
+
+@dataclass(slots=True)
+class MetricsLogged(Event):
+    """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a
+    batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over.
+
+    Attributes:
+        stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        scope: ``"step"`` or ``"epoch"``.
+        step: ``global_step``.
+        metrics: What was logged with ``logger=True``, by name: scalar tensors on their device, or
+            numbers. The mapping is the core's own: copy what outlives the event.
+        epoch_complete: The data of the epoch was used to its end. False for an epoch that was ended
+            early or that the run stopped inside of: nothing that counts epochs steps for it.
+    """
+
+    stage: Stage
+    scope: Literal["step", "epoch"]
+    step: int
+    metrics: Mapping[str, Tensor | float]
+    epoch_complete: bool = True
+
+
+@dataclass(slots=True)
+class SafePoint(Event):
+    """Nothing is under way: checkpoints, preemption and time limits live here. The last event of each
+    batch; for an epoch's last batch, the last event of the epoch.
+
+    Attributes:
+        epoch_end: The epoch is complete. ``current_epoch`` is counted right after this event.
+        window_open: Gradients of an unfinished accumulation window are held.
+    """
+
+    epoch_end: bool
+    window_open: bool
+
+
+@dataclass(slots=True)
+class SaveCheckpoint(Event):
+    """A checkpoint has been gathered and is about to be written.
+
+    Attributes:
+        checkpoint: The checkpoint's content. A listener may add to it or change it in place.
+    """
+
+    module_arguments: ClassVar = ("checkpoint",)
+    checkpoint: dict[str, Any]
+
+
+@dataclass(slots=True)
+class CheckpointSaved(Event):
+    """A checkpoint is on disk under its final name.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: str
+
+
+# ------------------------------------------------------------------------------------ a run ends
+
+
+@dataclass(slots=True)
+class TrainEnd(Event):
+    """Training is over."""
+
+    module_arguments: ClassVar = ()
+
+
+@dataclass(slots=True)
+class FitEnd(Event):
+    """``fit`` is over, without an error."""
+
+    module_arguments: ClassVar = ()
+
+
+@dataclass(slots=True)
+class ExceptionRaised(Event):
+    """The run is ending by an error. Reaches every listener, even when one of them raises.
+
+    Attributes:
+        exception: The error that ``fit`` (``validate``, ``test``, ``predict``) is about to raise.
+    """
+
+    signal_name: ClassVar = "exception"
+    exception: BaseException
+
+
+@dataclass(slots=True)
+class Teardown(Event):
+    """The run is over, by an error or not: release what was acquired. Reaches every listener, even when
+    one of them raises.
+
+    Attributes:
+        stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+    """
+
+    module_hook: ClassVar = "teardown"
+    module_arguments: ClassVar = ("stage",)
+    stage: str
+
+
+def signal_name(event_type: type[Event]) -> str:
+    """The name of an event's signal: ``TrainBatchStart`` -> ``"train_batch_start"``."""
+    return event_type.signal_name or re.sub(r"(?<!^)(?=[A-Z])", "_", event_type.__name__).lower()
+
+
+def module_hook(event_type: type[Event]) -> str:
+    """The name of the module's hook for an event: ``on_`` + the signal's name, but for ``teardown``."""
+    return event_type.module_hook or f"on_{signal_name(event_type)}"
+
+
+EVENTS: dict[str, type[Event]] = {
+    signal_name(declared): declared
+    for declared in tuple(globals().values())
+    if isinstance(declared, type) and issubclass(declared, Event) and declared not in (Event, Phase)
+}
+"""Every event by its signal's name, in loop order."""
+
+_EVALUATION_MAP = """\
+{stage}_start
+{stage}_epoch_start
+for batch in {stage}_dataloader:
+    before_batch_fetch
+        batch = next(loader), moved to the device
+    after_batch_fetch
+    {stage}_batch_start
+    before_forward
+        {stage}_step(batch, batch_idx)
+    after_forward
+    {stage}_batch_end
+{stage}_epoch_end
+metrics_logged                              scope="epoch"
+{stage}_end
+"""
+
+LOOP_MAP = """\
+setup
+    configure_optimizers()
+estimate_stepping_batches                   when trainer.estimated_stepping_batches is read
+load_checkpoint                             with ckpt_path
+fit_start
+    sanity check: validation of a few batches
+train_start
+for epoch in epochs:
+    train_epoch_start
+    for batch in train_dataloader:
+        before_batch_fetch
+            batch = next(loader), moved to the device
+        after_batch_fetch
+        train_batch_start                   the plan: does this batch zero_grad, does it step
+        optimizer_step                      optimizer.step(closure); a batch that only accumulates: closure()
+            before_forward
+                training_step(batch, batch_idx)
+            after_forward
+            before_zero_grad                where the batch opens a window
+                optimizer.zero_grad()
+            after_zero_grad
+            before_backward
+                loss.backward()
+            after_backward
+            reduce_gradients                where the batch closes a window
+            unscale_gradients
+            gradients_ready
+            before_optimizer_step
+            before_gradient_clipping
+                clip_grad_norm_() or clip_grad_value_()
+            after_gradient_clipping
+                the optimizer's update
+        after_optimizer_step                or
+        optimizer_step_skipped
+        after_update                        global_step has been counted
+        train_data_end                      after the last batch
+        before_lr_scheduler_step            at after_update, train_data_end, validation_end or metrics_logged
+            lr_scheduler_step(scheduler, metric)
+        after_lr_scheduler_step
+        train_batch_end
+        metrics_logged                      scope="step", where the batch updated
+        if validation is due:
+            validation_start ... validation_end
+        if this was the last batch:
+            train_epoch_end
+            metrics_logged                  scope="epoch"
+        safe_point
+        save_checkpoint                     when trainer.save_checkpoint is called
+        checkpoint_saved
+train_end
+fit_end
+exception                                   where the run ends by an error
+teardown
+"""
+"""The loop, line by line. A line that begins with a signal's name is an event."""
+
+
+def evaluation_map(stage: str) -> str:
+    """The loop map of ``"validation"``, ``"test"`` or ``"predict"``."""
+    return _EVALUATION_MAP.format(stage=stage)

@@ -1,0 +1,329 @@
+"""What ``self.log()`` collects, and what becomes of it at the end of a step and of an epoch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from eventtrain.distributed import SingleProcess
+from eventtrain.errors import MisconfigurationError
+from eventtrain.events import Stage
+
+REDUCTIONS = ("mean", "min", "max", "sum")
+Moment = Literal["batch", "epoch"]
+
+
+class Entry:
+    """One name of ``self.log()`` in one stage.
+
+    Attributes:
+        options: What it is logged with; the same at every call.
+        step_name: What its step's values are called, None where they are not kept.
+        epoch_name: What its epoch's value is called, None where there is none.
+        total: The running reduction over the epoch.
+        weight: The sum of the batch sizes, for ``"mean"``.
+        metric: A torchmetrics object, which reduces for itself.
+    """
+
+    __slots__ = (
+        "epoch_name", "logger", "metric", "name", "on_epoch", "on_step", "options", "prog_bar", "reduction",
+        "step_name", "sync_dist", "total", "weight",
+    )  # fmt: skip
+
+    def __init__(self, name: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool) -> None:
+        self.name = name
+        self.options = options
+        self.prog_bar, self.logger, _, _, self.reduction, self.sync_dist = options
+        self.on_step, self.on_epoch = on_step, on_epoch
+        self.step_name = (f"{name}_step" if on_epoch else name) if on_step else None
+        self.epoch_name = (f"{name}_epoch" if on_step else name) if on_epoch else None
+        self.metric: Any = None
+        self.total: Tensor | None = None
+        self.weight: float = 0.0
+
+    def accumulate(self, value: Tensor, batch_size: float) -> None:
+        """Adds one value to the epoch's reduction, on the value's device and in float32 or wider."""
+        if value.dtype not in (torch.float32, torch.float64):
+            value = value.float()
+        if self.reduction == "mean":
+            self.weight += batch_size
+            # In place, so that an epoch keeps one tensor per name and not one per step.
+            self.total = value * batch_size if self.total is None else self.total.add_(value, alpha=batch_size)
+        elif self.total is None:
+            self.total = value.clone()
+        elif self.reduction == "sum":
+            self.total.add_(value)
+        else:
+            self.total = (torch.minimum if self.reduction == "min" else torch.maximum)(self.total, value)
+
+    def reduced(self, distributed: SingleProcess) -> Tensor | None:
+        """The epoch's value; None where nothing was logged. Starts the next epoch's."""
+        if self.metric is not None:
+            value: Tensor = self.metric.compute()
+            self.metric.reset()
+            return value
+        total, weight = self.total, self.weight
+        self.total, self.weight = None, 0.0
+        if total is None:
+            return None
+        if self.sync_dist:
+            total = distributed.reduce(total, "sum" if self.reduction == "mean" else self.reduction)
+            weight = float(distributed.reduce(torch.tensor(weight), "sum"))
+        return total / weight if self.reduction == "mean" else total
+
+
+class Metrics:
+    """All that a trainer's module logs.
+
+    Attributes:
+        callback_metrics: The latest value of every name, as scalar tensors: of a name that is logged on
+            step and on epoch also ``name_step`` and ``name_epoch``.
+        logged_metrics: The latest values that went to loggers.
+        progress_bar_metrics: The latest values with ``prog_bar=True``.
+        renewals: How often each name in ``callback_metrics`` was set: a listener that acts on fresh
+            values only compares it with what it saw.
+        fresh: What was logged for loggers since the last ``metrics_logged`` of scope ``"step"``.
+        moment: Where the run is: in a ``"batch"``, in an ``"epoch"`` outside of its batches, or, where
+            nothing can be logged, None.
+        batch: The batch at hand, for its size.
+    """
+
+    def __init__(self, distributed: SingleProcess) -> None:
+        self.distributed = distributed
+        self.callback_metrics: dict[str, Tensor] = {}
+        self.logged_metrics: dict[str, Tensor] = {}
+        self.progress_bar_metrics: dict[str, Tensor] = {}
+        self.renewals: dict[str, int] = {}
+        self.fresh: dict[str, Tensor] = {}
+        self.stage: Stage = "train"
+        self.moment: Moment | None = None
+        self.suffix = ""
+        self.silent = False
+        self.batch: Any = None
+        self._batch_size: int | None = None
+        self._entries: dict[Stage, dict[str, Entry]] = {"train": {}, "validation": {}, "test": {}, "predict": {}}
+        self._stage_entries = self._entries["train"]
+
+    def enter(self, stage: Stage, moment: Moment | None) -> None:
+        """Says where the run is."""
+        self.stage = stage
+        self.moment = moment
+        self._stage_entries = self._entries[stage]
+
+    def begin_batch(self, batch: Any) -> None:
+        """Makes another batch the one at hand."""
+        self.batch = batch
+        self._batch_size = None
+        self.moment = "batch"
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool,
+        logger: bool,
+        on_step: bool | None,
+        on_epoch: bool | None,
+        reduce_fx: Any,
+        sync_dist: bool,
+        batch_size: int | None,
+        add_dataloader_idx: bool,
+    ) -> None:
+        """Collects one value; see :meth:`eventtrain.LightningModule.log`."""
+        if self.moment is None or self.stage == "predict":
+            self._refuse_moment(name)
+        if self.suffix and add_dataloader_idx:
+            name += self.suffix
+        options = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist)
+        entry = self._stage_entries.get(name)
+        if entry is None:
+            entry = self._new_entry(name, options)
+        elif entry.options != options or (entry.on_step and self.moment == "epoch"):
+            self._refuse_options(entry, options)
+        if not isinstance(value, Tensor):
+            value = self._as_tensor(entry, value)
+            if value is None:
+                return
+        elif value.requires_grad:
+            value = value.detach()
+        if value.numel() != 1:
+            raise MisconfigurationError(
+                f"self.log({name!r}, ...) got a tensor of shape {tuple(value.shape)}. Log a scalar: take its mean or sum."
+            )
+        if value.ndim:
+            value = value.reshape(())
+        if entry.on_epoch:
+            self._accumulate(entry, value, batch_size)
+        if entry.on_step:
+            self._publish_step(entry, value)
+
+    def _accumulate(self, entry: Entry, value: Tensor, batch_size: int | None) -> None:
+        if batch_size is None:
+            if self.moment == "epoch" or entry.reduction != "mean":
+                batch_size = 1
+            elif (batch_size := self._batch_size) is None:
+                batch_size = self._batch_size = infer_batch_size(self.batch)
+        entry.accumulate(value, batch_size)
+
+    def _publish_step(self, entry: Entry, value: Tensor) -> None:
+        if entry.sync_dist:
+            value = self.distributed.reduce(value.clone(), entry.reduction)
+        if self.silent:
+            return
+        step_name = entry.step_name
+        assert step_name is not None
+        self._set(step_name, value)
+        if entry.on_epoch:
+            self._set(entry.name, value)
+        if entry.logger:
+            self.fresh[step_name] = value
+        if entry.prog_bar:
+            self.progress_bar_metrics[step_name] = value
+
+    def take_fresh(self) -> dict[str, Tensor]:
+        """The values logged on step for loggers since this was last called."""
+        fresh = self.fresh
+        self.logged_metrics.update(fresh)
+        self.fresh = {}
+        return fresh
+
+    def end_epoch(self) -> dict[str, Tensor]:
+        """Reduces what the stage at hand logged on epoch, and starts its next epoch.
+
+        Returns:
+            The values for loggers, by name.
+        """
+        for_loggers: dict[str, Tensor] = {}
+        for entry in self._stage_entries.values():
+            if entry.epoch_name is None or (value := entry.reduced(self.distributed)) is None or self.silent:
+                continue
+            self._set(entry.epoch_name, value)
+            if entry.on_step:
+                self._set(entry.name, value)
+            if entry.logger:
+                for_loggers[entry.epoch_name] = value
+            if entry.prog_bar:
+                self.progress_bar_metrics[entry.epoch_name] = value
+        self.logged_metrics.update(for_loggers)
+        return for_loggers
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Forgets what a stage has logged and not reduced, and with which options."""
+        for entry in self._entries[stage].values():
+            if entry.metric is not None:
+                entry.metric.reset()
+        self._entries[stage].clear()
+
+    def results(self, stage: Stage, loaders: int) -> list[dict[str, float]]:
+        """The epoch values of an evaluation, one dict per loader.
+
+        Args:
+            stage: The stage.
+            loaders: How many loaders it ran over.
+        """
+        results: list[dict[str, float]] = [{} for _ in range(loaders)]
+        for entry in self._entries[stage].values():
+            name = entry.epoch_name
+            if name is None or name not in self.callback_metrics:
+                continue
+            _, found, index = name.partition("/dataloader_idx_")
+            number = float(self.callback_metrics[name])
+            for at in [int(index.partition("_")[0])] if found else range(loaders):
+                results[at][name] = number
+        return results
+
+    def _set(self, name: str, value: Tensor) -> None:
+        self.callback_metrics[name] = value
+        self.renewals[name] = self.renewals.get(name, 0) + 1
+
+    def _new_entry(self, name: str, options: tuple[Any, ...]) -> Entry:
+        _, _, on_step, on_epoch, reduction, _ = options
+        if not isinstance(name, str):
+            raise MisconfigurationError(f"self.log's first argument is the metric's name, a string; it is {name!r}.")
+        if reduction not in REDUCTIONS:
+            raise MisconfigurationError(
+                f"self.log({name!r}, ..., reduce_fx={reduction!r}): reduce_fx has to be one of {list(REDUCTIONS)}."
+            )
+        per_step = self.stage == "train" and self.moment == "batch"
+        resolved_step = per_step if on_step is None else on_step
+        resolved_epoch = not per_step if on_epoch is None else on_epoch
+        if not resolved_step and not resolved_epoch:
+            raise MisconfigurationError(
+                f"self.log({name!r}, ...) has neither on_step nor on_epoch, so it would be kept nowhere. Set one of them."
+            )
+        if resolved_step and self.moment == "epoch":
+            raise MisconfigurationError(
+                f"self.log({name!r}, ..., on_step=True) in {calling_hook()}, which belongs to no step. Leave on_step out."
+            )
+        entry = Entry(name, options, resolved_step, resolved_epoch)
+        self._stage_entries[name] = entry
+        return entry
+
+    def _as_tensor(self, entry: Entry, value: Any) -> Tensor | None:
+        """A number's tensor; for a torchmetrics object its value on the step, None where there is none."""
+        if isinstance(value, (int, float)):
+            return torch.tensor(float(value))
+        if callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None)):
+            if entry.on_epoch:
+                entry.metric = value
+            if entry.on_step:
+                # What torchmetrics' forward computed on this batch alone.
+                on_batch = getattr(value, "_forward_cache", None)
+                self._publish_step(entry, value.compute() if on_batch is None else on_batch)
+            return None
+        if not isinstance(value, str) and callable(getattr(value, "item", None)) and getattr(value, "size", 0) == 1:
+            return torch.tensor(float(value.item()))  # NumPy's scalars
+        what = "a mapping: use self.log_dict" if isinstance(value, Mapping) else f"{value!r} ({type(value).__name__})"
+        raise MisconfigurationError(f"self.log({entry.name!r}, ...) got {what}. Log a number, a scalar tensor or a metric.")
+
+    def _refuse_moment(self, name: str) -> NoReturn:
+        raise MisconfigurationError(
+            f"self.log({name!r}, ...) was called in {calling_hook()}, where a value belongs to no step and no epoch. Log in "
+            "training_step, validation_step, test_step, or in a hook between on_train_epoch_start and on_train_epoch_end."
+        )
+
+    def _refuse_options(self, entry: Entry, options: tuple[Any, ...]) -> NoReturn:
+        names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "sync_dist")
+        changes = [
+            f"{name}={new!r} after {name}={old!r}"
+            for name, old, new in zip(names, entry.options, options, strict=True)
+            if old != new
+        ]
+        difference = ", ".join(changes) or "once in a step and once outside of one"
+        raise MisconfigurationError(
+            f"self.log({entry.name!r}, ...) in {calling_hook()}: the name is logged with different options ({difference}). "
+            "Use the same options for one name, or another name."
+        )
+
+
+def infer_batch_size(batch: Any) -> int:
+    """The size of a batch: that of the first dimension of the first tensor found in it; 1 where none is."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0]) if batch.ndim else 1
+    items: Any = ()
+    if isinstance(batch, Mapping):
+        items = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        items = batch
+    for item in items:
+        if isinstance(item, (Tensor, Mapping, list, tuple)):
+            return infer_batch_size(item)
+    return 1
+
+
+def calling_hook() -> str:
+    """The name of the module's method that is being run, for messages."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        name = frame.f_code.co_name
+        if isinstance(owner, torch.nn.Module) and name not in ("log", "log_dict"):
+            return f"{type(owner).__name__}.{name}"
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return "a function outside of the module"

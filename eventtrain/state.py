@@ -1,0 +1,115 @@
+"""What the parts of a run share: counters, the batch at hand, requests to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from eventtrain.errors import MisconfigurationError
+from eventtrain.events import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(slots=True)
+class Progress:
+    """The counters of a run; they are kept in checkpoints.
+
+    Attributes:
+        current_epoch: Epochs of training completed. Counted after an epoch's ``safe_point``.
+        global_step: Batches of the run in which at least one optimizer updated. Counted once a batch's
+            optimization is over, right before ``after_update``.
+        batch_idx: The index in its epoch of the batch at hand, or of the last one.
+        total_batch_idx: Batches of the run whose training began, the one at hand included, less one.
+        validations: Validations of the run completed, sanity checks not counted.
+    """
+
+    current_epoch: int = 0
+    global_step: int = 0
+    batch_idx: int = 0
+    total_batch_idx: int = -1
+    validations: int = 0
+
+
+@dataclass(slots=True)
+class BatchState:
+    """The training batch at hand, and the accumulation window that it belongs to. One object for a run:
+    loop, closure, optimizers and metrics read and write it, so that none of them knows another.
+
+    Attributes:
+        automatic: The run optimizes automatically.
+        batch: The batch.
+        batch_idx: Its index in the epoch.
+        plan: What it does to its window.
+        skipped: A listener made it a batch without a loss.
+        evaluations: How often the closure has run in this batch.
+        outputs: What ``training_step`` returned.
+        loss: The raw loss with its graph, None where there is none.
+        updated: An optimizer has updated in this batch.
+        contributions: Batches of the open window that had a loss.
+        weight: The sum of their weights, None where they carry none.
+        weight_reference: The run's first weight.
+    """
+
+    automatic: bool = True
+    batch: Any = None
+    batch_idx: int = 0
+    plan: Plan = field(default_factory=Plan)
+    skipped: bool = False
+    evaluations: int = 0
+    outputs: Any = None
+    loss: Tensor | None = None
+    updated: bool = False
+    contributions: int = 0
+    weight: Tensor | float | None = None
+    weight_reference: Tensor | float | None = None
+
+    def begin(self, batch: Any, batch_idx: int) -> None:
+        """Makes another batch the one at hand; the window goes on."""
+        self.batch = batch
+        self.batch_idx = batch_idx
+        self.skipped = False
+        self.evaluations = 0
+        self.outputs = self.loss = None
+        self.updated = False
+
+    def contribute(self, weight: Tensor | float | None) -> None:
+        """Counts the batch at hand into the window.
+
+        Args:
+            weight: What ``training_step`` returned as ``"weight"``, None where it returned none.
+
+        Raises:
+            MisconfigurationError: Some batches of the window carry a weight and others do not.
+        """
+        if self.contributions == 0:
+            self.weight = None
+        elif (weight is None) != (self.weight is None):
+            raise MisconfigurationError(
+                f"training_step returned {'no ' if weight is None else 'a '}'weight' for batch {self.batch_idx}, "
+                "unlike for the batches before it in the same accumulation window. Return one for every batch, or none."
+            )
+        if weight is not None:
+            self.weight = weight if self.weight is None else self.weight + weight
+            if self.weight_reference is None:
+                self.weight_reference = weight
+        self.contributions += 1
+
+
+@dataclass(slots=True)
+class StopRequest:
+    """A request to end the run or the epoch.
+
+    Attributes:
+        reason: Why the run is to stop; None where it is not.
+        force: The request does not wait for ``min_epochs`` and ``min_steps``.
+        epoch_reason: Why the epoch at hand is to end; None where it is not.
+    """
+
+    reason: str | None = None
+    force: bool = False
+    epoch_reason: str | None = None
+
+
+RunStage = Literal["fit", "validate", "test", "predict"]

@@ -11,20 +11,20 @@ from typing import Any, TypeVar
 import torch
 
 from eventtrain import checkpoint as checkpoints
-from eventtrain import configure, storage
+from eventtrain import storage
+from eventtrain.arguments import (
+    check_count,
+    check_datamodule,
+    check_extent,
+    check_interval,
+    check_module,
+    limit_name,
+    val_interval,
+)
 from eventtrain.callback import attach, detach
 from eventtrain.closure import Closure
 from eventtrain.configure import LRSchedulerConfig
-from eventtrain.data import (
-    Batches,
-    Limit,
-    as_loaders,
-    check_limit,
-    check_train_loader,
-    known_length,
-    limited_length,
-    resolve_device,
-)
+from eventtrain.data import Limit, check_limit, check_train_loader, resolve_device
 from eventtrain.describe import describe
 from eventtrain.distributed import SingleProcess
 from eventtrain.errors import MisconfigurationError
@@ -43,20 +43,16 @@ from eventtrain.events import (
 )
 from eventtrain.loop import Extent, TrainLoop
 from eventtrain.metrics import Metrics
-from eventtrain.module import DataHooks, LightningDataModule, LightningModule, overridden
+from eventtrain.module import LightningDataModule, LightningModule
 from eventtrain.module_hooks import ConnectedHooks
+from eventtrain.optimization import configure_optimizers, own, warn_of_idle_schedulers
 from eventtrain.optimizer import LightningOptimizer
 from eventtrain.rng import seed_everything
 from eventtrain.signals import Signals
+from eventtrain.sources import LOADER_HOOKS, DataSources
 from eventtrain.state import BatchState, Progress, RunStage, StopRequest
 
 T = TypeVar("T")
-LOADER_HOOKS: dict[Stage, str] = {
-    "train": "train_dataloader",
-    "validation": "val_dataloader",
-    "test": "test_dataloader",
-    "predict": "predict_dataloader",
-}
 
 
 class Trainer:
@@ -145,6 +141,7 @@ class Trainer:
         self.stage: RunStage | None = None
         self._module: LightningModule | None = None
         self._loop: TrainLoop | None = None
+        self._data: DataSources
         self._begin_counting()
         given = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
         for callback in given + (self._default_callbacks(given) if default_callbacks else []):
@@ -436,7 +433,7 @@ class Trainer:
         connections: list[ConnectedHooks] = []
         brought: list[Any] = []
         self.stage, self._module, self.datamodule = stage, module, check_datamodule(datamodule)
-        self._given = given
+        self._data = DataSources(given, module, self.datamodule, self.limits, self.signals, self.device)
         first: BaseException | None = None
         try:
             self._attach(module, connections, brought)
@@ -503,9 +500,9 @@ class Trainer:
 
     def _fit(self, ckpt_path: Any) -> None:
         module, signals = self.module, self.signals
-        if not overridden(module, "training_step", LightningModule):
+        if own(module, "training_step") is None:
             module.training_step()  # says what to define
-        loader = self._loaders("train")
+        loader = self._data.loader("train")
         check_train_loader(loader)
         self._measure(loader)
         self._configure_optimizers(module)
@@ -515,62 +512,31 @@ class Trainer:
             checkpoints.restore(self, storage.read(self._checkpoint_path(ckpt_path)), training=True)
         with torch.enable_grad():
             signals.fit_start.publish(FitStart())
-            if validation is not None and self.num_sanity_val_steps and not self.fast_dev_run:
+            if validation is not None and self.num_sanity_val_steps:
                 self._sanity_check(module)
             if self.extent.batches_per_epoch != 0:
                 loop.run()
         signals.fit_end.publish(FitEnd())
 
     def _measure(self, loader: Any) -> None:
-        """Fits limits and intervals to the training loader's length."""
+        """Fits the run's extent to the training loader's length."""
         extent = self.extent
-        extent.batches_per_epoch = limited_length(known_length(loader), self.limits["train"], limit_name("train"))
+        extent.batches_per_epoch = self._data.length("train", loader)
         extent.val_check_interval = val_interval(
             self.val_check_interval, extent.batches_per_epoch, across_epochs=extent.check_val_every_n_epoch is None
         )
 
     def _configure_optimizers(self, module: LightningModule) -> None:
+        configuration = configure_optimizers(module)
         automatic = module.automatic_optimization
-        name = type(module).__name__
-        if automatic and not overridden(module, "configure_optimizers", LightningModule):
-            raise MisconfigurationError(f"{name} has no configure_optimizers. Define it, and return an optimizer.")
-        configuration = configure.parse_configuration(module.configure_optimizers())
-        if automatic and len(configuration.optimizers) > 1:
-            raise MisconfigurationError(
-                f"{name}.configure_optimizers returned {len(configuration.optimizers)} optimizers; automatic optimization "
-                "steps one. Use manual optimization: set self.automatic_optimization = False in __init__ and step them in "
-                "training_step."
-            )
-        if automatic and not configuration.optimizers:
-            warnings.warn(
-                f"{name}.configure_optimizers returned no optimizer: the run computes losses and updates nothing.", stacklevel=2
-            )
-        for config in configuration.schedulers if automatic else ():
-            self._check_scheduler(module, config)
+        if automatic and configuration.schedulers:
+            warn_of_idle_schedulers(module, self.callbacks)
         self.lr_scheduler_configs = configuration.schedulers
         self.optimizers = [LightningOptimizer(optimizer) for optimizer in configuration.optimizers]
         self.batch = BatchState(automatic=automatic)
-        clips = automatic and overridden(module, "configure_gradient_clipping", LightningModule)
+        clip_hook = own(module, "configure_gradient_clipping") if automatic else None
         for optimizer in self.optimizers:
-            optimizer.join_run(self.signals, self.batch, module, module.configure_gradient_clipping if clips else None)
-        if (
-            automatic
-            and configuration.schedulers
-            and not any(getattr(callback, "role", None) == "lr_scheduler_stepping" for callback in self.callbacks)
-        ):
-            warnings.warn(
-                f"{name}.configure_optimizers returned schedulers and nothing attached steps them. Attach "
-                "LRSchedulerStepping(), or leave default_callbacks on.",
-                stacklevel=2,
-            )
-
-    def _check_scheduler(self, module: LightningModule, config: LRSchedulerConfig) -> None:
-        if not configure.has_torch_api(config) and not overridden(module, "lr_scheduler_step", LightningModule):
-            kind = type(config.scheduler).__name__
-            raise MisconfigurationError(
-                f"{kind}.step does not have torch's form, step() or step(metric). Override "
-                f"`lr_scheduler_step(self, scheduler, metric)` in {type(module).__name__} and call it there as it wants to be."
-            )
+            optimizer.join_run(self.signals, self.batch, module, clip_hook)
 
     def _train_loop(self, module: LightningModule, loader: Any, validation: Callable[[], Any] | None) -> TrainLoop:
         automatic = module.automatic_optimization
@@ -594,7 +560,7 @@ class Trainer:
             stop=self.stop_request,
             metrics=self.metrics,
             extent=self.extent,
-            open_epoch=partial(self._open, "train", loader, self.extent.batches_per_epoch, 0),
+            open_epoch=partial(self._data.open, "train", loader, self.extent.batches_per_epoch),
             training_step=module.training_step,
             takes_index=takes_index,
             closure=closure,
@@ -611,32 +577,28 @@ class Trainer:
 
     def _validation(self, module: LightningModule) -> Callable[[], Any] | None:
         """What runs a validation inside of fit; None where there is nothing to validate."""
-        loaders = as_loaders(self._loaders("validation"))
-        if not loaders or self.limits["validation"] == 0:
+        if self.limits["validation"] == 0 or not self._data.passes("validation"):
             return None
-        if not overridden(module, "validation_step", LightningModule):
+        if own(module, "validation_step") is None:
             warnings.warn(
                 f"{type(module).__name__} has validation loaders and no validation_step: nothing is validated.", stacklevel=2
             )
             return None
-        for loader in loaders:  # a bad limit is an error before training
-            limited_length(known_length(loader), self.limits["validation"], limit_name("validation"))
         zero_grad = own(module, "on_validation_model_zero_grad")
 
         def validate() -> None:
-            loop = self._loop
-            if zero_grad is not None and loop is not None and not loop.window_open():
+            # Lightning zeroes all gradients here; only a module that asks for it does, and never in an open window.
+            if zero_grad is not None and self._loop is not None and not self._loop.window_open():
                 zero_grad()
-            self._evaluation_loop(module, "validation", loaders, within_fit=True).run()
+            self._evaluation_loop(module, "validation", within_fit=True).run()
 
         return validate
 
     def _sanity_check(self, module: LightningModule) -> None:
         self.sanity_checking = True
         try:
-            loaders = as_loaders(self._loaders("validation"))
             most = None if self.num_sanity_val_steps == -1 else self.num_sanity_val_steps
-            self._evaluation_loop(module, "validation", loaders, within_fit=True, most=most).run(silent=True)
+            self._evaluation_loop(module, "validation", within_fit=True, most=most).run(silent=True)
         finally:
             self.sanity_checking = False
 
@@ -646,67 +608,33 @@ class Trainer:
         def body() -> tuple[list[dict[str, float]], list[list[Any]]]:
             module = self.module
             # predict_step alone has a default that does something.
-            if stage != "predict" and not overridden(module, f"{stage}_step", LightningModule):
+            if stage != "predict" and own(module, f"{stage}_step") is None:
                 raise MisconfigurationError(f"{type(module).__name__} has no {stage}_step. Define it to {run} the module.")
-            loaders = as_loaders(self._loaders(stage))
-            if not loaders:
+            passes = self._data.passes(stage)
+            if not passes:
                 raise MisconfigurationError(
                     f"There is nothing to {run} on. Give {run}(model, dataloaders=...), a datamodule, or define "
                     f"{LOADER_HOOKS[stage]} in the module."
                 )
             if ckpt_path is not None:
                 checkpoints.restore(self, storage.read(self._checkpoint_path(ckpt_path)), training=False)
-            outputs = self._evaluation_loop(module, stage, loaders, within_fit=False).run()
-            return self.metrics.results(stage, len(loaders)), outputs
+            outputs = self._evaluation_loop(module, stage, within_fit=False).run()
+            return self.metrics.results(stage, len(passes)), outputs
 
         return self._run(run, model, datamodule, {stage: dataloaders}, body)
 
     def _evaluation_loop(
-        self, module: LightningModule, stage: EvaluationStage, loaders: list[Any], *, within_fit: bool, most: int | None = None
+        self, module: LightningModule, stage: EvaluationStage, *, within_fit: bool, most: int | None = None
     ) -> EvaluationLoop:
-        opened: list[Callable[[], Batches]] = []
-        for index, loader in enumerate(loaders):
-            limit = limited_length(known_length(loader), self.limits[stage], limit_name(stage))
-            limit = limit if most is None else min(most, limit if limit is not None else most)
-            opened.append(partial(self._open, stage, loader, limit, index))
         return EvaluationLoop(
             stage,
             signals=self.signals,
             module=module,
             metrics=self.metrics,
             progress=self.progress,
-            open_loaders=opened,
+            open_loaders=self._data.passes(stage, most=most),
             within_fit=within_fit,
         )
-
-    def _loaders(self, stage: Stage) -> Any:
-        """The loaders of a stage: those given to the call, else the datamodule's, else the module's."""
-        given = self._given.get(stage)
-        if given is not None:
-            return given
-        hook = LOADER_HOOKS[stage]
-        for source in (self.datamodule, self.module):
-            if source is not None and overridden(source, hook, DataHooks, LightningModule, LightningDataModule):
-                return getattr(source, hook)()
-        return None
-
-    def _open(self, stage: Stage, loader: Any, limit: int | None, dataloader_idx: int) -> Batches:
-        return Batches(loader, limit, stage, self.signals, self._transfer(dataloader_idx))
-
-    def _transfer(self, dataloader_idx: int) -> Callable[[Any], Any]:
-        """What moves a batch to the device: the datamodule's hooks where it has them, else the module's."""
-        parts = (self.datamodule, self.module)
-
-        def source(hook: str) -> Any:
-            owner = next((p for p in parts if p is not None and overridden(p, hook, DataHooks)), self.module)
-            return getattr(owner, hook)
-
-        before, move, after = map(source, ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"))
-        if all(getattr(hook, "__func__", None) in vars(DataHooks).values() for hook in (before, move, after)):
-            from eventtrain.data import move_to_device
-
-            return partial(move_to_device, device=self.device)
-        return lambda batch: after(move(before(batch, dataloader_idx), self.device, dataloader_idx), dataloader_idx)
 
     def _checkpoint_path(self, given: Any) -> Any:
         """The file that ``ckpt_path`` means."""
@@ -735,124 +663,3 @@ class Trainer:
         from eventtrain.callbacks import LRSchedulerStepping, ProgressBar
 
         return [kind() for kind in (LRSchedulerStepping, ProgressBar) if not any(isinstance(each, kind) for each in given)]
-
-
-def own(module: LightningModule, name: str) -> Callable[..., Any] | None:
-    """A module's method where it is overridden, else None."""
-    return getattr(module, name) if overridden(module, name, LightningModule) else None
-
-
-def limit_name(stage: Stage) -> str:
-    """The argument of :class:`Trainer` that limits a stage."""
-    return f"limit_{'val' if stage == 'validation' else stage}_batches"
-
-
-def val_interval(interval: Limit, batches: int | None, *, across_epochs: bool) -> int | None:
-    """Batches between two validations; None for one at the epoch's end.
-
-    Args:
-        interval: ``val_check_interval``.
-        batches: Batches per epoch, None where unknown.
-        across_epochs: The interval counts the run's batches.
-
-    Raises:
-        MisconfigurationError: The interval is longer than the epoch, or a fraction of an unknown length.
-    """
-    if interval is None or (isinstance(interval, float) and interval == 1.0):
-        return None
-    if isinstance(interval, float):
-        if batches is None:
-            raise MisconfigurationError(
-                f"val_check_interval={interval!r} is a fraction of an epoch whose length is unknown. Give a number of batches."
-            )
-        return max(1, int(batches * interval))
-    if batches is not None and interval > batches and not across_epochs:
-        raise MisconfigurationError(
-            f"val_check_interval={interval} is longer than the epoch, which has {batches} batches, so nothing would ever be "
-            "validated. Give at most that, or check_val_every_n_epoch=None to count the batches of the run."
-        )
-    return interval
-
-
-def check_module(module: Any) -> LightningModule:
-    """Refuses what is no module.
-
-    Raises:
-        MisconfigurationError: It is not.
-    """
-    if isinstance(module, LightningModule):
-        return module
-    if module is None:
-        raise MisconfigurationError("There is no module yet: give one to this call, or call fit first.")
-    kind = type(module)
-    if any(base.__name__ == "LightningModule" for base in kind.__mro__):
-        raise MisconfigurationError(
-            f"{kind.__name__} derives from {kind.__module__.partition('.')[0]}'s LightningModule. Change the import: "
-            "`from eventtrain import LightningModule`."
-        )
-    raise MisconfigurationError(f"The model is a {kind.__name__}. It has to derive from eventtrain.LightningModule.")
-
-
-def check_datamodule(datamodule: Any) -> LightningDataModule | None:
-    """Refuses what is no datamodule.
-
-    Raises:
-        MisconfigurationError: It is not.
-    """
-    if datamodule is None or isinstance(datamodule, LightningDataModule):
-        return datamodule
-    raise MisconfigurationError(
-        f"datamodule is a {type(datamodule).__name__}. It has to derive from eventtrain.LightningDataModule; loaders are given "
-        "as train_dataloaders=... and val_dataloaders=...."
-    )
-
-
-def check_count(value: Any, named: str, *, least: int) -> int:
-    """Refuses what is no whole number from ``least``.
-
-    Raises:
-        MisconfigurationError: It is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise MisconfigurationError(f"{named}={value!r}: it has to be a whole number from {least}.")
-    return value
-
-
-def check_interval(interval: Limit, every_n_epoch: int | None) -> Limit:
-    """Refuses what is no interval of validations.
-
-    Raises:
-        MisconfigurationError: It is not.
-    """
-    if every_n_epoch is not None:
-        check_count(every_n_epoch, "check_val_every_n_epoch", least=1)
-    elif not isinstance(interval, int):
-        raise MisconfigurationError(
-            f"check_val_every_n_epoch=None counts the batches of the run, so val_check_interval has to be their number; it is "
-            f"{interval!r}."
-        )
-    check_limit(interval, "val_check_interval")
-    if interval is not None and interval == 0:
-        raise MisconfigurationError("val_check_interval=0: for no validation give limit_val_batches=0.")
-    return interval
-
-
-def check_extent(max_epochs: Any, max_steps: Any, min_epochs: Any, min_steps: Any, fast_dev_run: bool) -> None:
-    """Refuses a run without an end, or with an impossible one.
-
-    Raises:
-        MisconfigurationError: It is such.
-    """
-    if max_epochs is None and max_steps in (None, -1) and not fast_dev_run:
-        raise MisconfigurationError(
-            "The run has no end: give Trainer(max_epochs=...) or Trainer(max_steps=...); max_epochs=-1 for a run that only a "
-            "callback stops."
-        )
-    for named, value, least in (
-        ("max_epochs", max_epochs, -1),
-        ("max_steps", max_steps, -1),
-        ("min_epochs", min_epochs, 0),
-        ("min_steps", min_steps, 0),
-    ):
-        if value is not None:
-            check_count(value, named, least=least)

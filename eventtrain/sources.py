@@ -1,0 +1,100 @@
+"""Where a run's batches come from: the loaders of each stage, and what moves a batch to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from eventtrain.arguments import limit_name
+from eventtrain.data import Batches, Limit, as_loaders, known_length, limited_length, move_to_device
+from eventtrain.events import Stage
+from eventtrain.module import DataHooks, LightningDataModule, LightningModule, overridden
+from eventtrain.signals import Signals
+
+LOADER_HOOKS: dict[Stage, str] = {
+    "train": "train_dataloader",
+    "validation": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
+
+
+class DataSources:
+    """The data of one run.
+
+    Args:
+        given: The loaders that the call was given, by stage.
+        module: The module, whose loaders and transfer hooks are used where the datamodule has none.
+        datamodule: The datamodule, None where there is none.
+        limits: How many batches of each stage are used.
+        signals: Where fetching is published.
+        device: Where batches go.
+    """
+
+    def __init__(
+        self,
+        given: dict[Stage, Any],
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        limits: dict[Stage, Limit],
+        signals: Signals,
+        device: torch.device,
+    ) -> None:
+        self._module = module
+        self._datamodule = datamodule
+        self._limits = limits
+        self._signals = signals
+        self._device = device
+        self._loaders = {stage: loader for stage, loader in given.items() if loader is not None}
+
+    def loader(self, stage: Stage) -> Any:
+        """A stage's loader or loaders: those given to the call, else the datamodule's, else the module's; made
+        once a run. None where there is none."""
+        if stage not in self._loaders:
+            hook = LOADER_HOOKS[stage]
+            owner = self._owner(hook, LightningModule, LightningDataModule, DataHooks)
+            self._loaders[stage] = getattr(owner, hook)()
+        return self._loaders[stage]
+
+    def length(self, stage: Stage, loader: Any) -> int | None:
+        """How many batches of a loader are used; None for all of one whose length is unknown.
+
+        Raises:
+            MisconfigurationError: The stage's limit does not fit the loader.
+        """
+        return limited_length(known_length(loader), self._limits[stage], limit_name(stage))
+
+    def open(self, stage: Stage, loader: Any, limit: int | None, dataloader_idx: int = 0) -> Batches:
+        """Begins a pass over a loader."""
+        return Batches(loader, limit, stage, self._signals, self._transfer(dataloader_idx))
+
+    def passes(self, stage: Stage, *, most: int | None = None) -> list[Callable[[], Batches]]:
+        """What begins a pass over each loader of an evaluation.
+
+        Args:
+            stage: The stage.
+            most: Batches of each loader at most; None for the stage's limit alone.
+        """
+        opened: list[Callable[[], Batches]] = []
+        for index, loader in enumerate(as_loaders(self.loader(stage))):
+            limit = self.length(stage, loader)
+            if most is not None:
+                limit = most if limit is None else min(most, limit)
+            opened.append(partial(self.open, stage, loader, limit, index))
+        return opened
+
+    def _transfer(self, dataloader_idx: int) -> Callable[[Any], Any]:
+        hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+        before, move, after = (getattr(self._owner(hook, DataHooks), hook) for hook in hooks)
+        if not any(overridden(part, hook, DataHooks) for part in (self._datamodule, self._module) if part for hook in hooks):
+            return partial(move_to_device, device=self._device)  # no hooks: one call a batch in place of four
+        return lambda batch: after(move(before(batch, dataloader_idx), self._device, dataloader_idx), dataloader_idx)
+
+    def _owner(self, hook: str, *bases: type) -> LightningModule | LightningDataModule:
+        """The datamodule where it overrides a hook, else the module."""
+        if self._datamodule is not None and overridden(self._datamodule, hook, *bases):
+            return self._datamodule
+        return self._module

@@ -1,0 +1,39 @@
+# Everything runs in a virtual environment of its own; the pip commands under each target are in the README too.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test lint examples slow clean
+
+demo: $(VENV)/examples.stamp  ## install, train a real model on real data, and say where to look at it
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/dev.stamp  ## the tests, in a few minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/dev.stamp  ## what `make test` leaves out: the examples at full length, the packaging
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev.stamp  ## style, types, and whether the generated files are fresh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m eventtrain.generate --check
+
+examples: $(VENV)/examples.stamp  ## every example, at its full length
+	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example || exit 1; done
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/examples.stamp: $(VENV)/bin/python setup.cfg constraints.txt
+	$(PIP) install -c constraints.txt -e ".[examples]"
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/bin/python setup.cfg constraints.txt
+	$(PIP) install -c constraints.txt -e ".[examples,test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -65,7 +65,7 @@ class GradientAccumulation(Callback):
             self._schedule = Schedule(given, "GradientAccumulation(batches)", self._check)
         self._window = 1
         self._loss_scale = 1.0
-        self._position = 0
+        self._position = self._position_before = 0
         self._warned = False
 
     def batches_per_step(self, trainer: Any) -> int:
@@ -107,7 +107,7 @@ class GradientAccumulation(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, event: TrainBatchStart) -> None:
         plan = event.plan
-        position = self._position
+        position = self._position_before = self._position
         if position == 0:
             window = self.batches_per_step(trainer)
             if window != self._window:
@@ -125,8 +125,8 @@ class GradientAccumulation(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, event: TrainEpochEnd) -> None:
         # A batch that ended its epoch before it was trained is not in the window that goes on.
-        if self._position and not trainer.batch.evaluations:
-            self._position -= 1
+        if self.remainder == "carry" and not trainer.batch.evaluations:
+            self._position = self._position_before
 
     def on_gradients_ready(self, trainer: Trainer, event: GradientsReady) -> None:
         if self.normalize != "window" or event.batches is None:

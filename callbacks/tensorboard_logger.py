@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from eventtrain.callback import Callback
 from eventtrain.errors import MisconfigurationError
@@ -82,16 +82,17 @@ class TensorBoardLogger(Callback):
 
     @property
     def writer(self) -> SummaryWriter:
-        """The run's writer, for pictures, text, histograms and whatever else it takes.
+        """The run's writer, for pictures, text, histograms and whatever else it takes. In a ``fast_dev_run``, and on
+        other ranks than zero, one that takes everything and writes nothing.
 
         Raises:
-            MisconfigurationError: No run has begun, or it is a ``fast_dev_run``, which writes nothing.
+            MisconfigurationError: No run has begun.
         """
         if self._writer is None:
-            if self._trainer is None or not self._writes(self._trainer):
-                raise MisconfigurationError(
-                    "TensorBoardLogger has no writer: no run has begun, or it is one that writes nothing."
-                )
+            if self._trainer is None:
+                raise MisconfigurationError("TensorBoardLogger has no writer yet: no run has begun.")
+            if not self._writes(self._trainer):
+                return cast("SummaryWriter", SilentWriter())
             from torch.utils.tensorboard import SummaryWriter  # when used: it takes seconds to import
 
             self._writer = SummaryWriter(str(self.run_dir))
@@ -205,6 +206,15 @@ class TensorBoardLogger(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples = state["samples"]
+
+
+class SilentWriter:
+    """A ``SummaryWriter`` that writes nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
 
 
 def learning_rates(optimizer: LightningOptimizer, optimizers: list[LightningOptimizer]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from eventtrain.errors import MisconfigurationError, StepSkipped
-from eventtrain.events import AfterBackward, AfterForward, BeforeBackward, BeforeForward, Plan, Stage
+from eventtrain.events import AfterBackward, AfterForward, BeforeBackward, BeforeForward, Stage
 
 if TYPE_CHECKING:
     from eventtrain.optimizer import LightningOptimizer
@@ -109,7 +109,7 @@ class Closure:
             MisconfigurationError: ``training_step`` returned something else, or an evaluation was
                 repeated in a window that holds other batches' gradients.
         """
-        state = self.batch
+        state, signals = self.batch, self.signals
         plan = state.plan
         state.evaluations += 1
         if state.evaluations > 1 and not plan.zero_grad:
@@ -118,7 +118,20 @@ class Closure:
                 "of several batches, which would count this batch's gradients twice. Train such optimizers without "
                 "GradientAccumulation, on larger batches."
             )
-        loss, weight = (None, None) if state.skipped else self._forward(state, plan)
+        loss = weight = None
+        if not state.skipped:
+            args = (state.batch, state.batch_idx) if self.takes_index else (state.batch,)
+            if signals.before_forward.listeners:
+                outputs = forward(signals, "train", self.training_step, args, closes_window=plan.step)
+            else:
+                outputs = self.training_step(*args)
+            loss, weight = parse_outputs(outputs)
+            if signals.after_forward.listeners:
+                event = AfterForward("train", state.batch, state.batch_idx, outputs, loss)
+                signals.after_forward.publish(event)
+                outputs, loss = event.outputs, event.loss
+            state.outputs = outputs
+            state.loss = loss
         if plan.zero_grad:
             state.contributions = 0
             if self._zero_grad_hook is None:
@@ -128,7 +141,6 @@ class Closure:
         if loss is not None:
             state.contribute(weight)
             scaled = loss if plan.loss_scale == 1.0 and weight is None else scale_loss(loss, weight, state)
-            signals = self.signals
             if signals.before_backward.listeners or signals.after_backward.listeners:
                 backward(signals, self._backward, loss, scaled)
             else:
@@ -139,23 +151,6 @@ class Closure:
             elif self.optimizer.raw_step_in_progress:
                 raise StepSkipped("no loss")  # nobody but the loop can stop a plain torch step
         return loss
-
-    def _forward(self, state: BatchState, plan: Plan) -> tuple[Tensor | None, Tensor | float | None]:
-        """Runs ``training_step``; returns the raw loss and the batch's weight."""
-        signals = self.signals
-        args = (state.batch, state.batch_idx) if self.takes_index else (state.batch,)
-        if signals.before_forward.listeners:
-            outputs = forward(signals, "train", self.training_step, args, closes_window=plan.step)
-        else:
-            outputs = self.training_step(*args)
-        loss, weight = parse_outputs(outputs)
-        if signals.after_forward.listeners:
-            event = AfterForward("train", state.batch, state.batch_idx, outputs, loss)
-            signals.after_forward.publish(event)
-            outputs, loss = event.outputs, event.loss
-        state.outputs = outputs
-        state.loss = loss
-        return loss, weight
 
 
 def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.optimizer import LightningOptimizer
 
 Interval = Literal["epoch", "step", "batch", "validation"]
 INTERVALS = get_args(Interval)
@@ -82,7 +83,7 @@ class Configuration:
         schedulers: The scheduler configs, in the order given.
     """
 
-    optimizers: list[Optimizer]
+    optimizers: list[LightningOptimizer]
     schedulers: list[LRSchedulerConfig]
 
 
@@ -93,7 +94,8 @@ def parse_configuration(returned: Any) -> Configuration:
         returned: One of the forms of :data:`FORMS`.
 
     Returns:
-        The optimizers, unwrapped where they are wrapped, and the scheduler configs.
+        The optimizers, each in its wrapper (its own where it came in one, since a scheduler may be built on that),
+        and the scheduler configs.
 
     Raises:
         MisconfigurationError: It has none of these forms; a key, interval or frequency is unknown; a
@@ -111,19 +113,20 @@ def parse_configuration(returned: Any) -> Configuration:
         optimizers, schedulers = _from_sequence(returned)
     else:
         raise _unknown_form(returned)
-    plain = [_unwrapped(optimizer) for optimizer in optimizers]
-    for optimizer in plain:
+    for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise MisconfigurationError(
                 f"configure_optimizers returned {optimizer!r} ({type(optimizer).__name__}) where an optimizer is expected. "
                 "Optimizers derive from torch.optim.Optimizer."
             )
+    wrapped = [each if isinstance(each, LightningOptimizer) else LightningOptimizer(each) for each in optimizers]
+    plain = [wrapper.optimizer for wrapper in wrapped]
     if len({id(optimizer) for optimizer in plain}) < len(plain):
         raise MisconfigurationError("configure_optimizers returned one optimizer twice. Return each of them once.")
     configs = [_scheduler_config(scheduler) for scheduler in schedulers]
     for config in configs:
         _check_ownership(config, plain)
-    return Configuration(plain, configs)
+    return Configuration(wrapped, configs)
 
 
 def _from_sequence(returned: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -214,8 +217,6 @@ def _check_ownership(config: LRSchedulerConfig, optimizers: list[Optimizer]) -> 
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    from eventtrain.optimizer import LightningOptimizer
-
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 

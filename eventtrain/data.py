@@ -236,6 +236,11 @@ def move_to_device(batch: Any, device: torch.device) -> Any:
         return batch if batch.device == device else batch.to(device, non_blocking=device.type != "cpu")
     kind = type(batch)
     if kind is list or kind is tuple:
+        for item in batch:
+            if not isinstance(item, Tensor) or item.device != device:
+                break
+        else:
+            return batch  # the usual batch, already there: no recursion, 1 us less
         moved = [move_to_device(item, device) for item in batch]
         unchanged = all(new is old for new, old in zip(moved, batch, strict=True))
         return batch if unchanged else kind(moved)

@@ -124,9 +124,10 @@ class TrainLoop:
         self.metrics.enter("train", "epoch")
         self.signals.train_epoch_start.publish(TrainEpochStart(epoch))
         batches = self.open_epoch()
+        stop = self.stop
         batch_idx = -1
-        while not self.ends_inside():
-            if self.epoch_is_ending():  # requested at a safe point
+        while not self.has_all_steps() and (stop.reason is None or not self.is_stopping()):
+            if stop.epoch_reason is not None:  # requested at a safe point
                 self.end_epoch(complete=False)
                 return
             batch = batches.fetch()
@@ -139,7 +140,7 @@ class TrainLoop:
             if batches.is_last:
                 batches.finish()
             if ends_epoch:
-                self.end_epoch(complete=batches.is_last and self.stop.epoch_reason is None)
+                self.end_epoch(complete=batches.is_last and stop.epoch_reason is None)
                 return
             if self.signals.safe_point.listeners:
                 self.signals.safe_point.publish(SafePoint(False, self.window_open()))
@@ -302,10 +303,6 @@ class TrainLoop:
             raise MisconfigurationError(message)
         warnings.warn(message, stacklevel=2)
 
-    def epoch_is_ending(self) -> bool:
-        """Whether the epoch at hand was asked to end."""
-        return self.stop.epoch_reason is not None
-
     def has_all_steps(self) -> bool:
         """Whether ``max_steps`` is reached."""
         return self.extent.max_steps is not None and self.progress.global_step >= self.extent.max_steps
@@ -322,10 +319,6 @@ class TrainLoop:
             return False
         early = progress.current_epoch < self.extent.min_epochs or progress.global_step < self.extent.min_steps
         return stop.force or not early
-
-    def ends_inside(self) -> bool:
-        """Whether the run ends before the next batch of the epoch at hand."""
-        return self.has_all_steps() or self.is_stopping()
 
 
 def detached_outputs(state: BatchState) -> tuple[Any, Tensor | None]:

@@ -532,7 +532,7 @@ class Trainer:
         if automatic and configuration.schedulers:
             warn_of_idle_schedulers(module, self.callbacks)
         self.lr_scheduler_configs = configuration.schedulers
-        self.optimizers = [LightningOptimizer(optimizer) for optimizer in configuration.optimizers]
+        self.optimizers = configuration.optimizers
         self.batch = BatchState(automatic=automatic)
         clip_hook = own(module, "configure_gradient_clipping") if automatic else None
         for optimizer in self.optimizers:

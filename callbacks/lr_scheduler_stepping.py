@@ -8,7 +8,7 @@ from typing import Any
 from eventtrain.callback import Callback
 from eventtrain.configure import LRSchedulerConfig, looks_stepwise
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import AfterUpdate, FitStart, MetricsLogged, TrainBatchEnd, TrainDataEnd, ValidationEnd
+from eventtrain.events import AfterUpdate, FitStart, MetricsLogged, Teardown, TrainBatchEnd, TrainDataEnd, ValidationEnd
 from eventtrain.trainer import Trainer
 
 
@@ -57,12 +57,20 @@ class LRSchedulerStepping(Callback):
                     stacklevel=2,
                 )
 
+        if self._by_interval["batch"]:
+            # Not an on_... method: hardly a run has such a scheduler, and every batch would pay for the event.
+            trainer.signals.train_batch_end.connect(self.step_by_batches)
+
+    def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        trainer.signals.train_batch_end.disconnect(self.step_by_batches)
+
     def on_after_update(self, trainer: Trainer, event: AfterUpdate) -> None:
         for index, config in self._by_interval["step"]:
             if self.is_due(config, event.global_step):
                 self._step(trainer, index, config)
 
-    def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
+    def step_by_batches(self, trainer: Trainer, event: TrainBatchEnd) -> None:
+        """Connected to ``train_batch_end`` for runs that have a scheduler with the interval ``"batch"``."""
         for index, config in self._by_interval["batch"]:
             if self.is_due(config, trainer.total_batch_idx + 1):
                 self._step(trainer, index, config, needs_update=False)

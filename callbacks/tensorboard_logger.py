@@ -127,12 +127,14 @@ class TensorBoardLogger(Callback):
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._began = time.monotonic()
         module = trainer.module
+        if self.x_axis == "samples":
+            trainer.signals.train_batch_start.connect(self.count_samples)
         if self._writes(trainer) and module.hparams and getattr(module, "_log_hyperparams", True):
             self.log_hyperparams(module.hparams)
 
-    def on_train_batch_start(self, trainer: Trainer, event: TrainBatchStart) -> None:
-        if self.x_axis == "samples":
-            self._samples += infer_batch_size(event.batch) * trainer.world_size
+    def count_samples(self, trainer: Trainer, event: TrainBatchStart) -> None:
+        """Connected to ``train_batch_start`` where values are drawn against samples."""
+        self._samples += infer_batch_size(event.batch) * trainer.world_size
 
     def on_after_optimizer_step(self, trainer: Trainer, event: AfterOptimizerStep) -> None:
         # The update is counted after this event, and schedulers step then: now the rates are those that it used.
@@ -159,6 +161,7 @@ class TensorBoardLogger(Callback):
             self._writer.flush()
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        trainer.signals.train_batch_start.disconnect(self.count_samples)
         if self._writer is not None:
             self._writer.close()
             self._writer = None  # the next use opens another file in the same directory

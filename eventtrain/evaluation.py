@@ -91,6 +91,7 @@ class EvaluationLoop:
         self._publish("epoch_start", "EpochStart")
         outputs = [self.run_loader(index, opened()) for index, opened in enumerate(self.open_loaders)]
         self.metrics.enter(self.stage, "epoch")
+        self.metrics.show_epoch()
         self._publish("epoch_end", "EpochEnd")
         self.metrics.enter(self.stage, None)
         values = self.metrics.end_epoch()

@@ -288,6 +288,7 @@ class TrainLoop:
         """Publishes ``train_epoch_end``, then the epoch's final values."""
         signals, progress = self.signals, self.progress
         self.metrics.moment = "epoch"
+        self.metrics.show_epoch()
         signals.train_epoch_end.publish(TrainEpochEnd(progress.current_epoch))
         self.metrics.moment = None
         values = self.metrics.end_epoch()

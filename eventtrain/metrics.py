@@ -61,19 +61,23 @@ class Entry:
             self.total = (torch.minimum if self.reduction == "min" else torch.maximum)(self.total, value)
 
     def reduced(self, distributed: SingleProcess) -> Tensor | None:
-        """The epoch's value; None where nothing was logged. Starts the next epoch's."""
+        """The epoch's value so far; None where nothing was logged."""
         if self.metric is not None:
-            value: Tensor = self.metric.compute()
-            self.metric.reset()
+            value: Tensor = self.metric.compute().detach()
             return value
         total, weight = self.total, self.weight
-        self.total, self.weight = None, 0.0
         if total is None:
             return None
         if self.sync_dist:
-            total = distributed.reduce(total, "sum" if self.reduction == "mean" else self.reduction)
+            total = distributed.reduce(total.clone(), "sum" if self.reduction == "mean" else self.reduction)
             weight = float(distributed.reduce(torch.tensor(weight), "sum"))
-        return total / weight if self.reduction == "mean" else total
+        return total / weight if self.reduction == "mean" else total.clone()
+
+    def reset(self) -> None:
+        """Starts the next epoch."""
+        self.total, self.weight = None, 0.0
+        if self.metric is not None:
+            self.metric.reset()
 
 
 class Metrics:
@@ -191,6 +195,15 @@ class Metrics:
         self.fresh = {}
         return fresh
 
+    def show_epoch(self) -> None:
+        """Lets the hooks of an epoch's end read its values so far in ``callback_metrics``; they are not final, as
+        more may be logged there, and do not count as renewed."""
+        if self.silent:
+            return
+        for entry in self._stage_entries.values():
+            if entry.epoch_name is not None and (value := entry.reduced(self.distributed)) is not None:
+                self.callback_metrics[entry.epoch_name] = self.callback_metrics[entry.name] = value
+
     def end_epoch(self) -> dict[str, Tensor]:
         """Reduces what the stage at hand logged on epoch, and starts its next epoch.
 
@@ -199,7 +212,10 @@ class Metrics:
         """
         for_loggers: dict[str, Tensor] = {}
         for entry in self._stage_entries.values():
-            if entry.epoch_name is None or (value := entry.reduced(self.distributed)) is None or self.silent:
+            if entry.epoch_name is None or (value := entry.reduced(self.distributed)) is None:
+                continue
+            entry.reset()
+            if self.silent:
                 continue
             self._set(entry.epoch_name, value)
             if entry.on_step:
@@ -273,7 +289,8 @@ class Metrics:
             if entry.on_step:
                 # What torchmetrics' forward computed on this batch alone.
                 on_batch = getattr(value, "_forward_cache", None)
-                self._publish_step(entry, value.compute() if on_batch is None else on_batch)
+                on_batch = value.compute() if on_batch is None else on_batch
+                self._publish_step(entry, on_batch.detach())
             return None
         if not isinstance(value, str) and callable(getattr(value, "item", None)) and getattr(value, "size", 0) == 1:
             return torch.tensor(float(value.item()))  # NumPy's scalars

@@ -1,0 +1,510 @@
+"""Where eventtrain is right and Lightning is measurably not: each case run by both.
+
+``python -m tests.conformance.differences`` writes the table in docs/coming-from-lightning.md from these cases; a test
+runs them all and checks that the table is fresh.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import eventtrain
+from eventtrain import callbacks as ours
+from eventtrain.generate import replaced
+
+from .frameworks import lightning
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming-from-lightning.md"
+
+
+@dataclass
+class Difference:
+    """One case.
+
+    Attributes:
+        rule: The rule's letter and number, as the tests of the semantics name it.
+        situation: What is trained, for people.
+        run: Trains it by one of them: ``run(Side)`` returns what is compared.
+        theirs: What Lightning gives.
+        ours: What eventtrain gives.
+    """
+
+    rule: str
+    situation: str
+    run: Callable[[Side], Any]
+    theirs: Any
+    ours: Any
+
+
+class Side:
+    """One of the two frameworks, with the words that differ."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.here = name == "eventtrain"
+        self.base: type = eventtrain.LightningModule if self.here else lightning.LightningModule
+
+    def trainer(self, *, accumulate: int = 1, fp16: bool = False, clip: Any = None, extra: Any = (), **options: Any) -> Any:
+        options.setdefault("max_epochs", 1)
+        options.setdefault("num_sanity_val_steps", 0)
+        if self.here:
+            attached: list[Any] = [ours.LRSchedulerStepping(), *extra]
+            attached += [ours.GradientAccumulation(accumulate)] if accumulate != 1 else []
+            attached += [ours.MixedPrecision("fp16", scaler=scaler())] if fp16 else []
+            attached += [ours.GradientClipping(clip)] if clip is not None else []
+            return eventtrain.Trainer(callbacks=attached, default_callbacks=False, device="cpu", **options)
+        if fp16:
+            options["plugins"] = [lightning.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler())]
+        return lightning.Trainer(
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=clip,
+            callbacks=list(extra),
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            barebones=False,
+            **options,
+        )
+
+    def fit(self, module: Any, trainer: Any, count: int = 5, **loaders: Any) -> Any:
+        trainer.fit(module, loader(count), **loaders)
+        return module
+
+
+def scaler() -> Any:
+    return torch.amp.GradScaler("cpu", init_scale=256.0)
+
+
+def loader(count: int) -> Any:
+    """Batches x = 1, 2, 3, ..."""
+    return torch.utils.data.DataLoader(torch.arange(1.0, count + 1), batch_size=1)
+
+
+def probe(base: type, **changes: Any) -> Any:
+    """w = 0, loss = w * x, plain SGD with rate 1: each update is the gradient that was used."""
+
+    class Probe(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(()))
+            self.seen: list[Any] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self.w * batch).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    for name, change in changes.items():
+        setattr(Probe, name, change)
+    return Probe()
+
+
+def outcome(action: Callable[[], Any]) -> Any:
+    """What an action gives, or the name of what it raises."""
+    try:
+        return action()
+    except Exception as error:
+        return f"raises {type(error).__name__}"
+
+
+def updates(side: Side, count: int, **options: Any) -> list[float]:
+    """The updates of the probe."""
+    values = [0.0]
+
+    def on_train_batch_end(self: Any, *args: Any) -> None:
+        if float(self.w) != values[-1]:
+            values.append(float(self.w))
+
+    side.fit(probe(side.base, on_train_batch_end=on_train_batch_end), side.trainer(**options), count)
+    return [round(before - after, 4) for before, after in pairwise(values)]
+
+
+# ------------------------------------------------------------------ the cases
+
+
+def lbfgs_with_accumulation(side: Side) -> Any:
+    module = probe(side.base, configure_optimizers=lambda self: torch.optim.LBFGS(self.parameters(), max_iter=2))
+    return outcome(lambda: bool(side.fit(module, side.trainer(accumulate=2), 4)) and "trains")
+
+
+def none_losses(side: Side) -> Any:
+    trainer = side.trainer()
+    side.fit(probe(side.base, training_step=lambda self, batch, batch_idx: None), trainer, 3)
+    return trainer.global_step
+
+
+def loss_in_hooks(side: Side) -> Any:
+    def on_before_backward(self: Any, loss: Any) -> None:
+        self.seen.append(float(loss))
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        return (self.w * batch).sum() + 8.0
+
+    return side.fit(
+        probe(side.base, training_step=step, on_before_backward=on_before_backward), side.trainer(accumulate=2), 2
+    ).seen
+
+
+def stop_iteration(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        raise StopIteration
+
+    return outcome(lambda: bool(side.fit(probe(side.base, training_step=step), side.trainer(), 3)) and "ends the epoch")
+
+
+def short_window(side: Side) -> Any:
+    return updates(side, 5, accumulate=2)
+
+
+def validation_in_a_window(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        self.manual_backward((self.w * batch).sum() / 4)
+        if (batch_idx + 1) % 4 == 0:
+            optimizer = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def validate(self: Any, batch: Any, batch_idx: int) -> None:
+        return None
+
+    module = probe(side.base, training_step=step, validation_step=validate)
+    module.automatic_optimization = False
+    side.fit(module, side.trainer(val_check_interval=2), 4, val_dataloaders=loader(1))
+    return round(-float(module.w), 4)
+
+
+def clip_at_zero(side: Side) -> Any:
+    return outcome(lambda: updates(side, 2, clip=0.0))
+
+
+def clip_harder_later(side: Side) -> Any:
+    def configure_gradient_clipping(
+        self: Any, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if self.current_epoch > 0:
+            gradient_clip_val = gradient_clip_val * 2
+        self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
+
+    module = probe(side.base, configure_gradient_clipping=configure_gradient_clipping)
+    trainer = side.trainer(clip=0.5, max_epochs=2)
+    return outcome(lambda: round(-float(side.fit(module, trainer, 2).w), 4))
+
+
+def clip_in_manual_fp16(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward((self.w * batch).sum())
+        self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+    module = probe(side.base, training_step=step)
+    module.automatic_optimization = False
+    return round(-float(side.fit(module, side.trainer(fp16=True), 1).w), 4)
+
+
+def optimizer_and_scheduler(side: Side) -> Any:
+    def build(self: Any) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    return outcome(lambda: bool(side.fit(probe(side.base, configure_optimizers=build), side.trainer(), 1)) and "trains")
+
+
+def unknown_key(side: Side) -> Any:
+    def build(self: Any) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        return [optimizer], [{"scheduler": scheduler, "freqency": 2}]
+
+    return outcome(lambda: bool(side.fit(probe(side.base, configure_optimizers=build), side.trainer(), 1)) and "drops the key")
+
+
+def scheduler_steps(side: Side, count: int, *, frequency: int, step: Any = None, **options: Any) -> int:
+    calls = []
+
+    def build(self: Any) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": frequency}]
+
+    def lr_scheduler_step(self: Any, scheduler: Any, metric: Any) -> None:
+        calls.append(None)
+        scheduler.step()
+
+    changes = {"configure_optimizers": build, "lr_scheduler_step": lr_scheduler_step}
+    if step is not None:
+        changes["training_step"] = step
+    side.fit(probe(side.base, **changes), side.trainer(**options), count)
+    return len(calls)
+
+
+def scheduler_with_accumulation(side: Side) -> Any:
+    return scheduler_steps(side, 6, frequency=2, accumulate=2)
+
+
+def scheduler_across_epochs(side: Side) -> Any:
+    return scheduler_steps(side, 5, frequency=3, max_epochs=3)
+
+
+def scheduler_without_updates(side: Side) -> Any:
+    return scheduler_steps(side, 3, frequency=1, step=lambda self, batch, batch_idx: None)
+
+
+def nested_toggle(side: Side) -> Any:
+    def build(self: Any) -> Any:
+        return [torch.optim.SGD([self.w], lr=1.0), torch.optim.SGD([self.v], lr=1.0)]
+
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        with self.toggled_optimizer(first), self.toggled_optimizer(second):
+            pass
+        self.seen.append((self.w.requires_grad, self.v.requires_grad))
+
+    module = probe(side.base, configure_optimizers=build, training_step=step)
+    module.v = nn.Parameter(torch.zeros(()))
+    module.automatic_optimization = False
+    return side.fit(module, side.trainer(), 1).seen[0]
+
+
+def two_optimizers_count_once(side: Side) -> Any:
+    def build(self: Any) -> Any:
+        return [torch.optim.SGD([self.w], lr=1.0), torch.optim.SGD([self.v], lr=1.0)]
+
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(((self.w + self.v) * batch).sum())
+            optimizer.step()
+        self.seen.append(batch_idx)
+
+    module = probe(side.base, configure_optimizers=build, training_step=step)
+    module.v = nn.Parameter(torch.zeros(()))
+    module.automatic_optimization = False
+    side.fit(module, side.trainer(max_epochs=-1, max_steps=5), 20)
+    return len(module.seen)
+
+
+def estimate_with_a_schedule(side: Side) -> Any:
+    schedule = {0: 4, 1: 2, 2: 1}
+    if side.here:
+        extra: Any = ours.GradientAccumulation(schedule)
+    else:
+        extra = lightning.callbacks.GradientAccumulationScheduler(schedule)
+    trainer = side.trainer(extra=[extra], max_epochs=3)
+
+    def build(self: Any) -> Any:
+        self.seen.append(int(self.trainer.estimated_stepping_batches))
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    module = side.fit(probe(side.base, configure_optimizers=build), trainer, 6)
+    return f"estimates {module.seen[0]}, takes {trainer.global_step}"
+
+
+def two_backwards_first(side: Side) -> Any:
+    def build(self: Any) -> Any:
+        return [torch.optim.SGD([self.w], lr=1.0), torch.optim.SGD([self.v], lr=1.0)]
+
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward((self.w * batch).sum())
+        self.manual_backward((self.v * batch).sum())
+        first.step()
+        second.step()
+
+    module = probe(side.base, configure_optimizers=build, training_step=step)
+    module.v = nn.Parameter(torch.zeros(()))
+    module.automatic_optimization = False
+    trainer = side.trainer(fp16=True)
+    # The scale grows after each step, so that a scale that changes too early shows.
+    precision = trainer.callback(ours.MixedPrecision) if side.here else trainer.precision_plugin
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1)
+    side.fit(module, trainer, 1)
+    return [round(-float(module.w), 4), round(-float(module.v), 4)]
+
+
+def closure_then_step_in_fp16(side: Side) -> Any:
+    def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        optimizer_closure()
+        optimizer.step()
+
+    module = probe(side.base, optimizer_step=optimizer_step)
+    return round(0.0 - float(side.fit(module, side.trainer(fp16=True), 2).w), 4)
+
+
+def steps_with_overflow(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        return (self.w * batch).sum() * (float("inf") if batch_idx == 1 else 1.0)
+
+    return scheduler_steps(side, 3, frequency=1, step=step, fp16=True)
+
+
+def random_numbers_in_validation(side: Side) -> Any:
+    def validate(self: Any, batch: Any, batch_idx: int) -> None:
+        torch.rand(3)
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        self.seen.append(round(float(torch.rand(())), 6))
+        return (self.w * batch).sum()
+
+    def draws(validated: bool) -> Any:
+        torch.manual_seed(0)
+        module = probe(side.base, training_step=step, validation_step=validate)
+        return side.fit(module, side.trainer(max_epochs=2), 2, val_dataloaders=loader(1) if validated else None).seen
+
+    return "same draws" if draws(True) == draws(False) else "other draws"
+
+
+def weighted_window(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        return {"loss": (self.w * batch).sum(), "weight": float(3 - 2 * batch_idx)}  # 3, then 1
+
+    return round(-float(side.fit(probe(side.base, training_step=step), side.trainer(accumulate=2), 2).w), 4)
+
+
+def clipping_in_manual_mode(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward((self.w * batch).sum())
+        optimizer.step()
+
+    def train() -> Any:
+        module = probe(side.base, training_step=step)
+        module.automatic_optimization = False
+        return round(-float(side.fit(module, side.trainer(clip=0.5), 2).w), 4)
+
+    return outcome(train)
+
+
+def total_norm(side: Side) -> Any:
+    def configure_gradient_clipping(self: Any, optimizer: Any, *_: Any, **__: Any) -> None:
+        norm = self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+        self.seen.append(None if norm is None else float(norm))
+
+    return side.fit(probe(side.base, configure_gradient_clipping=configure_gradient_clipping), side.trainer(), 2).seen
+
+
+def raw_step_in_fp16(side: Side) -> Any:
+    def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        optimizer.optimizer.step(closure=optimizer_closure)
+
+    module = probe(side.base, optimizer_step=optimizer_step)
+    return round(-float(side.fit(module, side.trainer(fp16=True), 4).w), 4)
+
+
+def last_validation(side: Side) -> Any:
+    def validate(self: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(batch_idx)
+
+    module = probe(side.base, validation_step=validate)
+    side.fit(module, side.trainer(max_steps=3), 5, val_dataloaders=loader(1))
+    return len(module.seen)
+
+
+def overflow_counts(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        return (self.w * batch).sum() * (float("inf") if batch_idx == 1 else 1.0)
+
+    trainer = side.trainer(fp16=True)
+    side.fit(probe(side.base, training_step=step), trainer, 3)
+    return trainer.global_step
+
+
+def none_closes_a_window(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx == 1 else (self.w * batch).sum()
+
+    def train() -> Any:
+        return (
+            round(-float(side.fit(probe(side.base, training_step=step), side.trainer(accumulate=2, fp16=True), 2).w), 4) + 0.0
+        )
+
+    return outcome(train)
+
+
+# fmt: off
+DIFFERENCES = [
+    Difference("A5", "LBFGS with accumulation over 2 batches",
+               lbfgs_with_accumulation, "trains", "raises MisconfigurationError"),
+    Difference("A6", "3 batches whose loss is None: `global_step`", none_losses, 3, 0),
+    Difference("A7", "loss 8, accumulation over 2: what `on_before_backward` sees",
+               loss_in_hooks, [4.0, 4.0], [8.0, 8.0]),
+    Difference("A9", "a `StopIteration` inside of `training_step`",
+               stop_iteration, "ends the epoch", "raises StopIteration"),
+    Difference("B3", "5 batches, accumulation over 2: the updates", short_window, [1.5, 3.5, 2.5], [1.5, 3.5, 5.0]),
+    Difference("B4", "2 batches of weight 3 and 1 in a window: the update", weighted_window, 1.5, 1.25),
+    Difference("B7", "validation amid 4 batches accumulated by hand: the update", validation_in_a_window, 1.75, 2.5),
+    Difference("C2", "a clipping threshold of 0: the updates", clip_at_zero, [1.0, 2.0], "raises MisconfigurationError"),
+    Difference("C3", "`gradient_clip_val * 2` in `configure_gradient_clipping`",
+               clip_harder_later, "raises MisconfigurationException", 3.0),
+    Difference("C4", "`clip_gradients` to 0.5 in manual fp16: the update", clip_in_manual_fp16, 0.002, 0.5),
+    Difference("C4", "clipping to 0.5 attached in manual mode, 2 batches",
+               clipping_in_manual_mode, "raises MisconfigurationException", 1.0),
+    Difference("C5", "what `clip_gradients` returns", total_norm, [None, None], [1.0, 2.0]),
+    Difference("D1", "`(optimizer, scheduler)` from `configure_optimizers`",
+               optimizer_and_scheduler, "raises MisconfigurationException", "trains"),
+    Difference("D1", "`'freqency'` in a scheduler's config", unknown_key, "drops the key", "raises MisconfigurationError"),
+    Difference("D3", "`interval='step'`, `frequency=2`, accumulation over 2, 6 batches: scheduler steps",
+               scheduler_with_accumulation, 3, 1),
+    Difference("D3", "`interval='step'`, `frequency=3`, 3 epochs of 5 batches: scheduler steps",
+               scheduler_across_epochs, 3, 5),
+    Difference("D4", "3 batches whose loss is None: scheduler steps", scheduler_without_updates, 3, 0),
+    Difference("D4", "fp16, 3 batches, one overflows: scheduler steps", steps_with_overflow, 3, 2),
+    Difference("E3", "after a `toggled_optimizer` inside of another: do the parameters of both need gradients",
+               nested_toggle, (True, False), (True, True)),
+    Difference("F2", "fp16, `optimizer.optimizer.step(closure)`, 4 batches: the sum of updates",
+               raw_step_in_fp16, 2560.0, 10.0),
+    Difference("G1", "two optimizers a batch, `max_steps=5`: batches trained", two_optimizers_count_once, 3, 5),
+    Difference("G2", "accumulation {0: 4, 1: 2, 2: 1} over 6 batches",
+               estimate_with_a_schedule, "estimates 18, takes 11", "estimates 11, takes 11"),
+    Difference("G3", "`max_steps=3` in an epoch of 5 batches: validations", last_validation, 0, 1),
+    Difference("H2", "fp16, two optimizers, both backwards first: the updates", two_backwards_first, [1.0, 0.5], [1.0, 1.0]),
+    Difference("H3", "fp16, 3 batches, one overflows: `global_step`", overflow_counts, 3, 2),
+    Difference("H4", "fp16, `closure(); optimizer.step()` in `optimizer_step`, 2 batches: the sum of updates",
+               closure_then_step_in_fp16, 0.0, 3.0),
+    Difference("H5", "fp16, the batch that closes a window has the loss None: the update", none_closes_a_window, 0.0, 1.0),
+    Difference("J1", "training's random numbers with and without validation",
+               random_numbers_in_validation, "other draws", "same draws"),
+]
+# fmt: on
+
+
+def measured() -> Iterator[tuple[Difference, Any, Any]]:
+    """Every case with what the two of them gave."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice
+        for difference in DIFFERENCES:
+            yield difference, difference.run(Side("lightning")), difference.run(Side("eventtrain"))
+
+
+def table() -> str:
+    """The table of the documentation, from what was measured."""
+
+    def shown(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    lines = ["| rule | situation | Lightning | eventtrain |", "|---|---|---|---|"]
+    lines += [f"| {d.rule} | {d.situation} | {shown(theirs)} | {shown(here)} |" for d, theirs, here in measured()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--print"]:
+        print(table())
+    else:
+        PAGE.write_text(replaced(PAGE.read_text(), "differences", table()))

@@ -13,6 +13,7 @@ from eventtrain.errors import MisconfigurationError
 from eventtrain.events import EstimateSteppingBatches, FitStart, GradientsReady, TrainBatchStart, TrainEpochEnd, TrainEpochStart
 from eventtrain.optimizer import evaluates_often
 from eventtrain.schedule import Schedule
+from eventtrain.state import nonzero
 from eventtrain.trainer import Trainer
 
 Unit = Literal["epoch", "step", "batch"]
@@ -89,7 +90,7 @@ class GradientAccumulation(Callback):
                 f"{name} is attached and {type(trainer.module).__name__} optimizes manually. Remove it, and accumulate in "
                 "training_step: divide the loss by N, step and zero_grad where (batch_idx + 1) % N == 0."
             )
-        sizes = self._schedule.values if self._plain and self._schedule is not None else []
+        sizes = self._known_sizes(trainer.max_epochs)
         for optimizer in trainer.optimizers:
             if max(sizes, default=1) > 1 and evaluates_often(optimizer):
                 raise MisconfigurationError(
@@ -97,7 +98,7 @@ class GradientAccumulation(Callback):
                     f"several batches cannot repeat. Remove {name}, and use larger batches."
                 )
         length = trainer.num_training_batches
-        if length is not None and self.unit == "epoch" and max(sizes, default=1) > length:
+        if length and self.unit == "epoch" and max(sizes, default=1) > length:
             self._on_short_epoch(length, max(sizes))
         self._position = 0 if trainer.total_batch_idx < 0 else self._position
 
@@ -138,7 +139,8 @@ class GradientAccumulation(Callback):
             if world.world_size > 1:
                 weight = world.reduce(torch.as_tensor(weight, device=trainer.device), "sum")
             reference: Any = event.weight_reference
-            factor = self._window * reference * world.world_size / weight
+            # Weights that sum to 0 make gradients of 0, which any factor leaves alone.
+            factor = self._window * reference * world.world_size / nonzero(weight)
         elif event.batches != self._window:
             factor = self._window / event.batches
         else:
@@ -165,31 +167,35 @@ class GradientAccumulation(Callback):
         Raises:
             MisconfigurationError: The policy reads more of the trainer than a simulation has.
         """
-        view = SimulatedRun(f"{type(self).__name__}.batches_per_step")
+        counters = dict.fromkeys(("current_epoch", "global_step", "batch_idx", "total_batch_idx"), 0)
+        view = SimulatedRun(f"{type(self).__name__}.batches_per_step", counters)
         position = window = 0
         for epoch in range(epochs):
-            view.current_epoch = epoch
+            counters["current_epoch"] = epoch
             position = position if self.remainder == "carry" else 0
             done = 0
             while done < batches:
                 if position == 0:
-                    view.batch_idx, view.total_batch_idx = done, epoch * batches + done
+                    counters["batch_idx"], counters["total_batch_idx"] = done, epoch * batches + done
                     window = self.batches_per_step(view)
                     self._check(window)
                 taken = min(window - position, batches - done)
                 done += taken
                 position += taken
                 if position == window or (done == batches and self.remainder == "step"):
-                    view.global_step += 1
+                    counters["global_step"] += 1
                     position = 0
-                if max_steps is not None and view.global_step >= max_steps:
+                if max_steps is not None and counters["global_step"] >= max_steps:
                     return max_steps
-        return view.global_step
+        return counters["global_step"]
 
-    @property
-    def _plain(self) -> bool:
-        """Whether the policy is the constructor's, so that its values are known beforehand."""
-        return type(self).batches_per_step is GradientAccumulation.batches_per_step
+    def _known_sizes(self, max_epochs: int | None) -> list[int]:
+        """The windows that a run can have, where the policy is the constructor's schedule; else none."""
+        if self._schedule is None or type(self).batches_per_step is not GradientAccumulation.batches_per_step:
+            return []
+        reached = self.unit != "epoch" or max_epochs is None
+        pairs = zip(self._schedule.starts, self._schedule.values, strict=True)
+        return [size for start, size in pairs if reached or start < (max_epochs or 0)]
 
     def _check(self, batches: Any) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
@@ -221,20 +227,30 @@ class SimulatedRun:
 
     Args:
         asking: The policy's name, for messages.
+        counters: The counters by name, which the simulation goes on writing.
     """
 
-    def __init__(self, asking: str) -> None:
-        self._asking = asking
-        self.current_epoch = 0
-        self.global_step = 0
-        self.batch_idx = 0
-        self.total_batch_idx = 0
+    __slots__ = ("_asking", "_counters")
+    _asking: str
+    _counters: dict[str, int]
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __init__(self, asking: str, counters: dict[str, int]) -> None:
+        object.__setattr__(self, "_asking", asking)
+        object.__setattr__(self, "_counters", counters)
+
+    def __getattr__(self, name: str) -> int:
+        if name in self._counters:
+            return self._counters[name]
         raise MisconfigurationError(
             f"{self._asking} reads trainer.{name}, which estimated_stepping_batches cannot know beforehand. Read "
-            "current_epoch, global_step, batch_idx or total_batch_idx; or do without estimated_stepping_batches: give the "
-            "scheduler your own total_steps and Trainer(max_steps=...)."
+            f"{', '.join(self._counters)}; or do without estimated_stepping_batches: give the scheduler your own total_steps "
+            "and Trainer(max_steps=...)."
+        )
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise MisconfigurationError(
+            f"{self._asking} writes trainer.{name}. While estimated_stepping_batches is computed there is no run to write to: "
+            "keep what the policy remembers elsewhere, and derive its answer from the counters."
         )
 
 

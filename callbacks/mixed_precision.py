@@ -11,6 +11,7 @@ from eventtrain.callback import Callback
 from eventtrain.errors import MisconfigurationError, NonFiniteGradientError
 from eventtrain.events import (
     AfterBackward,
+    AfterOptimizerStep,
     AfterZeroGrad,
     BeforeBackward,
     BeforeForward,
@@ -65,6 +66,8 @@ class MixedPrecision(Callback):
         self._state: dict[str, Any] | None = None
         # Optimizers that hold scaled gradients; a scale may change only while there are none.
         self._scaled: set[LightningOptimizer] = set()
+        # What the others held before the backward at hand.
+        self._held: dict[LightningOptimizer, list[Any]] = {}
         # What was unscaled since the last update of the scale, and not yet stepped.
         self._unscaled: dict[LightningOptimizer, UnscaledGradients] = {}
         self._since_update: list[UnscaledGradients] = []
@@ -100,12 +103,16 @@ class MixedPrecision(Callback):
             event.enter(torch.autocast(trainer.device.type, enabled=False))
         if self.scaler is not None:
             event.loss = self.scaler.scale(event.loss)
+            self._held = {each: versions(each) for each in trainer.optimizers if each not in self._scaled}
 
     def on_after_backward(self, trainer: Trainer, event: AfterBackward) -> None:
-        if self.scaler is not None:
-            for optimizer in trainer.optimizers:
-                if any(p.grad is not None and p.requires_grad for p in optimizer.parameters()):
-                    self._scaled.add(optimizer)
+        # Other optimizers' gradients, such as those that were unscaled and stepped with, are as they were.
+        self._scaled.update(optimizer for optimizer, held in self._held.items() if versions(optimizer) != held)
+        self._held.clear()
+
+    def on_after_optimizer_step(self, trainer: Trainer, event: AfterOptimizerStep) -> None:
+        if self._manual:  # the forward's autocast is on still, and keeps copies of the weights as they were
+            torch.clear_autocast_cache()
 
     def on_unscale_gradients(self, trainer: Trainer, event: UnscaleGradients) -> None:
         optimizer = event.optimizer
@@ -175,6 +182,11 @@ class MixedPrecision(Callback):
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self._overflows = state["overflows"]
+
+
+def versions(optimizer: LightningOptimizer) -> list[Any]:
+    """What changes when a backward adds to any of an optimizer's gradients."""
+    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in optimizer.parameters()]
 
 
 class UnscaledGradients:

@@ -57,11 +57,6 @@ class LRSchedulerConfig:
             )
         if self.reduce_on_plateau is None:
             self.reduce_on_plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-        if self.reduce_on_plateau and self.monitor is None:
-            raise MisconfigurationError(
-                f"{kind} steps by a metric and its config names none. Return "
-                "{'scheduler': ..., 'monitor': 'val_loss'} with the name of a metric that you log."
-            )
 
     @property
     def optimizer(self) -> Any:

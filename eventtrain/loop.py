@@ -209,8 +209,8 @@ class TrainLoop:
                 optimizer.step(closure)
             else:
                 self.optimizer_step(self.progress.current_epoch, state.batch_idx, optimizer, closure)
-        except StepSkipped:  # from a step of the wrapped optimizer, which only the loop can leave
-            optimizer.abandon_step()
+        except StepSkipped as skip:  # from a step of the wrapped optimizer, which only the loop can leave
+            optimizer.abandon_step(skip.reason)
         if state.evaluations == 0:
             raise MisconfigurationError(
                 f"optimizer_step of the module did not run its closure in batch {state.batch_idx}, nor did "

@@ -51,7 +51,11 @@ def check_names(module: Any) -> None:
         MisconfigurationError: There is one.
     """
     known = [*HOOKS, *MODULE_ONLY_HOOKS]
-    for attribute, value in vars(type(module)).items():
+    library = {attribute for base in (LightningModule, LightningDataModule) for attribute in dir(base)}
+    for attribute in dir(type(module)):
+        value = getattr(type(module), attribute, None)
+        if attribute in library:
+            continue
         if attribute.startswith("on_") and attribute not in known and callable(value):
             hint = nearest(attribute, known)
             close = hint and abs(len(hint.split("'")[1]) - len(attribute)) <= 2

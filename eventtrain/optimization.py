@@ -41,7 +41,7 @@ def configure_optimizers(module: LightningModule) -> Configuration:
             f"{name}.configure_optimizers returned no optimizer: the run computes losses and updates nothing.", stacklevel=2
         )
     for config in configuration.schedulers:
-        _check_api(module, config)
+        _check_steps(module, config)
     return configuration
 
 
@@ -61,7 +61,12 @@ def own(module: LightningModule, name: str) -> Callable[..., Any] | None:
     return getattr(module, name) if overridden(module, name, LightningModule) else None
 
 
-def _check_api(module: LightningModule, config: LRSchedulerConfig) -> None:
+def _check_steps(module: LightningModule, config: LRSchedulerConfig) -> None:
+    if config.reduce_on_plateau and config.monitor is None:
+        raise MisconfigurationError(
+            f"{type(config.scheduler).__name__} steps by a metric and its config names none. Return "
+            "{'scheduler': ..., 'monitor': 'val_loss'} with the name of a metric that you log."
+        )
     if not has_torch_api(config) and own(module, "lr_scheduler_step") is None:
         raise MisconfigurationError(
             f"{type(config.scheduler).__name__}.step does not have torch's form, step() or step(metric). Override "

@@ -367,10 +367,12 @@ class LightningOptimizer(Optimizer):
         run = self._run
         return run is not None and run.depth > 0 and not run.stepping
 
-    def abandon_step(self) -> None:
-        """Forgets a step of the wrapped optimizer that was left by an exception."""
-        if self._run is not None:
-            self._run.depth = 0
+    def abandon_step(self, reason: str) -> None:
+        """Publishes that a step of the wrapped optimizer was left before it updated anything."""
+        run = self._run
+        if run is not None:
+            run.depth = 0
+            run.signals.optimizer_step_skipped.publish(OptimizerStepSkipped(self, reason))
 
     # ------------------------------------------------------------------ being the wrapped optimizer
 

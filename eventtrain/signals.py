@@ -24,34 +24,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 Listener = Callable[..., Any]
 
 
-class OrderedSet(set[Any]):
-    """A set that iterates in the order of insertion, for blinker's bookkeeping of receivers.
-
-    Only what blinker uses is ordered: ``add``, ``discard``, ``copy``, ``|`` and iteration.
-    """
-
-    def __init__(self, items: Any = ()) -> None:
-        super().__init__(items)
-        self._order = dict.fromkeys(items)
-
-    def add(self, item: Any) -> None:
-        super().add(item)
-        self._order[item] = None
-
-    def discard(self, item: Any) -> None:
-        super().discard(item)
-        self._order.pop(item, None)
-
-    def copy(self) -> OrderedSet:
-        return OrderedSet(self._order)
-
-    def __or__(self, other: Any) -> OrderedSet:
-        return OrderedSet([*self._order, *other])
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._order)
-
-
 class EventSignal(blinker.Signal):
     """A :class:`blinker.Signal` of one event and one sender.
 
@@ -65,8 +37,6 @@ class EventSignal(blinker.Signal):
             signal is muted. Read-only. A listener that connects or disconnects during an event takes
             effect at the next.
     """
-
-    set_class = OrderedSet
 
     def __init__(self, name: str, event_type: type[Event], sender: Any) -> None:
         self.name = name
@@ -145,6 +115,15 @@ class EventSignal(blinker.Signal):
         self._is_muted = muted
         if hasattr(self, "_by_sender"):  # blinker writes the flag in __init__, before its maps exist
             self._renew()
+
+    def receivers_for(self, sender: Any) -> Generator[Listener, None, None]:
+        """Yields the receivers that a sender reaches, in the order in which they were connected."""
+        # Blinker keeps them in sets; what it looks them up in is a dict, which remembers the order.
+        reached = list(super().receivers_for(sender))
+        for receiver in list(self.receivers.values()):
+            strong = receiver() if isinstance(receiver, weakref.ref) else receiver
+            if strong in reached:
+                yield strong
 
     def attached(self) -> list[Listener]:
         """The receivers that :meth:`publish` reaches, in order."""

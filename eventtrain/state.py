@@ -49,7 +49,7 @@ class BatchState:
         updated: An optimizer has updated in this batch.
         contributions: Batches of the open window that had a loss.
         weight: The sum of their weights, None where they carry none.
-        weight_reference: The run's first weight.
+        weight_reference: The run's first weight; 1 where that is 0.
     """
 
     automatic: bool = True
@@ -93,8 +93,15 @@ class BatchState:
         if weight is not None:
             self.weight = weight if self.weight is None else self.weight + weight
             if self.weight_reference is None:
-                self.weight_reference = weight
+                self.weight_reference = nonzero(weight)
         self.contributions += 1
+
+
+def nonzero(weight: Tensor | float) -> Any:
+    """A weight to divide by: itself, or 1 where it is 0. Of a tensor without asking its device."""
+    if isinstance(weight, (int, float)):
+        return weight or 1.0
+    return weight.masked_fill(weight == 0, 1)
 
 
 @dataclass(slots=True)

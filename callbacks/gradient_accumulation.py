@@ -90,14 +90,13 @@ class GradientAccumulation(Callback):
                 f"{name} is attached and {type(trainer.module).__name__} optimizes manually. Remove it, and accumulate in "
                 "training_step: divide the loss by N, step and zero_grad where (batch_idx + 1) % N == 0."
             )
-        sizes = self._known_sizes(trainer.max_epochs)
         for optimizer in trainer.optimizers:
-            if max(sizes, default=1) > 1 and evaluates_often(optimizer):
+            if max(self._known_sizes(None), default=1) > 1 and evaluates_often(optimizer):
                 raise MisconfigurationError(
                     f"{type(optimizer.optimizer).__name__} evaluates its closure several times a step, which a window of "
                     f"several batches cannot repeat. Remove {name}, and use larger batches."
                 )
-        length = trainer.num_training_batches
+        sizes, length = self._known_sizes(trainer.max_epochs), trainer.num_training_batches
         if length and self.unit == "epoch" and max(sizes, default=1) > length:
             self._on_short_epoch(length, max(sizes))
         self._position = 0 if trainer.total_batch_idx < 0 else self._position

@@ -73,7 +73,7 @@ class LRSchedulerStepping(Callback):
         """Connected to ``train_batch_end`` for runs that have a scheduler with the interval ``"batch"``."""
         for index, config in self._by_interval["batch"]:
             if self.is_due(config, trainer.total_batch_idx + 1):
-                self._step(trainer, index, config, needs_update=False)
+                self._step(trainer, index, config, counts_updates=False)
 
     def on_train_data_end(self, trainer: Trainer, event: TrainDataEnd) -> None:
         for index, config in self._by_interval["epoch"]:
@@ -94,9 +94,10 @@ class LRSchedulerStepping(Callback):
             if self.is_due(config, trainer.current_epoch + 1):
                 self._step(trainer, index, config)
 
-    def _step(self, trainer: Trainer, index: int, config: LRSchedulerConfig, *, needs_update: bool = True) -> None:
-        """Steps one scheduler, unless nothing was updated, or its metric not renewed, since its last step."""
-        if needs_update and self._last_update.get(index, 0) == trainer.global_step:
+    def _step(self, trainer: Trainer, index: int, config: LRSchedulerConfig, *, counts_updates: bool = True) -> None:
+        """Steps one scheduler, unless nothing was updated, or its metric not renewed, since its last step. One that
+        counts batches waits for the run's first update alone."""
+        if trainer.global_step == (self._last_update.get(index, 0) if counts_updates else 0):
             return
         metric: Any = None
         if config.monitor is not None:

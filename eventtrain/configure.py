@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.optimizer import LightningOptimizer
@@ -30,7 +30,7 @@ class LRSchedulerConfig:
         interval: What ``frequency`` counts: ``"epoch"`` the run's epochs, ``"step"`` its optimizer steps,
             ``"batch"`` its training batches, ``"validation"`` its validations.
         frequency: The scheduler steps at every so many of them.
-        monitor: The metric whose value each step is given; None for none.
+        monitor: The metric whose value each step is given, None for none.
         strict: An absent metric is an error; else a warning.
         name: What monitors and loggers call it.
         reduce_on_plateau: ``step`` takes the metric. None: as the scheduler's type says.
@@ -57,6 +57,11 @@ class LRSchedulerConfig:
             )
         if self.reduce_on_plateau is None:
             self.reduce_on_plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+
+    @property
+    def takes_no_metric(self) -> bool:
+        """Whether the scheduler is one of torch's whose ``step`` means something else by its argument."""
+        return isinstance(self.scheduler, LRScheduler) and not self.reduce_on_plateau
 
     @property
     def optimizer(self) -> Any:
@@ -225,7 +230,7 @@ def has_torch_api(config: LRSchedulerConfig) -> bool:
     """Whether the scheduler's ``step`` can be called as torch's are: without arguments, or with the metric
     that it monitors."""
     try:
-        inspect.signature(config.scheduler.step).bind(*([0.0] if config.reduce_on_plateau else []))
+        inspect.signature(config.scheduler.step).bind(*([0.0] if config.monitor is not None else []))
     except TypeError:
         return False
     return True

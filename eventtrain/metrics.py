@@ -34,13 +34,14 @@ class Entry:
         "step_name", "sync_dist", "total", "weight",
     )  # fmt: skip
 
-    def __init__(self, name: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool) -> None:
-        self.name = name
+    def __init__(self, name: str, suffix: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool) -> None:
+        self.name = name + suffix
         self.options = options
         self.prog_bar, self.logger, _, _, self.reduction, self.sync_dist = options
         self.on_step, self.on_epoch = on_step, on_epoch
-        self.step_name = (f"{name}_step" if on_epoch else name) if on_step else None
-        self.epoch_name = (f"{name}_epoch" if on_step else name) if on_epoch else None
+        both = on_step and on_epoch
+        self.step_name = (f"{name}_step{suffix}" if both else self.name) if on_step else None
+        self.epoch_name = (f"{name}_epoch{suffix}" if both else self.name) if on_epoch else None
         self.metric: Any = None
         self.total: Tensor | None = None
         self.weight: float = 0.0
@@ -140,23 +141,24 @@ class Metrics:
         """Collects one value; see :meth:`eventtrain.LightningModule.log`."""
         if self.moment is None or self.stage == "predict":
             self._refuse_moment(name)
-        if self.suffix and add_dataloader_idx:
-            name += self.suffix
+        suffix = self.suffix if add_dataloader_idx else ""
         options = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist)
-        entry = self._stage_entries.get(name)
+        entry = self._stage_entries.get(name + suffix if suffix else name)
         if entry is None:
-            entry = self._new_entry(name, options)
+            entry = self._new_entry(name, suffix, options)
         elif entry.options != options or (entry.on_step and self.moment == "epoch"):
             self._refuse_options(entry, options)
         if not isinstance(value, Tensor):
             value = self._as_tensor(entry, value)
             if value is None:
                 return
-        elif value.requires_grad:
-            value = value.detach()
+        else:
+            # What was computed in the graph stays as it is; a weight or a buffer may be changed in place.
+            value = value.detach() if value.grad_fn is not None else value.detach().clone()
         if value.numel() != 1:
             raise MisconfigurationError(
-                f"self.log({name!r}, ...) got a tensor of shape {tuple(value.shape)}. Log a scalar: take its mean or sum."
+                f"self.log({name!r}, ...) in {calling_hook()} got a tensor of shape {tuple(value.shape)}. Log a scalar: take "
+                "its mean or sum."
             )
         if value.ndim:
             value = value.reshape(())
@@ -256,7 +258,7 @@ class Metrics:
         self.callback_metrics[name] = value
         self.renewals[name] = self.renewals.get(name, 0) + 1
 
-    def _new_entry(self, name: str, options: tuple[Any, ...]) -> Entry:
+    def _new_entry(self, name: str, suffix: str, options: tuple[Any, ...]) -> Entry:
         _, _, on_step, on_epoch, reduction, _ = options
         if not isinstance(name, str):
             raise MisconfigurationError(f"self.log's first argument is the metric's name, a string; it is {name!r}.")
@@ -269,14 +271,15 @@ class Metrics:
         resolved_epoch = not per_step if on_epoch is None else on_epoch
         if not resolved_step and not resolved_epoch:
             raise MisconfigurationError(
-                f"self.log({name!r}, ...) has neither on_step nor on_epoch, so it would be kept nowhere. Set one of them."
+                f"self.log({name!r}, ...) in {calling_hook()} has neither on_step nor on_epoch, so it would be kept nowhere. "
+                "Set one of them."
             )
         if resolved_step and self.moment == "epoch":
             raise MisconfigurationError(
                 f"self.log({name!r}, ..., on_step=True) in {calling_hook()}, which belongs to no step. Leave on_step out."
             )
-        entry = Entry(name, options, resolved_step, resolved_epoch)
-        self._stage_entries[name] = entry
+        entry = Entry(name, suffix, options, resolved_step, resolved_epoch)
+        self._stage_entries[entry.name] = entry
         return entry
 
     def _as_tensor(self, entry: Entry, value: Any) -> Tensor | None:
@@ -295,7 +298,9 @@ class Metrics:
         if not isinstance(value, str) and callable(getattr(value, "item", None)) and getattr(value, "size", 0) == 1:
             return torch.tensor(float(value.item()))  # NumPy's scalars
         what = "a mapping: use self.log_dict" if isinstance(value, Mapping) else f"{value!r} ({type(value).__name__})"
-        raise MisconfigurationError(f"self.log({entry.name!r}, ...) got {what}. Log a number, a scalar tensor or a metric.")
+        raise MisconfigurationError(
+            f"self.log({entry.name!r}, ...) in {calling_hook()} got {what}. Log a number, a scalar tensor or a metric."
+        )
 
     def _refuse_moment(self, name: str) -> NoReturn:
         raise MisconfigurationError(

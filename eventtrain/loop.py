@@ -143,7 +143,7 @@ class TrainLoop:
                 self.end_epoch(complete=batches.is_last and stop.epoch_reason is None)
                 return
             if self.signals.safe_point.listeners:
-                self.signals.safe_point.publish(SafePoint(False, self.window_open()))
+                self.signals.safe_point.publish(SafePoint(False, self.batch.window_open))
         self.leave_epoch()
 
     def train_batch(self, batch: Any, batch_idx: int, is_last: bool) -> bool:
@@ -199,7 +199,8 @@ class TrainLoop:
 
     def optimize(self, state: BatchState, closure: Closure) -> None:
         """Automatic optimization of one batch."""
-        if not state.plan.step:
+        state.window_open = not state.plan.step
+        if state.window_open:
             closure()
             return
         optimizer = self.optimizer
@@ -235,10 +236,6 @@ class TrainLoop:
             self.signals.after_forward.publish(event)
             outputs, loss = event.outputs, event.loss
         state.outputs, state.loss = outputs, loss
-
-    def window_open(self) -> bool:
-        """Whether gradients of an unfinished accumulation window are held."""
-        return self.batch.automatic and not self.batch.plan.step
 
     # ------------------------------------------------------------------ metrics and validation
 
@@ -276,7 +273,7 @@ class TrainLoop:
     def end_epoch(self, complete: bool) -> None:
         """Ends an epoch after its last batch, or after the one at which it was asked to end."""
         self.close_metrics(complete)
-        self.signals.safe_point.publish(SafePoint(True, self.window_open()))
+        self.signals.safe_point.publish(SafePoint(True, self.batch.window_open))
         self.progress.current_epoch += 1
 
     def leave_epoch(self) -> None:

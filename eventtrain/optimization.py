@@ -67,11 +67,9 @@ def _check_steps(module: LightningModule, config: LRSchedulerConfig) -> None:
             f"{type(config.scheduler).__name__} steps by a metric and its config names none. Return "
             "{'scheduler': ..., 'monitor': 'val_loss'} with the name of a metric that you log."
         )
-    if own(module, "lr_scheduler_step") is not None:
-        return
     if config.takes_no_metric:
         config.monitor = None  # beside a StepLR it is common in dicts that other code makes, and means nothing
-    if not has_torch_api(config):
+    if not has_torch_api(config) and own(module, "lr_scheduler_step") is None:
         raise MisconfigurationError(
             f"{type(config.scheduler).__name__}.step does not have torch's form, step() or step(metric). Override "
             f"`lr_scheduler_step(self, scheduler, metric)` in {type(module).__name__} and call it there as it wants to be."

@@ -47,6 +47,7 @@ class BatchState:
         outputs: What ``training_step`` returned.
         loss: The raw loss with its graph, None where there is none.
         updated: An optimizer has updated in this batch.
+        window_open: The last batch that was trained left its window open: gradients are held.
         contributions: Batches of the open window that had a loss.
         weight: The sum of their weights, None where they carry none.
         weight_reference: The run's first weight; 1 where that is 0.
@@ -61,6 +62,7 @@ class BatchState:
     outputs: Any = None
     loss: Tensor | None = None
     updated: bool = False
+    window_open: bool = False
     contributions: int = 0
     weight: Tensor | float | None = None
     weight_reference: Tensor | float | None = None

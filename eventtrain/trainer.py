@@ -588,7 +588,7 @@ class Trainer:
 
         def validate() -> None:
             # Lightning zeroes all gradients here; only a module that asks for it does, and never in an open window.
-            if zero_grad is not None and self._loop is not None and not self._loop.window_open():
+            if zero_grad is not None and not self.batch.window_open:
                 zero_grad()
             self._evaluation_loop(module, "validation", within_fit=True).run()
 

@@ -1,0 +1,885 @@
+"""B. Gradient accumulation: windows, what is in them, and what becomes of them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from probe import On, Probe, Recorder, batches, new_trainer, train
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from eventtrain import LightningModule, MisconfigurationError
+from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
+
+
+def windows_of(module: Probe, trainer_arguments: dict[str, Any], accumulation: GradientAccumulation, xs: Any) -> list[int]:
+    """Trains, and returns how many batches each update accumulated."""
+    sizes: list[int] = []
+    seen = 0
+
+    def note(trainer: Any, event: Any) -> None:
+        nonlocal seen
+        sizes.append(len(module.seen) - seen)
+        seen = len(module.seen)
+
+    train(module, xs, accumulation, On(after_update=note), **trainer_arguments)
+    return sizes
+
+
+# ------------------------------------------------------------------ B1: batches per window
+
+
+def test_b1_no_accumulation_is_the_default() -> None:
+    module = Probe()
+    train(module, 3)
+    assert module.updates == [1.0, 2.0, 3.0]
+
+
+def test_b1_a_number() -> None:
+    assert windows_of(Probe(), {}, GradientAccumulation(7), 21) == [7, 7, 7]
+
+
+def test_b1_the_schedule_of_the_guide() -> None:
+    sizes = windows_of(Probe(), {"max_epochs": 10}, GradientAccumulation({0: 8, 4: 4, 8: 1}), 8)
+    assert sizes == [8] * 4 + [4] * 8 + [1] * 16
+
+
+def test_b1_a_schedule_holds_the_largest_key_not_above_the_epoch() -> None:
+    assert windows_of(Probe(), {"max_epochs": 4}, GradientAccumulation({2: 1, 0: 2}), 4) == [2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_b1_a_function_of_the_trainer() -> None:
+    policy = GradientAccumulation(lambda trainer: 1 if trainer.global_step < 2 else 3)
+    assert windows_of(Probe(), {}, policy, 8) == [1, 1, 3, 3]
+
+
+def test_b1_a_subclass_overrides_the_policy() -> None:
+    class Warmup(GradientAccumulation):
+        def batches_per_step(self, trainer: Any) -> int:
+            return 1 if trainer.global_step < 2 else 3
+
+    assert windows_of(Probe(), {}, Warmup(8), 8) == [1, 1, 3, 3]
+
+
+def test_b1_unit_epoch_is_the_default() -> None:
+    assert GradientAccumulation(1).unit == "epoch"
+
+
+def test_b1_unit_step_counts_updates() -> None:
+    assert windows_of(Probe(), {"max_epochs": 2}, GradientAccumulation({0: 1, 3: 2}, unit="step"), 5) == [1, 1, 1, 2, 2, 2, 1]
+
+
+def test_b1_unit_batch_counts_the_batches_of_the_run() -> None:
+    assert windows_of(Probe(), {"max_epochs": 2}, GradientAccumulation({0: 2, 6: 1}, unit="batch"), 5) == [2, 2, 1, 2, 1, 1, 1]
+
+
+def test_b1_a_size_changes_only_at_the_start_of_a_window() -> None:
+    # The key 1 falls inside of the first window, the key 5 inside of the second.
+    policy = GradientAccumulation({0: 3, 1: 4, 5: 1}, unit="batch")
+    module = Probe()
+    assert windows_of(module, {}, policy, 9) == [3, 4, 1, 1]
+    assert module.updates == [2.0, 5.5, 8.0, 9.0], "each gradient is the mean over its own window"
+
+
+def test_b1_a_function_is_asked_at_the_start_of_each_window_only() -> None:
+    asked: list[int] = []
+
+    def policy(trainer: Any) -> int:
+        asked.append(trainer.batch_idx)
+        return 3
+
+    train(Probe(), 7, GradientAccumulation(policy))
+    assert asked == [0, 3, 6]
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step", "batch"])
+def test_b1_a_schedule_that_does_not_start_at_0_is_an_error(unit: Any) -> None:
+    with pytest.raises(MisconfigurationError, match=r"starts at 2.*Add the key 0"):
+        GradientAccumulation({2: 4, 5: 1}, unit=unit)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "4", None])
+def test_b1_a_value_under_1_is_an_error(value: Any) -> None:
+    with pytest.raises(MisconfigurationError, match="whole number from 1"):
+        GradientAccumulation(value)
+    with pytest.raises(MisconfigurationError, match="whole number from 1"):
+        GradientAccumulation({0: 2, 4: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "4", None])
+def test_b1_a_value_under_1_from_a_function_is_an_error(value: Any) -> None:
+    with pytest.raises(MisconfigurationError, match="whole number from 1"):
+        train(Probe(), 3, GradientAccumulation(lambda trainer: value))
+
+
+@pytest.mark.parametrize("schedule", [{}, {-1: 2, 0: 1}, {0.5: 2, 0: 1}])
+def test_b1_a_schedule_with_other_keys_is_an_error(schedule: Any) -> None:
+    with pytest.raises(MisconfigurationError, match="schedule"):
+        GradientAccumulation(schedule)
+
+
+@pytest.mark.parametrize("option", [{"unit": "epochs"}, {"remainder": "flush"}, {"normalize": "mean"}])
+def test_b1_an_unknown_option_is_an_error_that_lists_the_known(option: Any) -> None:
+    known = {"unit": "'step'", "remainder": "'carry'", "normalize": "'fixed'"}
+    (name,) = option
+    with pytest.raises(MisconfigurationError, match=f"(?s){name}.*{known[name]}"):
+        GradientAccumulation(2, **option)
+
+
+# ------------------------------------------------------------------ B2: the epoch's end
+
+
+class Unsized:
+    """Batches without a length."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Any:
+        return iter(batches(self.n))
+
+
+@pytest.mark.parametrize("loader", [5, Unsized(5)], ids=["sized", "unsized"])
+def test_b2_windows_do_not_straddle_epochs(loader: Any) -> None:
+    module = Probe()
+    trainer = train(module, loader, GradientAccumulation(2), max_epochs=2)
+    assert module.updates == [1.5, 3.5, 5.0] * 2 and trainer.global_step == 6
+
+
+@pytest.mark.parametrize("loader", [5, Unsized(5)], ids=["sized", "unsized"])
+def test_b2_drop_discards_what_is_left(loader: Any) -> None:
+    class Logging(Probe):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("x", batch, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    module = Logging()
+    recorder = Recorder("train_batch_end")
+    trainer = train(module, loader, GradientAccumulation(2, remainder="drop"), recorder, max_epochs=2)
+    assert module.updates == [1.5, 3.5] * 2, "the surplus of an epoch is not in the next one's first window"
+    assert trainer.global_step == 4
+    assert module.seen == [1.0, 2.0, 3.0, 4.0, 5.0] * 2 and recorder.count("train_batch_end") == 10, "the surplus runs"
+    assert trainer.callback_metrics["x"].item() == 3.0, "the surplus logs"
+
+
+@pytest.mark.parametrize("loader", [3, Unsized(3)], ids=["sized", "unsized"])
+@pytest.mark.parametrize("windows", [4, {0: 1, 1: 4}, lambda trainer: 4], ids=["number", "schedule", "function"])
+def test_b2_drop_with_an_epoch_shorter_than_the_window_is_an_error(windows: Any, loader: Any) -> None:
+    with pytest.raises(MisconfigurationError, match=r"3 batches.*4.*drop"):
+        train(Probe(), loader, GradientAccumulation(windows, remainder="drop"), max_epochs=2)
+
+
+def test_b2_drop_does_not_mind_windows_that_the_run_never_has() -> None:
+    module = Probe()
+    train(module, 3, GradientAccumulation({0: 2, 9: 4}, remainder="drop"), max_epochs=2)
+    assert module.updates == [1.5, 1.5]
+
+
+def test_b2_carry_goes_on_in_the_next_epoch() -> None:
+    module = Probe()
+    trainer = train(module, 3, GradientAccumulation(2, remainder="carry"), max_epochs=3)
+    # (1, 2) (3, 1) (2, 3) (1, 2), and 3 is left open
+    assert module.updates == [1.5, 2.0, 2.5, 1.5] and trainer.global_step == 4
+
+
+def test_b2_carry_over_several_epochs() -> None:
+    module = Probe()
+    train(module, 2, GradientAccumulation(5, remainder="carry"), max_epochs=5)
+    assert module.updates == [pytest.approx(7 / 5), pytest.approx(8 / 5)]  # (1 2 1 2 1) (2 1 2 1 2)
+
+
+def test_b2_carry_keeps_the_size_of_the_window_that_it_began_with() -> None:
+    module = Probe()
+    train(module, 4, GradientAccumulation({0: 3, 1: 2}, remainder="carry"), max_epochs=2)
+    assert module.updates == [2.0, pytest.approx(7 / 3), 3.5]  # (1, 2, 3) (4, 1, 2) (3, 4)
+
+
+def test_b2_a_carried_window_is_untouched_by_epoch_schedulers_and_validation() -> None:
+    class Validating(Probe):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert self.w.grad is not None, "the open window's gradients are there"
+
+    def configure(sgd: Any) -> Any:
+        return [sgd], [LambdaLR(sgd, lambda epoch: 0.5**epoch)]
+
+    module = Validating(configure=configure)
+    trainer = train(module, 3, GradientAccumulation(2, remainder="carry"), LRSchedulerStepping(), val=2, max_epochs=3)
+    assert module.updates == [1.5, 2.0, 2.5, 1.5]
+    assert module.rates == [1.0, 0.5, 0.5, 0.25]
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 3
+
+
+def test_b2_what_is_open_at_the_end_of_the_run_is_dropped() -> None:
+    module = Probe()
+    trainer = train(module, 3, GradientAccumulation(2, remainder="carry"))
+    assert module.updates == [1.5] and trainer.global_step == 1 and module.w.item() == -1.5
+
+
+@pytest.mark.parametrize("end_at", [0, 1, 2])
+def test_b2_a_carried_window_does_not_count_a_batch_that_ended_its_epoch_before_it_was_trained(end_at: int) -> None:
+    class Ending(Probe):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if self.current_epoch == 0 and batch_idx == end_at else None
+
+    module = Ending()
+    train(module, 4, GradientAccumulation(2, remainder="carry"), max_epochs=2)
+    expected = {0: [1.5, 3.5], 1: [1.0, 2.5], 2: [1.5, 1.5, 3.5]}
+    assert module.updates == expected[end_at]
+
+
+@pytest.mark.parametrize("remainder", ["step", "drop", "carry"])
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_b2_stop_never_flushes_a_window(remainder: Any, stop_at: int) -> None:
+    module = Probe()
+    stop = On(train_batch_end=lambda trainer, event: trainer.stop("enough") if event.batch_idx + 1 == stop_at else None)
+    trainer = train(module, 5, GradientAccumulation(2, remainder=remainder), stop, max_epochs=2)
+    assert module.updates == {1: [], 2: [1.5], 3: [1.5]}[stop_at]
+    assert len(module.seen) == stop_at and trainer.current_epoch == 0
+
+
+def test_b2_stop_during_the_batch_that_closes_a_window_lets_it_close() -> None:
+    module = Probe()
+    stop = On(train_batch_start=lambda trainer, event: trainer.stop("enough") if event.batch_idx == 3 else None)
+    train(module, 5, GradientAccumulation(2), stop)
+    assert module.updates == [1.5, 3.5]
+
+
+def test_b2_end_epoch_never_flushes_a_window() -> None:
+    module = Probe()
+    end = On(train_batch_end=lambda trainer, event: trainer.end_epoch("short") if event.batch_idx == 2 else None)
+    train(module, 5, GradientAccumulation(2), end, max_epochs=2)
+    assert module.updates == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("remainder", ["step", "carry"])
+def test_b2_a_skipped_closing_batch_still_closes_its_window(remainder: Any) -> None:
+    module = Probe()
+    skip = On(train_batch_start=lambda trainer, event: event.skip_batch() if event.batch.item() in (2.0, 5.0) else None)
+    trainer = train(module, 5, GradientAccumulation(2, remainder=remainder), skip, max_epochs=1)
+    assert module.updates == [1.0, 3.5] and trainer.global_step == 2
+
+
+def test_b2_a_skipped_last_batch_closes_a_longer_short_window() -> None:
+    module = Probe()
+    skip = On(train_batch_start=lambda trainer, event: event.skip_batch() if event.is_last_batch else None)
+    train(module, 5, GradientAccumulation(3), skip)
+    assert module.updates == [2.0, 4.0]
+
+
+# ------------------------------------------------------------------ B3: the mean
+
+
+def test_b3_the_mean_is_over_the_batches_that_are_in_the_window() -> None:
+    module = Probe()
+    train(module, 5, GradientAccumulation(2))
+    assert module.updates == [1.5, 3.5, 5.0] and module.w.item() == -10.0
+
+
+def test_b3_fixed_always_divides_by_n() -> None:
+    module = Probe()
+    train(module, 5, GradientAccumulation(2, normalize="fixed"))
+    assert module.updates == [1.5, 3.5, 2.5] and module.w.item() == -7.5
+
+
+@pytest.mark.parametrize("normalize", ["window", "fixed"])
+def test_b3_no_look_ahead_is_needed(normalize: Any) -> None:
+    fetched: list[float] = []
+
+    class Loader:
+        def __len__(self) -> int:
+            return 5
+
+        def __iter__(self) -> Any:
+            for x in batches(5):
+                fetched.append(x.item())
+                yield x
+
+    module = Probe()
+    behind: list[int] = []
+    train(
+        module,
+        Loader(),
+        GradientAccumulation(2, normalize=normalize),
+        On(train_batch_end=lambda trainer, event: behind.append(len(fetched) - len(module.seen))),
+    )
+    assert module.updates[-1] == (5.0 if normalize == "window" else 2.5)
+    assert behind == [0] * 5, "no batch is read before its turn"
+
+
+def test_b3_what_is_short_is_rescaled_at_gradients_ready() -> None:
+    before: list[float] = []
+    after: list[float] = []
+    module = Probe()
+    train(
+        module,
+        5,
+        GradientAccumulation(2),
+        On(
+            unscale_gradients=lambda trainer, event: before.append(module.w.grad.item()),
+            before_optimizer_step=lambda trainer, event: after.append(module.w.grad.item()),
+        ),
+    )
+    assert before == [1.5, 3.5, 2.5] and after == [1.5, 3.5, 5.0]
+
+
+def test_b3_full_windows_are_not_touched() -> None:
+    versions: list[int] = []
+    module = Probe()
+    note = On(
+        unscale_gradients=lambda trainer, event: versions.append(-module.w.grad._version),
+        before_optimizer_step=lambda trainer, event: versions.append(module.w.grad._version + versions.pop()),
+    )
+    train(module, 5, GradientAccumulation(2), note)
+    assert versions == [0, 0, 1], "only the short window's gradients were written to"
+
+
+def test_b3_clipping_comes_after_normalisation() -> None:
+    module = Probe()
+    train(module, 5, GradientClipping(2.0, "value"), GradientAccumulation(2))
+    assert module.updates == [1.5, 2.0, 2.0]
+
+
+class Network(LightningModule):
+    """A small regression; its batches are ``(x, y)`` or ``(x, y, weight)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": self.loss(batch), "weight": batch[2]} if len(batch) > 2 else self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return AdamW(self.parameters(), lr=0.01)
+
+
+def regression_data(n: int, weights: Any = None) -> list[Any]:
+    generator = torch.Generator().manual_seed(2)
+    data = [(torch.randn(4, 3, generator=generator), torch.randn(4, 1, generator=generator)) for _ in range(n)]
+    return data if weights is None else [(*pair, weight) for pair, weight in zip(data, weights, strict=True)]
+
+
+def assert_same_parameters(module: nn.Module, expected: nn.Module) -> None:
+    for value, other in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(value, other)
+
+
+@pytest.mark.parametrize("normalize", ["window", "fixed"])
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_b3_equals_the_hand_written_loop(window: int, normalize: Any) -> None:
+    module = Network()
+    model = copy.deepcopy(module)
+    trainer = train(module, regression_data(7), GradientAccumulation(window, normalize=normalize), max_epochs=3)
+
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    for _ in range(3):
+        data = regression_data(7)
+        for start in range(0, 7, window):
+            inside = data[start : start + window]
+            optimizer.zero_grad()
+            for batch in inside:
+                (model.loss(batch) / window).backward()
+            if normalize == "window" and len(inside) != window:
+                for parameter in model.parameters():
+                    parameter.grad.mul_(window / len(inside))
+            optimizer.step()
+    assert_same_parameters(module, model)
+    state, expected = trainer.optimizers[0].state_dict()["state"], optimizer.state_dict()["state"]
+    assert all(torch.equal(state[i][name], expected[i][name]) for i in expected for name in expected[i])
+
+
+# ------------------------------------------------------------------ B4: weights
+
+
+class Weighted(Probe):
+    """Its batches are pairs of x and weight."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, weight = batch
+        self.seen.append(x.item())
+        return {"loss": self.loss(x), "weight": weight}
+
+
+def weighted(*pairs: tuple[float, Any]) -> list[Any]:
+    return [(torch.tensor(x), weight) for x, weight in pairs]
+
+
+TWO_WINDOWS = ((1.0, 1), (2.0, 3), (3.0, 6), (5.0, 2))
+
+
+@pytest.mark.parametrize("make", [int, float, torch.tensor], ids=["int", "float", "tensor"])
+def test_b4_the_gradient_is_the_weighted_mean(make: Any) -> None:
+    module = Weighted()
+    train(module, weighted(*((x, make(weight)) for x, weight in TWO_WINDOWS)), GradientAccumulation(2))
+    assert module.updates == [1.75, 3.5]  # (1 + 6) / 4, (18 + 10) / 8
+
+
+def test_b4_a_short_window() -> None:
+    module = Weighted()
+    train(module, weighted((1.0, 2), (2.0, 2), (3.0, 4)), GradientAccumulation(2))
+    assert module.updates == [1.5, 3.0]
+
+
+def test_b4_windows_of_one_batch() -> None:
+    module = Weighted()
+    train(module, weighted((1.0, 2), (2.0, 8), (3.0, 4)), GradientAccumulation(1))
+    assert module.updates == [1.0, 2.0, 3.0]
+
+
+def test_b4_without_accumulation_a_weight_changes_nothing() -> None:
+    module = Weighted()
+    train(module, weighted((1.0, 2), (2.0, 8), (3.0, 4)))
+    assert module.updates == [1.0, 2.0, 3.0]
+
+
+def test_b4_fixed_does_not_weight() -> None:
+    module = Weighted()
+    train(module, weighted(*TWO_WINDOWS), GradientAccumulation(2, normalize="fixed"))
+    assert module.updates == [1.5, 4.0]
+
+
+def test_b4_a_batch_without_a_loss_has_no_weight() -> None:
+    class Missing(Weighted):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch[0].item() == 2.0 else super().training_step(batch, batch_idx)
+
+    module = Missing()
+    train(module, weighted((1.0, 1), (2.0, 3), (3.0, 3)), GradientAccumulation(3))
+    assert module.updates == [2.5]  # (1 + 9) / 4
+
+
+def test_b4_a_weight_of_zero_contributes_nothing() -> None:
+    module = Weighted()
+    train(module, weighted((1.0, 4), (2.0, 0), (3.0, 0), (5.0, 2)), GradientAccumulation(2))
+    assert module.updates == [1.0, 5.0]
+
+
+@pytest.mark.parametrize("make", [int, float, torch.tensor], ids=["int", "float", "tensor"])
+def test_b4_the_first_weight_of_the_run_may_be_zero(make: Any) -> None:
+    module = Weighted()
+    train(module, weighted((1.0, make(0)), (2.0, make(1)), (3.0, make(1)), (5.0, make(1))), GradientAccumulation(2))
+    assert module.updates == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("make", [int, float, torch.tensor], ids=["int", "float", "tensor"])
+def test_b4_a_window_whose_weights_are_all_zero_has_no_gradient(make: Any) -> None:
+    module = Weighted()
+    train(module, weighted((1.0, make(4)), (2.0, make(0)), (3.0, make(0))), GradientAccumulation(1))
+    assert module.updates == [1.0, 0.0, 0.0]
+
+
+def test_b4_the_arithmetic_is_that_of_the_rule() -> None:
+    weights = [3.0, 7.0, 1.0, 5.0, 11.0, 2.0, 13.0]
+    module = Network()
+    model = copy.deepcopy(module)
+    data = regression_data(7, weights)
+    train(module, data, GradientAccumulation(3), max_epochs=2)
+
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    reference = weights[0]
+    for _ in range(2):
+        for start in range(0, 7, 3):
+            inside = data[start : start + 3]
+            optimizer.zero_grad()
+            for batch in inside:
+                (model.loss(batch) * batch[2] / (3 * reference)).backward()
+            for parameter in model.parameters():
+                parameter.grad.mul_(3 * reference / sum(batch[2] for batch in inside))
+            optimizer.step()
+    assert_same_parameters(module, model)
+
+
+def test_b4_backward_runs_on_the_loss_in_the_unit_of_the_first_weight() -> None:
+    module = Weighted(lr=0.0)
+    module.w.data.fill_(1.0)
+    recorder = Recorder("before_backward", "gradients_ready")
+    train(module, weighted((1.0, 1000.0), (2.0, 3000.0), (3.0, 500.0)), GradientAccumulation(2), recorder)
+    losses = [
+        event.loss.item() for name, event in zip(recorder.names, recorder.events, strict=True) if name == "before_backward"
+    ]
+    assert losses == [0.5, 3.0, 0.75], "as large as an unweighted loss: loss * w / (N * 1000)"
+    ready = [event for name, event in zip(recorder.names, recorder.events, strict=True) if name == "gradients_ready"]
+    assert [(event.weight, event.weight_reference, event.batches) for event in ready] == [
+        (4000.0, 1000.0, 2),
+        (500.0, 1000.0, 1),
+    ]
+
+
+def test_b4_weights_that_are_tensors_stay_tensors() -> None:
+    recorder = Recorder("gradients_ready")
+    pairs = weighted((1.0, torch.tensor(2.0)), (2.0, torch.tensor(6.0)))
+    train(Weighted(), pairs, GradientAccumulation(2), recorder)
+    (event,) = recorder.events
+    assert isinstance(event.weight, torch.Tensor) and event.weight.item() == 8.0
+    assert isinstance(event.weight_reference, torch.Tensor) and event.weight_reference.item() == 2.0
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor], ids=["float", "tensor"])
+def test_b4_the_first_weight_is_kept_in_checkpoints(make: Any, tmp_path: Any) -> None:
+    module = Weighted()
+    policy = GradientAccumulation(2)
+    train(
+        module,
+        weighted((1.0, make(4.0)), (2.0, make(8.0))),
+        policy,
+        On(safe_point=lambda trainer, event: trainer.save_checkpoint(tmp_path / "run.ckpt") if event.epoch_end else None),
+    )
+    resumed = Weighted()
+    references: list[float] = []
+    note = On(gradients_ready=lambda trainer, event: references.append(float(event.weight_reference)))
+    trainer = new_trainer(GradientAccumulation(2), note, max_epochs=2)
+    trainer.fit(resumed, weighted((1.0, make(16.0)), (2.0, make(16.0))), ckpt_path=tmp_path / "run.ckpt")
+    assert set(references) == {4.0} and set(resumed.updates) == {1.5}
+
+
+class TwoRanks:
+    """The view that one rank of two has; the other's tensors are these."""
+
+    world_size, global_rank, local_rank = 2, 0, 0
+
+    def __init__(self, *others: float) -> None:
+        self.others = list(others)
+
+    def reduce(self, value: Any, reduction: str) -> Any:
+        assert reduction == "sum" and isinstance(value, torch.Tensor)
+        return value + self.others.pop(0)
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def barrier(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor], ids=["float", "tensor"])
+def test_b4_weights_are_summed_across_ranks(make: Any) -> None:
+    """The other rank has the gradients 7 and 9 with the weights 4 and 2, in a window of two batches."""
+
+    def average(trainer: Any, event: Any) -> None:
+        parameter = trainer.module.w  # what an all-reduce with a mean does, on what the other rank's backward gave
+        theirs = (7.0 * 4.0 + 9.0 * 2.0) / (2 * 1.0)
+        parameter.grad.add_(theirs).div_(2)
+
+    module = Weighted()
+    trainer = new_trainer(GradientAccumulation(2), On(reduce_gradients=average))
+    trainer.distributed = TwoRanks(6.0)  # type: ignore[assignment]
+    trainer.fit(module, weighted((1.0, make(1.0)), (2.0, make(3.0))))
+    assert module.updates == [pytest.approx((1 * 1 + 2 * 3 + 7 * 4 + 9 * 2) / (1 + 3 + 4 + 2))]
+
+
+@pytest.mark.parametrize("missing", [1.0, 2.0])
+def test_b4_some_batches_of_a_window_without_a_weight_are_an_error(missing: float) -> None:
+    class Partly(Weighted):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            returned = super().training_step(batch, batch_idx)
+            return returned["loss"] if batch[0].item() == missing else returned
+
+    with pytest.raises(MisconfigurationError, match="weight"):
+        train(Partly(), weighted((1.0, 1), (2.0, 3)), GradientAccumulation(2))
+
+
+# ------------------------------------------------------------------ B5: distributed runs
+
+
+@pytest.mark.parametrize(
+    ("remainder", "closing"), [("step", [0, 1, 0, 1, 1]), ("drop", [0, 1, 0, 1, 0]), ("carry", [0, 1, 0, 1, 0])]
+)
+def test_b5_forward_says_which_batch_closes_its_window(remainder: Any, closing: list[int]) -> None:
+    recorder = Recorder("before_forward")
+    train(Probe(), 5, GradientAccumulation(2, remainder=remainder), recorder)
+    assert [int(event.closes_window) for event in recorder.events] == closing
+
+
+def test_b5_without_accumulation_every_batch_closes_its_window() -> None:
+    recorder = Recorder("before_forward")
+    train(Probe(), 3, recorder)
+    assert [event.closes_window for event in recorder.events] == [True] * 3
+
+
+class Caller(nn.Module):
+    """What DDP wraps: its forward calls a module's step."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, step: Any, *args: Any) -> Any:
+        return step(*args)
+
+
+class Synchronised:
+    """torch's own DDP around the step, and what it all-reduced."""
+
+    def __init__(self) -> None:
+        self.reduced: list[float] = []
+
+    def on_setup(self, trainer: Any, event: Any) -> None:
+        self.ddp = nn.parallel.DistributedDataParallel(Caller(trainer.module))
+        self.ddp.register_comm_hook(None, self.reduce)
+
+    def reduce(self, state: Any, bucket):  # type: ignore[no-untyped-def] # torch checks annotations
+        self.reduced.append(bucket.buffer().item())
+        future: Any = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def on_before_forward(self, trainer: Any, event: Any) -> None:
+        if not event.closes_window:
+            event.enter(self.ddp.no_sync())
+        event.run = self.ddp
+
+
+def test_b5_gradients_are_synchronised_once_per_window(tmp_path: Any) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        module, ddp = Probe(), Synchronised()
+        trainer = train(module, 5, GradientAccumulation(2), ddp, max_epochs=2)
+        assert module.updates == [1.5, 3.5, 5.0] * 2
+        assert len(ddp.reduced) == trainer.global_step == 6
+        assert ddp.reduced == [1.5, 3.5, 2.5] * 2, "complete windows, before what is short is rescaled"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------ B6: epochs shorter than a window
+
+
+@pytest.mark.parametrize("loader", [2, Unsized(2)], ids=["sized", "unsized"])
+@pytest.mark.parametrize("windows", [4, {0: 4}, lambda trainer: 4], ids=["number", "schedule", "function"])
+def test_b6_an_epoch_shorter_than_the_window_warns_once(windows: Any, loader: Any) -> None:
+    module = Probe()
+    with pytest.warns(UserWarning, match="2 batches and a window 4") as caught:
+        train(module, loader, GradientAccumulation(windows), max_epochs=3)
+    assert len(caught) == 1
+    assert module.updates == [1.5] * 3
+
+
+@pytest.mark.parametrize("windows", [2, {0: 1, 1: 2}, {0: 2, 9: 4}], ids=["as-long", "schedule", "never-reached"])
+def test_b6_no_warning_where_no_epoch_is_too_short(windows: Any) -> None:
+    module = Probe()
+    train(module, 2, GradientAccumulation(windows), max_epochs=2)  # a warning would be an error
+    assert module.updates[-1] == 1.5
+
+
+# ------------------------------------------------------------------ B7: validation inside of an epoch
+
+
+class Validating(Probe):
+    """Validates with the loss, as modules do."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_b7_validation_never_touches_an_open_window(window: int) -> None:
+    expected, module = Probe(), Validating()
+    train(expected, 6, GradientAccumulation(window))
+    train(module, 6, GradientAccumulation(window), val=2, val_check_interval=1)
+    assert module.updates == expected.updates and torch.equal(module.w, expected.w)
+
+
+class ByHand(Validating):
+    """Accumulates by hand over four batches."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch) / 4)
+        if (batch_idx + 1) % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_b7_in_manual_mode_either() -> None:
+    module = ByHand(automatic=False)
+    train(module, 4, val=2, val_check_interval=2)
+    assert module.updates == [2.5]
+
+
+def test_b7_the_hook_that_zeroes_for_validation_waits_for_the_window() -> None:
+    called: list[int] = []
+
+    class Zeroing(Validating):
+        def on_validation_model_zero_grad(self) -> None:
+            called.append(len(self.seen))
+            self.zero_grad()
+
+    module = Zeroing()
+    train(module, 5, GradientAccumulation(2), val=1, val_check_interval=1)
+    assert module.updates == [1.5, 3.5, 5.0] and called == [2, 4, 5]
+
+
+def test_b7_an_epoch_that_ends_before_a_batch_leaves_a_carried_window_open() -> None:
+    class Ending(Validating):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if self.current_epoch == 0 and batch_idx == 1 else None
+
+        def on_validation_model_zero_grad(self) -> None:
+            self.zero_grad()
+
+    module = Ending()
+    recorder = Recorder("safe_point")
+    train(module, 4, GradientAccumulation(2, remainder="carry"), recorder, val=1, max_epochs=2)
+    assert recorder.events[1].epoch_end and recorder.events[1].window_open
+    assert module.updates == [1.0, 2.5]
+
+
+# ------------------------------------------------------------------ properties
+
+
+def hand_written(
+    length: int, epochs: int, size: Any, *, unit: str, remainder: str, normalize: str, max_steps: int | None
+) -> tuple[torch.Tensor, int]:
+    """The loop that anybody would write: the weight and the number of updates."""
+    w = torch.zeros(1, requires_grad=True)
+    optimizer = SGD([w], lr=0.1, momentum=0.5)
+    updates = batches_done = in_window = window = 0
+    for epoch in range(epochs):
+        if remainder != "carry":
+            in_window = 0
+        for index in range(length):
+            if in_window == 0:
+                window = size({"epoch": epoch, "step": updates, "batch": batches_done}[unit])
+                optimizer.zero_grad()
+            ((w * float(index + 1)).sum() / window).backward()
+            in_window += 1
+            batches_done += 1
+            if in_window == window or (remainder == "step" and index == length - 1):
+                if normalize == "window" and in_window != window:
+                    w.grad.mul_(window / in_window)  # type: ignore[union-attr]
+                optimizer.step()
+                updates += 1
+                in_window = 0
+                if updates == max_steps:
+                    return w.detach(), updates
+    return w.detach(), updates
+
+
+schedules = st.dictionaries(st.integers(1, 6), st.integers(1, 5), max_size=3).flatmap(
+    lambda later: st.integers(1, 5).map(lambda first: {0: first, **later})
+)
+
+
+class Momentum(Probe):
+    """The probe with an optimizer that remembers, so that the order of updates matters."""
+
+    estimated = -1
+
+    def configure_optimizers(self) -> Any:
+        self.estimated = self.trainer.estimated_stepping_batches
+        return self.watch(SGD([self.w], lr=0.1, momentum=0.5))
+
+
+@settings(derandomize=True, max_examples=150, deadline=None, database=None)
+@given(
+    schedule=schedules,
+    as_function=st.booleans(),
+    unit=st.sampled_from(["epoch", "step", "batch"]),
+    remainder=st.sampled_from(["step", "drop", "carry"]),
+    normalize=st.sampled_from(["window", "fixed"]),
+    length=st.integers(1, 9),
+    epochs=st.integers(1, 4),
+    limit=st.none() | st.integers(1, 9),
+    max_steps=st.none() | st.integers(1, 12),
+)
+def test_b_property_windows_equal_the_hand_written_loop(
+    schedule: Any,
+    as_function: bool,
+    unit: Any,
+    remainder: Any,
+    normalize: Any,
+    length: int,
+    epochs: int,
+    limit: int | None,
+    max_steps: int | None,
+) -> None:
+    def size(count: int) -> int:
+        return schedule[max(key for key in schedule if key <= count)]
+
+    used = length if limit is None else min(limit, length)
+    counter = {"epoch": "current_epoch", "step": "global_step", "batch": "total_batch_idx"}[unit]
+    batches_ = (lambda trainer: size(getattr(trainer, counter))) if as_function else schedule
+    module = Momentum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # an epoch shorter than the window
+        try:
+            trainer = train(
+                module,
+                length,
+                GradientAccumulation(batches_, unit=unit, remainder=remainder, normalize=normalize),
+                max_epochs=epochs,
+                limit_train_batches=limit,
+                max_steps=max_steps,
+            )
+        except MisconfigurationError:
+            if remainder == "drop" and max(schedule.values()) > used:
+                return  # an epoch shorter than the window
+            raise
+    arguments = {"unit": unit, "remainder": remainder, "normalize": normalize, "max_steps": max_steps}
+    w, updates = hand_written(used, epochs, size, **arguments)
+    assert trainer.global_step == len(module.updates) == updates
+    assert torch.equal(module.w, w)
+    assert module.estimated == trainer.estimated_stepping_batches == updates
+
+
+@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+@given(
+    window=st.integers(1, 4),
+    remainder=st.sampled_from(["step", "drop", "carry"]),
+    nothing=st.sets(st.integers(1, 8)),
+    skipped=st.sets(st.integers(1, 8)),
+    length=st.integers(4, 8),
+    epochs=st.integers(1, 3),
+)
+def test_b_property_batches_without_a_loss_only_lower_the_number_of_contributions(
+    window: int, remainder: Any, nothing: set[int], skipped: set[int], length: int, epochs: int
+) -> None:
+    module = Probe(nothing_for=map(float, nothing))
+    skip = On(train_batch_start=lambda trainer, event: event.skip_batch() if int(event.batch) in skipped else None)
+    trainer = train(module, length, GradientAccumulation(window, remainder=remainder), skip, max_epochs=epochs)
+    xs: list[list[int]] = []
+    for epoch in range(epochs):
+        if epoch == 0 or remainder != "carry":
+            xs.append([])
+        for x in range(1, length + 1):
+            if len(xs[-1]) == window:
+                xs.append([])
+            xs[-1].append(x)
+        if remainder == "drop" and len(xs[-1]) < window:
+            xs.pop()
+    if remainder == "carry" and len(xs[-1]) < window:
+        xs.pop()
+    contributed = [[x for x in inside if x not in nothing | skipped] for inside in xs]
+    expected = [sum(inside) / len(inside) for inside in contributed if inside]
+    assert module.updates == pytest.approx(expected, rel=1e-6)
+    assert trainer.global_step == len(expected) <= trainer.estimated_stepping_batches
+
+
+@settings(derandomize=True, max_examples=40, deadline=None, database=None)
+@given(
+    weights=st.lists(st.integers(1, 64), min_size=3, max_size=8),
+    window=st.integers(1, 3),
+    remainder=st.sampled_from(["step", "drop", "carry"]),
+)
+def test_b_property_weights(weights: list[int], window: int, remainder: Any) -> None:
+    module = Weighted()
+    pairs = [(float(i + 1), weight) for i, weight in enumerate(weights)]
+    train(module, weighted(*pairs), GradientAccumulation(window, remainder=remainder))
+    full = [pairs[start : start + window] for start in range(0, len(pairs), window)]
+    inside = [each for each in full if len(each) == window or remainder == "step"]
+    expected = [sum(x * weight for x, weight in each) / sum(weight for _, weight in each) for each in inside]
+    assert module.updates == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,784 @@
+"""E. Manual optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from probe import On, Probe, Recorder, batches, train
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import LBFGS, SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
+
+from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
+from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
+
+
+class Manual(Probe):
+    """The probe, optimized by hand, as in the guide's minimal step."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(automatic=False, **arguments)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        opt = self.optimizers()
+        opt.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        opt.step()
+
+
+class Pair(LightningModule):
+    """Two optimizers with a parameter each: the gradients are x and 10 x.
+
+    Args:
+        step: Called in each batch as ``step(module, batch, batch_idx)``.
+        configure: What ``configure_optimizers`` makes of the two.
+    """
+
+    def __init__(self, step: Callable[..., Any] = lambda module, batch, batch_idx: None, configure: Any = None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.a, self.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.step, self.configure = step, configure
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.a * x + 10 * self.b * x).sum()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.step(self, batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        first, second = SGD([self.a], lr=1.0), SGD([self.b], lr=1.0)
+        return [first, second] if self.configure is None else self.configure(first, second)
+
+
+# ------------------------------------------------------------------ E1: what a module calls
+
+
+def test_e1_the_minimal_step_of_the_guide() -> None:
+    module = Manual()
+    trainer = train(module, 3, max_epochs=2)
+    assert module.updates == [1.0, 2.0, 3.0] * 2 and trainer.global_step == 6 and trainer.current_epoch == 2
+
+
+def one(sgd: Any) -> Any:
+    return LambdaLR(sgd, lambda step: 1.0)
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [
+        lambda sgd: sgd,
+        lambda sgd: [sgd],
+        lambda sgd: {"optimizer": sgd},
+        lambda sgd: [{"optimizer": sgd}],
+        lambda sgd: ([sgd], []),
+    ],
+)
+def test_e1_one_optimizer_in_whatever_form_is_one_object(configure: Any) -> None:
+    module = Manual(configure=configure)
+    train(module, 2)
+    assert isinstance(module.optimizers(), LightningOptimizer) and module.optimizers().optimizer is module.sgd
+    assert module.optimizers(use_pl_optimizer=False) is module.sgd
+    assert module.lr_schedulers() is None
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [
+        lambda sgd, scheduler: (sgd, scheduler),
+        lambda sgd, scheduler: ([sgd], [scheduler]),
+        lambda sgd, scheduler: ([sgd], [{"scheduler": scheduler, "interval": "step"}]),
+        lambda sgd, scheduler: {"optimizer": sgd, "lr_scheduler": scheduler},
+        lambda sgd, scheduler: {"optimizer": sgd, "lr_scheduler": {"scheduler": scheduler}},
+        lambda sgd, scheduler: [{"optimizer": sgd, "lr_scheduler": scheduler}],
+    ],
+)
+def test_e1_one_scheduler_in_whatever_form_is_one_object(configure: Any) -> None:
+    made: list[Any] = []
+    module = Manual(configure=lambda sgd: configure(sgd, made.append(one(sgd)) or made[0]))
+    train(module, 2)
+    assert module.lr_schedulers() is made[0]
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [
+        lambda a, b, schedulers: ([a, b], schedulers),
+        lambda a, b, schedulers: [{"optimizer": o, "lr_scheduler": s} for o, s in zip((a, b), schedulers, strict=True)],
+        lambda a, b, schedulers: tuple(
+            {"optimizer": o, "lr_scheduler": {"scheduler": s}} for o, s in zip((a, b), schedulers, strict=True)
+        ),
+    ],
+)
+def test_e1_several_are_lists_in_the_order_given(configure: Any) -> None:
+    made: list[Any] = []
+
+    def configured(a: Any, b: Any) -> Any:
+        made.extend([one(a), one(b)])
+        return configure(a, b, made)
+
+    module = Pair(configure=configured)
+    train(module, 1)
+    optimizers = module.optimizers()
+    assert isinstance(optimizers, list) and [o.param_groups[0]["params"] for o in optimizers] == [[module.a], [module.b]]
+    assert all(isinstance(optimizer, LightningOptimizer) for optimizer in optimizers)
+    assert [type(optimizer) for optimizer in module.optimizers(use_pl_optimizer=False)] == [SGD, SGD]
+    schedulers = module.lr_schedulers()
+    assert isinstance(schedulers, list) and schedulers == made
+
+
+def test_e1_the_same_wrapper_is_given_every_time() -> None:
+    seen: list[Any] = []
+
+    def step(module: Any, batch: Any, batch_idx: int) -> None:
+        seen.append([id(optimizer) for optimizer in module.optimizers()])
+
+    train(Pair(step), 3)
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize(
+    "optimizer", [lambda w: LBFGS([w], lr=0.5, max_iter=3), lambda w: Adam([w], lr=0.1)], ids=["lbfgs", "adam"]
+)
+def test_e1_step_with_a_closure(optimizer: Any) -> None:
+    def quadratic(w: Any, x: Any) -> Any:
+        return ((w - x) ** 2 + w**4).sum()
+
+    returned: list[float] = []
+
+    class WithClosure(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            opt = self.optimizers()
+
+            def closure() -> Any:
+                loss = quadratic(self.w, batch)
+                opt.zero_grad()
+                self.manual_backward(loss)
+                return loss
+
+            returned.append(opt.step(closure=closure).item())
+
+    module = WithClosure()
+    module.configure = lambda _: optimizer(module.w)
+    recorder = Recorder("after_optimizer_step", "before_backward", "before_optimizer_step", "after_update")
+    trainer = train(module, 3, recorder)
+
+    w = nn.Parameter(torch.zeros(1))
+    opt = optimizer(w)
+    expected: list[float] = []
+    evaluations = 0
+    for x in batches(3):
+
+        def closure(x: Any = x) -> Any:
+            nonlocal evaluations
+            evaluations += 1
+            loss = quadratic(w, x)
+            opt.zero_grad()
+            loss.backward()
+            return loss
+
+        expected.append(opt.step(closure).item())
+    assert torch.equal(module.w, w) and returned == expected and trainer.global_step == 3
+    assert recorder.count("before_backward") == recorder.count("before_optimizer_step") == evaluations
+    assert recorder.count("after_optimizer_step") == recorder.count("after_update") == 3
+
+
+def test_e1_manual_backward_passes_its_arguments_on() -> None:
+    class Twice(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            opt = self.optimizers()
+            opt.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss, retain_graph=True)
+            self.manual_backward(loss, torch.tensor(2.0))
+            opt.step()
+
+    module = Twice()
+    train(module, 2)
+    assert module.updates == [3.0, 6.0]
+
+
+def test_e1_manual_backward_calls_the_modules_backward() -> None:
+    class Own(Manual):
+        def backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+            super().backward(loss * 2, *args, **kwargs)
+
+    module = Own()
+    train(module, 2)
+    assert module.updates == [2.0, 4.0]
+
+
+def test_e1_manual_backward_of_no_tensor_is_an_error() -> None:
+    class Wrong(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(1.5)  # type: ignore[arg-type]
+
+    with pytest.raises(MisconfigurationError, match=r"1\.5"):
+        train(Wrong(), 1)
+
+
+@pytest.mark.parametrize("returned", [None, "loss", {"loss": "loss", "extra": 1}, {"extra": 1}])
+def test_e1_training_step_may_return_something_or_nothing(returned: Any) -> None:
+    class Returning(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            super().training_step(batch, batch_idx)
+            loss = self.loss(batch).detach()
+            if isinstance(returned, dict):
+                return {key: loss if value == "loss" else value for key, value in returned.items()}
+            return loss if returned == "loss" else None
+
+    module = Returning()
+    recorder = Recorder("train_batch_end")
+    train(module, 2, recorder)
+    assert module.updates == [1.0, 2.0]
+    outputs = [event.outputs for event in recorder.events]
+    if returned is None:
+        assert outputs == [None, None]
+    elif isinstance(returned, dict):
+        assert all(output["extra"] == 1 for output in outputs)
+    if returned is not None and returned != {"extra": 1}:
+        assert [event.loss.item() for event in recorder.events] == [-1.0, -6.0]
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch", "batch"])
+def test_e1_schedulers_are_the_users_alone(interval: str) -> None:
+    class Stepping(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            if (batch_idx + 1) % 2 == 0:
+                self.lr_schedulers().step()
+
+    def configure(sgd: Any) -> Any:
+        return [sgd], [{"scheduler": LambdaLR(sgd, lambda n: 0.5**n), "interval": interval, "frequency": 3}]
+
+    module = Stepping(configure=configure)
+    train(module, 5, LRSchedulerStepping())
+    assert module.rates == [1.0, 1.0, 0.5, 0.5, 0.25]
+
+
+# ------------------------------------------------------------------ E2: events
+
+
+EVENTS = (
+    *("before_forward", "after_forward", "before_zero_grad", "after_zero_grad", "before_backward", "after_backward"),
+    *("optimizer_step", "reduce_gradients", "unscale_gradients", "gradients_ready", "before_optimizer_step"),
+    *("before_gradient_clipping", "after_gradient_clipping", "after_optimizer_step", "after_update", "train_batch_end"),
+)
+
+
+def test_e2_the_same_events_come_from_what_the_module_calls() -> None:
+    automatic, manual = Recorder(*EVENTS), Recorder(*EVENTS)
+    train(Probe(), 3, GradientClipping(1.0), automatic)
+    train(Manual(), 3, GradientClipping(1.0), manual)
+    assert sorted(manual.names) == sorted(automatic.names)
+    batch = [
+        "before_forward",
+        *("before_zero_grad", "after_zero_grad", "before_backward", "after_backward"),
+        *("optimizer_step", "reduce_gradients", "unscale_gradients", "gradients_ready", "before_optimizer_step"),
+        *("before_gradient_clipping", "after_gradient_clipping", "after_optimizer_step"),
+        *("after_forward", "after_update", "train_batch_end"),
+    ]
+    assert manual.names == batch * 3
+
+
+def test_e2_the_events_carry_the_optimizer_and_the_loss() -> None:
+    def step(module: Any, batch: Any, batch_idx: int) -> None:
+        first, second = module.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        module.manual_backward(module.loss(batch))
+        second.step()
+        first.step()
+
+    module = Pair(step)
+    names = [
+        name for name in EVENTS if "optimizer" in name or "zero" in name or "gradients_ready" in name or "clipping" in name
+    ]
+    recorder = Recorder(*names, "before_backward")
+    train(module, 1, recorder, GradientClipping(100.0))
+    first, second = module.optimizers()
+    for name in names:
+        order = [first, second] if "zero" in name else [second, first]
+        assert [event.optimizer for event in recorder.of(name)] == order, name
+    (backward,) = recorder.of("before_backward")
+    assert backward.raw_loss.item() == 0.0 and backward.raw_loss is backward.loss
+
+
+def test_e2_a_veto_works() -> None:
+    module = Manual()
+    recorder = Recorder("optimizer_step_skipped", "after_optimizer_step", "after_update")
+    veto = On(before_optimizer_step=lambda trainer, event: event.skip("no") if trainer.batch_idx == 1 else None)
+    trainer = train(module, 3, veto, recorder)
+    assert module.updates == [1.0, 3.0] and trainer.global_step == 2
+    updated = ["after_optimizer_step", "after_update"]
+    assert recorder.names == [*updated, "optimizer_step_skipped", *updated]
+
+
+@pytest.mark.parametrize("clipping_first", [False, True])
+def test_e2_loss_scaling_and_clipping_work(clipping_first: bool) -> None:
+    module = Manual(width=4)
+    callbacks = [GradientClipping(1.0, "value"), MixedPrecision("fp16", scaler=GradScaler("cpu", init_scale=1024.0))]
+    train(module, [0.5, 3.0], *(callbacks if clipping_first else reversed(callbacks)))
+    assert module.updates == [[0.5] * 4, [1.0] * 4]
+
+
+def test_e2_a_second_step_with_the_same_gradients_gets_the_gradient_events_once() -> None:
+    class Twice(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.clip_gradients(opt, gradient_clip_val=100.0)
+            self.clip_gradients(opt, gradient_clip_val=100.0)
+            opt.step()
+
+    recorder = Recorder("reduce_gradients", "unscale_gradients", "gradients_ready")
+    module = Twice()
+    train(module, 2, recorder)
+    assert recorder.names == ["reduce_gradients", "unscale_gradients", "gradients_ready"] * 2
+    assert module.updates == [1.0, 2.0]
+
+
+# ------------------------------------------------------------------ E3: toggling
+
+
+class Toggling(LightningModule):
+    """Two optimizers over ``a``, ``b``, with a parameter ``shared`` by both, ``frozen`` ones, and a ``free`` one."""
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        for name in ("a", "b", "shared", "frozen_a", "frozen_b", "free", "frozen_free"):
+            setattr(self, name, nn.Parameter(torch.zeros(1), requires_grad=not name.startswith("frozen")))
+        self.body = body
+
+    def flags(self) -> dict[str, bool]:
+        return {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+
+    def needing(self) -> set[str]:
+        return {name for name, flag in self.flags().items() if flag}
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.body(self, *self.optimizers())
+
+    def configure_optimizers(self) -> Any:
+        return SGD([self.a, self.shared, self.frozen_a], lr=1.0), SGD([self.b, self.shared, self.frozen_b], lr=1.0)
+
+
+ALL = {"a", "b", "shared", "free"}
+
+
+def toggling(body: Callable[..., Any]) -> Toggling:
+    """Runs one batch; checks that everything is as it was before it."""
+    module = Toggling(body)
+    before = module.flags()
+    train(module, 1)
+    assert module.flags() == before
+    return module
+
+
+def test_e3_toggle_and_untoggle() -> None:
+    def body(module: Any, first: Any, second: Any) -> None:
+        assert module.needing() == ALL
+        module.toggle_optimizer(first)
+        assert module.needing() == {"a", "shared", "free"}, "frozen ones stay frozen, those of no optimizer are left alone"
+        module.untoggle_optimizer(first)
+        assert module.needing() == ALL
+        module.toggle_optimizer(second)
+        assert module.needing() == {"b", "shared", "free"}
+        module.untoggle_optimizer(second)
+        assert module.needing() == ALL
+
+    toggling(body)
+
+
+Toggler = Callable[[Any, Any], AbstractContextManager[None]]
+TOGGLERS: list[Toggler] = [
+    lambda module, optimizer: module.toggled_optimizer(optimizer),
+    lambda module, optimizer: module.toggled_optimizer(optimizer.optimizer),
+    lambda module, optimizer: optimizer.toggle_model(),
+    lambda module, optimizer: optimizer.toggle_model(sync_grad=True),
+    lambda module, optimizer: optimizer.toggle_model(sync_grad=False),
+]
+IDS = ["toggled_optimizer", "of-the-wrapped", "toggle_model", "toggle_model-sync", "toggle_model-no-sync"]
+toggler = pytest.mark.parametrize("toggled", TOGGLERS, ids=IDS)
+
+
+@toggler
+def test_e3_with_blocks(toggled: Toggler) -> None:
+    def body(module: Any, first: Any, second: Any) -> None:
+        with toggled(module, first):
+            assert module.needing() == {"a", "shared", "free"}
+        assert module.needing() == ALL
+        with toggled(module, second):
+            assert module.needing() == {"b", "shared", "free"}
+        assert module.needing() == ALL
+
+    toggling(body)
+
+
+@toggler
+def test_e3_inside_of_a_nested_toggle_the_flags_are_the_users_own(toggled: Toggler) -> None:
+    def body(module: Any, first: Any, second: Any) -> None:
+        with toggled(module, first):
+            with toggled(module, second):
+                assert module.needing() == {"b", "shared", "free"}
+                with toggled(module, first):
+                    assert module.needing() == {"a", "shared", "free"}
+                assert module.needing() == {"b", "shared", "free"}
+            assert module.needing() == {"a", "shared", "free"}, "leaving it restores exactly"
+        assert module.needing() == ALL
+
+    toggling(body)
+
+
+@toggler
+def test_e3_the_same_optimizer_nested_in_itself(toggled: Toggler) -> None:
+    def body(module: Any, first: Any, second: Any) -> None:
+        with toggled(module, first):
+            with toggled(module, first):
+                assert module.needing() == {"a", "shared", "free"}
+            assert module.needing() == {"a", "shared", "free"}
+
+    toggling(body)
+
+
+@toggler
+def test_e3_an_exception_restores_too(toggled: Toggler) -> None:
+    def body(module: Any, first: Any, second: Any) -> None:
+        with pytest.raises(ZeroDivisionError), toggled(module, first), toggled(module, second):
+            raise ZeroDivisionError
+        assert module.needing() == ALL
+
+    toggling(body)
+
+
+@toggler
+def test_e3_an_exception_that_ends_the_run_restores_too(toggled: Toggler) -> None:
+    def body(module: Any, first: Any, second: Any) -> None:
+        with toggled(module, first):
+            raise ZeroDivisionError
+
+    module = Toggling(body)
+    before = module.flags()
+    with pytest.raises(ZeroDivisionError):
+        train(module, 1)
+    assert module.flags() == before
+
+
+def test_e3_a_toggle_that_was_left_open_ends_with_the_run() -> None:
+    toggling(lambda module, first, second: module.toggle_optimizer(first))
+
+
+def test_e3_what_the_user_froze_later_is_restored_as_it_was_at_the_toggle() -> None:
+    def body(module: Any, first: Any, second: Any) -> None:
+        module.a.requires_grad_(False)
+        module.frozen_b.requires_grad_(True)
+        with module.toggled_optimizer(first):
+            assert module.needing() == {"shared", "free"}
+            with module.toggled_optimizer(second):
+                assert module.needing() == {"b", "shared", "frozen_b", "free"}
+        assert module.needing() == {"b", "shared", "frozen_b", "free"}
+        module.a.requires_grad_(True)
+        module.frozen_b.requires_grad_(False)
+
+    toggling(body)
+
+
+def test_e3_untoggling_in_the_wrong_order_is_an_error() -> None:
+    def body(module: Any, first: Any, second: Any) -> None:
+        module.toggle_optimizer(first)
+        module.toggle_optimizer(second)
+        with pytest.raises(MisconfigurationError, match="toggled after it"):
+            module.untoggle_optimizer(first)
+        module.untoggle_optimizer(second)
+        module.untoggle_optimizer(first)
+        assert module.needing() == ALL
+
+    toggling(body)
+
+
+def test_e3_untoggling_what_is_not_toggled_does_nothing() -> None:
+    def body(module: Any, first: Any, second: Any) -> None:
+        module.untoggle_optimizer(first)
+        with module.toggled_optimizer(first):
+            module.untoggle_optimizer(second)
+            assert module.needing() == {"a", "shared", "free"}
+
+    toggling(body)
+
+
+def test_e3_gradients_reach_the_toggled_optimizer_only() -> None:
+    def step(module: Any, batch: Any, batch_idx: int) -> None:
+        first, second = module.optimizers()
+        for optimizer in (first, second):
+            other = module.b if optimizer is first else module.a
+            other.grad = torch.tensor([0.5])
+            with optimizer.toggle_model():
+                optimizer.zero_grad()
+                module.manual_backward(module.loss(batch))
+                optimizer.step()
+            assert other.grad.item() == 0.5, "backward did not add to it"
+
+    module = Pair(step)
+    train(module, 2)
+    assert (module.a.item(), module.b.item()) == (-3.0, -30.0)
+
+
+# ------------------------------------------------------------------ E4: what does not belong together
+
+
+def test_e4_manual_backward_in_automatic_mode_is_an_error() -> None:
+    class Wrong(Probe):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.manual_backward(self.loss(batch))
+
+    with pytest.raises(MisconfigurationError, match=r"(?s)manual_backward.*automatic_optimization = False"):
+        train(Wrong(), 1)
+
+
+@pytest.mark.parametrize("windows", [1, 2, lambda trainer: 2])
+def test_e4_gradient_accumulation_attached_to_a_manual_module_is_an_error(windows: Any) -> None:
+    module = Manual()
+    with pytest.raises(MisconfigurationError, match=r"(?s)GradientAccumulation.*Manual.*manual"):
+        train(module, 2, GradientAccumulation(windows))
+    assert module.updates == []
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch", "batch", "validation"])
+def test_e4_lr_scheduler_stepping_does_nothing(interval: str) -> None:
+    class Validating(Manual):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            return None
+
+    def configure(sgd: Any) -> Any:
+        return [sgd], [{"scheduler": StepLR(sgd, 1), "interval": interval}]
+
+    module = Validating(configure=configure)
+    recorder = Recorder("before_lr_scheduler_step")
+    train(module, 2, LRSchedulerStepping(), recorder, val=1, max_epochs=2)
+    assert module.rates == [1.0] * 4 and recorder.names == [] and module.lr_schedulers().last_epoch == 0
+
+
+def test_e4_without_lr_scheduler_stepping_a_manual_module_is_not_warned() -> None:
+    module = Manual(configure=lambda sgd: ([sgd], [StepLR(sgd, 1)]))
+    train(module, 2)  # a warning would be an error
+    assert module.rates == [1.0, 1.0]
+
+
+# ------------------------------------------------------------------ E5: the recipes of the guide
+
+
+def test_e5_optimizers_at_different_frequencies() -> None:
+    def step(module: Any, batch: Any, batch_idx: int) -> None:
+        every, other = module.optimizers()
+        every.zero_grad()
+        other.zero_grad()
+        module.manual_backward(module.loss(batch))
+        every.step()
+        if batch_idx % 2 == 0:
+            other.step()
+
+    module = Pair(step)
+    trainer = train(module, 5)
+    assert (module.a.item(), module.b.item()) == (-15.0, -90.0)
+    assert [optimizer.num_steps for optimizer in module.optimizers()] == [5, 3] and trainer.global_step == 5
+
+
+def test_e5_accumulation_by_hand() -> None:
+    class ByHand(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            N = 2
+            opt = self.optimizers()
+            loss = self.loss(batch) / N
+            self.manual_backward(loss)
+            if (batch_idx + 1) % N == 0:
+                opt.step()
+                opt.zero_grad()
+
+    module = ByHand()
+    trainer = train(module, 6)
+    assert module.updates == [1.5, 3.5, 5.5] and trainer.global_step == 3
+
+
+def test_e5_is_last_batch_steps_a_scheduler_at_every_other_epochs_end() -> None:
+    class Stepping(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            if self.trainer.is_last_batch and (self.trainer.current_epoch + 1) % 2 == 0:
+                self.lr_schedulers().step()
+
+    module = Stepping(configure=lambda sgd: ([sgd], [LambdaLR(sgd, lambda n: 0.5**n)]))
+    train(module, 2, max_epochs=4)
+    assert module.rates == [1.0] * 4 + [0.5] * 4
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("sized", [True, False])
+def test_e5_is_last_batch_with_every_kind_of_loader(sized: bool, limit: int | None) -> None:
+    flags: list[bool] = []
+
+    class Flagged(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            flags.append(self.trainer.is_last_batch)
+
+    class Unsized:
+        def __iter__(self) -> Any:
+            return iter(batches(3))
+
+    train(Flagged(), 3 if sized else Unsized(), limit_train_batches=limit)
+    assert flags == [False] * ((limit or 3) - 1) + [True]
+
+
+@pytest.mark.parametrize("options", [{"on_step": False, "on_epoch": True}, {"on_step": True, "on_epoch": True}, {}])
+@pytest.mark.parametrize("monitor", [False, True], ids=["no-monitor", "monitor"])
+def test_e5_a_plateau_stepped_with_the_epochs_metric(monitor: bool, options: Any) -> None:
+    """As in the guide: no ``monitor`` is needed, because the config's keys are ignored."""
+    given: list[float] = []
+
+    class Plateau(ReduceLROnPlateau):
+        def step(self, metrics: Any, *args: Any) -> None:
+            given.append(float(metrics))
+            super().step(metrics, *args)
+
+    class Monitored(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            self.log("loss", batch + 10.0 * self.current_epoch, **options)
+
+        def on_train_epoch_end(self) -> None:
+            self.lr_schedulers().step(self.trainer.callback_metrics["loss"])
+
+    def configure(sgd: Any) -> Any:
+        scheduler = Plateau(sgd, patience=0, factor=0.5)
+        return {"optimizer": sgd, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"} if monitor else scheduler}
+
+    module = Monitored(configure=configure)
+    train(module, 3, LRSchedulerStepping(), max_epochs=3)
+    last_or_mean = 2.0 if options.get("on_epoch") else 3.0
+    assert given == [last_or_mean, last_or_mean + 10.0, last_or_mean + 20.0]
+    assert module.rates == [1.0] * 6 + [0.5] * 3
+
+
+def test_e5_a_gan() -> None:
+    """The guide's: discriminator first, then generator, each with an optimizer, logged together."""
+
+    class GAN(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.G, self.D = nn.Linear(2, 2), nn.Linear(2, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            g_opt, d_opt = self.optimizers()
+            noise = torch.full_like(batch, 0.5)
+            score = nn.functional.binary_cross_entropy_with_logits
+            real, fake = torch.ones(len(batch), 1), torch.zeros(len(batch), 1)
+            d_loss = score(self.D(batch), real) + score(self.D(self.G(noise).detach()), fake)
+            d_opt.zero_grad()
+            self.manual_backward(d_loss)
+            d_opt.step()
+            g_loss = score(self.D(self.G(noise)), real)
+            g_opt.zero_grad()
+            self.manual_backward(g_loss)
+            g_opt.step()
+            self.log_dict({"g_loss": g_loss, "d_loss": d_loss}, prog_bar=True)
+
+        def configure_optimizers(self) -> Any:
+            return Adam(self.G.parameters(), lr=0.01), Adam(self.D.parameters(), lr=0.01)
+
+    data = list(torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(3)))
+    torch.manual_seed(4)
+    module = GAN()
+    torch.manual_seed(4)
+    other = GAN()
+    trainer = train(module, data, max_epochs=2)
+
+    g_opt, d_opt = other.configure_optimizers()
+    score = nn.functional.binary_cross_entropy_with_logits
+    for batch in data * 2:
+        noise = torch.full_like(batch, 0.5)
+        real, fake = torch.ones(8, 1), torch.zeros(8, 1)
+        d_loss = score(other.D(batch), real) + score(other.D(other.G(noise).detach()), fake)
+        d_opt.zero_grad()
+        d_loss.backward()
+        d_opt.step()
+        g_loss = score(other.D(other.G(noise)), real)
+        g_opt.zero_grad()
+        g_loss.backward()
+        g_opt.step()
+    for value, expected in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(value, expected)
+    assert torch.equal(trainer.callback_metrics["g_loss"], g_loss.detach())
+    assert torch.equal(trainer.callback_metrics["d_loss"], d_loss.detach())
+    assert trainer.global_step == 8
+
+
+def test_e5_stepping_ones_own_optimizer() -> None:
+    class Own(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            own = self.optimizers().optimizer
+            own.zero_grad()
+            self.manual_backward(self.loss(batch))
+            own.step()
+
+    module = Own()
+    trainer = train(module, 3)
+    assert module.updates == [1.0, 2.0, 3.0] and trainer.global_step == 3
+
+
+# ------------------------------------------------------------------ properties
+
+
+@settings(derandomize=True, max_examples=40, deadline=None, database=None)
+@given(
+    every_a=st.integers(1, 4),
+    every_b=st.integers(1, 4),
+    length=st.integers(1, 7),
+    epochs=st.integers(1, 3),
+    limit=st.none() | st.integers(1, 7),
+    validate=st.booleans(),
+)
+def test_e_property_frequencies_equal_the_hand_written_loop(
+    every_a: int, every_b: int, length: int, epochs: int, limit: int | None, validate: bool
+) -> None:
+    """Each optimizer accumulates over its own number of batches."""
+
+    def step(module: Any, batch: Any, batch_idx: int) -> None:
+        module.manual_backward(module.loss(batch))
+        for optimizer, every in zip(module.optimizers(), (every_a, every_b), strict=True):
+            if (batch_idx + 1) % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    class Validating(Pair):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.loss(batch)
+
+    module = Validating(step)
+    options: dict[str, Any] = {"val": 1, "val_check_interval": 1} if validate else {}
+    trainer = train(module, length, max_epochs=epochs, limit_train_batches=limit, **options)
+
+    other = Pair()
+    optimizers = other.configure_optimizers()
+    used = min(length, limit or length)
+    updates = 0
+    for _ in range(epochs):
+        for index in range(used):
+            other.loss(torch.tensor(index + 1.0)).backward()
+            due = [optimizer for optimizer, n in zip(optimizers, (every_a, every_b), strict=True) if (index + 1) % n == 0]
+            for optimizer in due:
+                optimizer.step()
+                optimizer.zero_grad()
+            updates += bool(due)
+    assert torch.equal(module.a, other.a) and torch.equal(module.b, other.b)
+    assert trainer.global_step == updates
+    assert trainer.estimated_stepping_batches == epochs * used

@@ -1,0 +1,672 @@
+"""J. Stages: evaluation inside and outside of training, requests, and the module's hooks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from probe import On, Probe, Recorder, batches, new_trainer, train
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from eventtrain import LightningModule
+from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
+
+
+class Evaluates(Probe):
+    """Calls a function of ``(module, batch, batch_idx)`` in each evaluation step."""
+
+    def __init__(self, evaluate: Callable[[Any, Any, int], Any] = lambda module, batch, batch_idx: None, **given: Any) -> None:
+        super().__init__(**given)
+        self.evaluate = evaluate
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.evaluate(self, batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.evaluate(self, batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.evaluate(self, batch, batch_idx)
+
+
+STAGES = ("validate", "test", "predict")
+
+# ------------------------------------------------------------------ J1: gradients
+
+
+def modes(module: Any, batch: Any, batch_idx: int) -> None:
+    module.found.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+
+
+def test_j1_inside_of_fit_evaluation_uses_no_grad() -> None:
+    """Sanity check included: tensors of inference mode could not be trained with."""
+    module = Evaluates(modes)
+    module.found = []
+    train(module, 1, val=2, num_sanity_val_steps=1)
+    assert module.found == [(False, False)] * 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_j1_outside_of_fit_evaluation_runs_without_gradients(stage: str) -> None:
+    module = Evaluates(modes)
+    module.found = []
+    getattr(new_trainer(), stage)(module, batches(1))
+    assert [enabled for enabled, _ in module.found] == [False]
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_j1_a_tensor_cached_in_evaluation_can_be_trained_with(sanity: int) -> None:
+    class Caches(Evaluates):
+        cached: Tensor | None = None
+
+        def table(self, batch: Tensor) -> Tensor:
+            if self.cached is None:
+                self.cached = torch.ones(1) * batch
+            return self.cached
+
+        def loss(self, x: Tensor) -> Tensor:
+            return (self.w * self.table(x)).sum()
+
+    module = Caches(lambda module, batch, i: module.table(batch))
+    train(module, 2, val=2, num_sanity_val_steps=sanity, max_epochs=2)
+    assert module.updates == [1.0] * 4
+
+
+def test_j1_gradients_are_on_again_in_training() -> None:
+    module = Evaluates()
+    train(module, 4, val=1, val_check_interval=1)
+    assert module.updates == [1.0, 2.0, 3.0, 4.0]
+
+
+# ------------------------------------------------------------------ J1: training flags
+
+
+class Layers(LightningModule):
+    """A frozen layer is in evaluation mode while the module trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+        self.frozen[0].eval()
+        self.norm = nn.BatchNorm1d(2)
+        self.head = nn.Linear(2, 1)
+        self.flags: list[Any] = []
+        self.fails = False
+
+    def now(self) -> list[bool]:
+        return [part.training for part in self.modules()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.frozen(x))).mean()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.flags.append(("train", self.now()))
+        return self(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.flags.append(("eval", self.now()))
+        if self.fails:
+            raise RuntimeError("mine")
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=0.1)
+
+
+def pictures(n: int) -> list[Tensor]:
+    return [torch.randn(3, 2, generator=torch.Generator().manual_seed(i)) for i in range(n)]
+
+
+def test_j1_each_submodules_own_flag_is_restored() -> None:
+    module = Layers()
+    before = module.now()
+    assert before == [True, True, False, True, True, True]
+    train(module, pictures(2), val=pictures(1), max_epochs=2, num_sanity_val_steps=1)
+    assert [stage for stage, _ in module.flags] == ["eval", "train", "train", "eval", "train", "train", "eval"]
+    for stage, flags in module.flags:
+        assert flags == (before if stage == "train" else [False] * 6)
+    assert module.now() == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_j1_flags_are_restored_outside_of_fit(stage: str) -> None:
+    module = Layers()
+    before = module.now()
+    getattr(new_trainer(), stage)(module, pictures(1))
+    assert module.flags == [("eval", [False] * 6)]
+    assert module.now() == before
+
+
+@pytest.mark.parametrize("stage", ["fit", *STAGES])
+def test_j1_flags_are_restored_after_an_error(stage: str) -> None:
+    module = Layers()
+    module.fails = True
+    before = module.now()
+    with pytest.raises(RuntimeError, match="mine"):
+        if stage == "fit":
+            train(module, pictures(1), val=pictures(1))
+        else:
+            getattr(new_trainer(), stage)(module, pictures(1))
+    assert module.now() == before
+    assert torch.is_grad_enabled()
+
+
+def test_j1_a_frozen_batch_norm_keeps_its_statistics() -> None:
+    module = Layers()
+    train(module, pictures(3), val=pictures(2), max_epochs=2, num_sanity_val_steps=2)
+    assert torch.equal(module.frozen[0].running_mean, torch.zeros(2))
+    assert module.norm.num_batches_tracked.item() == 6  # the batches of training alone
+
+
+# ------------------------------------------------------------------ J1: random numbers
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(()).item(), float(np.random.rand()), random.random()  # noqa: NPY002
+
+
+class Draws(Evaluates):
+    def __init__(self, *, evaluates: bool, fails: bool = False) -> None:
+        super().__init__(lambda module, batch, batch_idx: (draw(), self.fail(fails)))
+        self.evaluates = evaluates
+        self.drawn: list[Any] = []
+
+    def fail(self, fails: bool) -> None:
+        if fails:
+            raise RuntimeError("mine")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.drawn.append(draw())
+        return self.w.sum()
+
+
+def seeded() -> None:
+    torch.manual_seed(11)
+    np.random.seed(11)  # noqa: NPY002
+    random.seed(11)
+
+
+def shuffled(n: int) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.arange(float(n))), shuffle=True)
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("interval", [None, 1])
+def test_j1_the_training_rng_is_left_as_it_was_found(sanity: int, interval: int | None) -> None:
+    """Of torch, NumPy and Python; by the steps and by a validation loader that shuffles."""
+    drawn = []
+    for evaluates in (True, False):
+        seeded()
+        module = Draws(evaluates=evaluates)
+        train(
+            module, 4, val=shuffled(3), max_epochs=2, num_sanity_val_steps=sanity, val_check_interval=interval,
+            limit_val_batches=None if evaluates else 0,
+        )  # fmt: skip
+        drawn.append([*module.drawn, draw()])
+    assert drawn[0] == drawn[1]
+
+
+def test_j1_the_training_rng_is_left_as_it_was_found_after_an_error() -> None:
+    module = Draws(evaluates=True, fails=True)
+    seeded()
+    with pytest.raises(RuntimeError, match="mine"):
+        train(module, 1, val=shuffled(3))
+    after = draw()
+    seeded()
+    draw()  # the training step's
+    assert after == draw()
+
+
+def test_j1_a_validation_leaves_training_alone_bit_for_bit() -> None:
+    results = []
+    for limit in (None, 0):
+        torch.manual_seed(11)
+        module = Layers()
+        train(
+            module, DataLoader(torch.randn(12, 2), batch_size=3, shuffle=True), val=pictures(3), max_epochs=3,
+            limit_val_batches=limit,
+        )  # fmt: skip
+        results.append(module.state_dict())
+    for value, other in zip(results[0].values(), results[1].values(), strict=True):
+        assert torch.equal(value, other)
+
+
+# ------------------------------------------------------------------ J2: the sanity check
+
+
+class Sane(Evaluates):
+    def __init__(self, **given: Any) -> None:
+        super().__init__(lambda module, batch, i: module.check(batch), **given)
+        self.checks: list[float] = []
+        self.validations: list[float] = []
+
+    def check(self, batch: Tensor) -> None:
+        (self.checks if self.trainer.sanity_checking else self.validations).append(batch.item())
+        self.log("value", batch, on_step=True, on_epoch=True, prog_bar=True)
+
+
+def test_j2_two_batches_before_training() -> None:
+    module = Sane()
+    order = Recorder("fit_start", "validation_start", "validation_end", "train_start", "train_batch_start")
+    trainer = train(module, 1, order, val=4, num_sanity_val_steps=2)
+    assert module.checks == [1.0, 2.0]
+    assert module.validations == [1.0, 2.0, 3.0, 4.0]
+    assert order.names == [
+        "fit_start", "validation_start", "validation_end", "train_start", "train_batch_start", "validation_start", "validation_end",
+    ]  # fmt: skip
+    assert not trainer.sanity_checking
+
+
+def test_j2_two_is_the_default() -> None:
+    module = Sane()
+    trainer = new_trainer()
+    del trainer
+    from eventtrain import Trainer
+
+    Trainer(max_epochs=1, device="cpu", default_callbacks=False).fit(module, batches(1), batches(4))
+    assert module.checks == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, 0), (1, 1), (9, 4), (-1, 4)])
+def test_j2_the_number_is_settable(steps: int, expected: int) -> None:
+    module = Sane()
+    train(module, 1, val=4, num_sanity_val_steps=steps)
+    assert len(module.checks) == expected
+    module = Sane()
+    train(module, 1, val=4, num_sanity_val_steps=steps, limit_val_batches=1)
+    assert len(module.checks) == min(expected, 1)
+
+
+def test_j2_it_logs_nothing() -> None:
+    at_start: list[Any] = []
+
+    def look(trainer: Any, event: Any) -> None:
+        at_start.append((dict(trainer.callback_metrics), dict(trainer.logged_metrics), dict(trainer.progress_bar_metrics)))
+
+    logged = Recorder("metrics_logged")
+    train(Sane(), 1, On(train_start=look), logged, val=3, num_sanity_val_steps=2)
+    assert at_start == [({}, {}, {})]
+    assert [event.stage for event in logged.events] == ["train", "validation", "train"]
+
+
+def test_j2_it_counts_as_no_validation() -> None:
+    def configure(sgd: Any) -> Any:
+        return [sgd], [{"scheduler": LambdaLR(sgd, lambda n: 0.5**n), "interval": "validation", "frequency": 2}]
+
+    module = Sane(configure=configure)
+    trainer = train(module, 1, LRSchedulerStepping(), val=1, num_sanity_val_steps=1, max_epochs=3)
+    assert trainer.progress.validations == 3
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 1
+
+
+def test_j2_an_error_in_it_comes_before_training() -> None:
+    module = Draws(evaluates=True, fails=True)
+    with pytest.raises(RuntimeError, match="mine"):
+        train(module, 1, val=1, num_sanity_val_steps=1)
+    assert module.drawn == []
+    assert not module.trainer.sanity_checking
+
+
+def test_j2_it_leaves_the_rng_alone() -> None:
+    after = []
+    for steps in (0, 2):
+        seeded()
+        module = Draws(evaluates=True)
+        train(module, 1, val=shuffled(3), num_sanity_val_steps=steps, limit_val_batches=3)
+        after.append(module.drawn)
+    assert after[0] == after[1]
+
+
+# ------------------------------------------------------------------ J3: verbs
+
+
+def epochwise(sgd: Any) -> Any:
+    return [sgd], [LambdaLR(sgd, lambda n: 1.0)]
+
+
+def scheduler_steps(trainer: Any) -> int:
+    return trainer.lr_scheduler_configs[0].scheduler.last_epoch
+
+
+def test_j3_stop_ends_the_run_after_the_batch_at_hand() -> None:
+    stop = On(before_backward=lambda trainer, event: trainer.stop("enough") if trainer.batch_idx == 2 else None)
+    module = Evaluates(configure=epochwise)
+    order = Recorder("train_batch_end", "train_epoch_end", "train_end", "fit_end", "validation_start", "safe_point")
+    trainer = train(module, 5, stop, LRSchedulerStepping(), order, val=1, max_epochs=3)
+    assert module.updates == [1.0, 2.0, 3.0]
+    assert order.names == [*["train_batch_end", "safe_point"] * 3, "train_epoch_end", "train_end", "fit_end"]
+    assert scheduler_steps(trainer) == 0
+    assert trainer.current_epoch == 0
+    assert trainer.should_stop
+
+
+def test_j3_stop_waits_for_min_steps_and_min_epochs() -> None:
+    stop = On(train_batch_end=lambda trainer, event: trainer.stop("enough"))
+    assert train(Probe(), 5, stop, max_epochs=3, min_steps=3).global_step == 3
+    assert train(Probe(), 5, stop, max_epochs=3, min_epochs=2).global_step == 10
+    force = On(train_batch_end=lambda trainer, event: trainer.stop("now", force=True))
+    assert train(Probe(), 5, force, max_epochs=3, min_epochs=2, min_steps=3).global_step == 1
+
+
+def test_j3_stop_holds_for_one_run() -> None:
+    trainer = new_trainer(On(train_batch_end=lambda trainer, event: trainer.stop("enough")), max_epochs=2)
+    for _ in range(2):
+        trainer.fit(Probe(), batches(3))
+        assert trainer.global_step == 1
+
+
+def test_j3_skip_batch() -> None:
+    skip = On(train_batch_start=lambda trainer, event: event.skip_batch() if event.batch_idx == 1 else None)
+    recorder = Recorder("before_forward", "before_backward", "optimizer_step_skipped", "train_batch_end")
+    module = Probe()
+    trainer = train(module, 3, skip, recorder)
+    assert module.seen == module.updates == [1.0, 3.0]
+    assert recorder.count("before_forward") == recorder.count("before_backward") == 2
+    ends = [e for name, e in zip(recorder.names, recorder.events, strict=True) if name == "train_batch_end"]
+    assert [(event.batch.item(), event.outputs is None) for event in ends] == [(1.0, False), (2.0, True), (3.0, False)]
+    assert trainer.global_step == 2
+
+
+def test_j3_skip_batch_in_manual_mode() -> None:
+    class Manual(Probe):
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.seen.append(batch.item())
+
+    module = Manual(automatic=False)
+    train(module, 3, On(train_batch_start=lambda trainer, event: event.skip_batch() if event.batch_idx == 1 else None))
+    assert module.seen == [1.0, 3.0]
+
+
+def test_j3_end_epoch_ends_it_after_the_batch_at_hand() -> None:
+    end = On(train_batch_end=lambda trainer, event: trainer.end_epoch("enough") if event.batch_idx == 1 else None)
+    module = Evaluates(configure=epochwise)
+    order = Recorder("validation_start", "train_epoch_end", "train_data_end")
+    trainer = train(module, 4, end, LRSchedulerStepping(), order, val=1, max_epochs=2)
+    assert module.updates == [1.0, 2.0, 1.0, 2.0]
+    assert order.names == ["validation_start", "train_epoch_end"] * 2
+    assert scheduler_steps(trainer) == 0
+    assert trainer.current_epoch == 2
+
+
+def test_j3_end_epoch_before_a_batch() -> None:
+    end = On(train_batch_start=lambda trainer, event: event.end_epoch() if event.batch_idx == 2 else None)
+    module = Probe()
+    trainer = train(module, 4, end, max_epochs=2)
+    assert module.seen == module.updates == [1.0, 2.0, 1.0, 2.0]
+    assert trainer.current_epoch == 2
+
+
+def test_j3_a_veto_is_a_verb_of_its_event() -> None:
+    veto = On(before_optimizer_step=lambda trainer, event: event.skip("not now") if trainer.batch_idx == 0 else None)
+    skipped = Recorder("optimizer_step_skipped")
+    module = Probe()
+    trainer = train(module, 2, veto, skipped)
+    assert module.updates == [2.0]
+    assert [event.reason for event in skipped.events] == ["not now"]
+    assert trainer.global_step == 1
+
+
+class ReturnsMinusOne(Evaluates):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 2 else None
+
+
+def test_j3_minus_one_from_the_modules_hook_ends_the_training_epoch() -> None:
+    module = ReturnsMinusOne(configure=epochwise)
+    order = Recorder("validation_start", "train_epoch_start", "train_epoch_end", "train_data_end", "after_update")
+    trainer = train(module, 5, LRSchedulerStepping(), order, val=1, max_epochs=2)
+    assert module.seen == module.updates == [1.0, 2.0, 1.0, 2.0]
+    epoch = ["train_epoch_start", "after_update", "after_update", "validation_start", "train_epoch_end"]
+    assert order.names == epoch * 2
+    assert scheduler_steps(trainer) == 0
+    assert trainer.current_epoch == 2
+    assert trainer.global_step == 4
+
+
+def test_j3_minus_one_in_the_last_batch_steps_no_epoch_scheduler() -> None:
+    module = ReturnsMinusOne(configure=epochwise)
+    trainer = train(module, 3, LRSchedulerStepping(), val=1, max_epochs=2)
+    assert module.updates == [1.0, 2.0, 1.0, 2.0]
+    assert scheduler_steps(trainer) == 0
+
+
+def test_j3_minus_one_steps_no_monitored_scheduler() -> None:
+    def configure(sgd: Any) -> Any:
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd)
+        return {"optimizer": sgd, "lr_scheduler": {"scheduler": plateau, "monitor": "value"}}
+
+    class Module(ReturnsMinusOne):
+        def on_train_epoch_end(self) -> None:
+            self.log("value", 1.0)
+
+    trainer = train(Module(configure=configure), 5, LRSchedulerStepping(), max_epochs=2)
+    assert scheduler_steps(trainer) == 0
+
+
+def test_j3_magic_returns_of_callbacks_mean_nothing() -> None:
+    class Magic:
+        def on_train_batch_start(self, trainer: Any, event: Any) -> int:
+            return -1
+
+        def on_before_optimizer_step(self, trainer: Any, event: Any) -> bool:
+            return False
+
+    module = Probe()
+    trainer = train(module, 3, Magic(), max_epochs=2)
+    assert module.updates == [1.0, 2.0, 3.0] * 2
+    assert trainer.global_step == 6
+
+
+@pytest.mark.parametrize("returned", [False, 0, -2, "stop"])
+def test_j3_other_returns_of_the_modules_hook_mean_nothing(returned: Any) -> None:
+    class Module(Probe):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            return returned
+
+    module = Module()
+    train(module, 2)
+    assert module.updates == [1.0, 2.0]
+
+
+def test_j3_an_open_window_is_not_flushed_by_minus_one() -> None:
+    class Module(Probe):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 3 else None
+
+    module = Module()
+    train(module, 5, GradientAccumulation(2), max_epochs=2)
+    assert module.updates == [1.5, 1.5]
+
+
+# ------------------------------------------------------------------ J5: the module's hooks
+
+SIGNATURES: dict[str, tuple[str, ...]] = {
+    "prepare_data": (),
+    "setup": ("stage",),
+    "configure_model": (),
+    "configure_callbacks": (),
+    "configure_optimizers": (),
+    "train_dataloader": (),
+    "val_dataloader": (),
+    "on_fit_start": (),
+    "on_validation_model_eval": (),
+    "on_validation_start": (),
+    "on_validation_epoch_start": (),
+    "on_validation_batch_start": ("batch", "batch_idx", "dataloader_idx"),
+    "on_validation_batch_end": ("outputs", "batch", "batch_idx", "dataloader_idx"),
+    "on_validation_epoch_end": (),
+    "on_validation_end": (),
+    "on_validation_model_train": (),
+    "on_train_start": (),
+    "on_train_epoch_start": (),
+    "on_before_batch_transfer": ("batch", "dataloader_idx"),
+    "transfer_batch_to_device": ("batch", "device", "dataloader_idx"),
+    "on_after_batch_transfer": ("batch", "dataloader_idx"),
+    "on_train_batch_start": ("batch", "batch_idx"),
+    "optimizer_step": ("epoch", "batch_idx", "optimizer", "optimizer_closure"),
+    "on_before_zero_grad": ("optimizer",),
+    "optimizer_zero_grad": ("epoch", "batch_idx", "optimizer"),
+    "on_before_backward": ("loss",),
+    "backward": ("loss",),
+    "on_after_backward": (),
+    "on_before_optimizer_step": ("optimizer",),
+    "configure_gradient_clipping": ("optimizer", "gradient_clip_val", "gradient_clip_algorithm"),
+    "lr_scheduler_step": ("scheduler", "metric"),
+    "on_train_batch_end": ("outputs", "batch", "batch_idx"),
+    "on_train_epoch_end": (),
+    "on_train_end": (),
+    "on_fit_end": (),
+    "teardown": ("stage",),
+}
+"""Lightning's hooks of a fit and their arguments."""
+
+
+def hooked() -> tuple[Any, list[str], dict[str, tuple[Any, ...]]]:
+    """A module that overrides every hook with exactly Lightning's arguments and passes on what it returns."""
+    calls: list[str] = []
+    given: dict[str, tuple[Any, ...]] = {}
+
+    class Module(Sane):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            calls.append("training_step")
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            calls.append("validation_step")
+
+        def train_dataloader(self) -> Any:
+            return batches(1)
+
+        def val_dataloader(self) -> Any:
+            return batches(1)
+
+        def on_validation_model_eval(self) -> None:
+            self.eval()
+
+    def override(hook: str, arguments: tuple[str, ...]) -> None:
+        inherited = getattr(Module, hook)
+
+        def called(self: Any, *args: Any) -> Any:
+            calls.append(hook)
+            given[hook] = args
+            return inherited(self, *args)
+
+        # Exactly the arguments of Lightning's signature, by position.
+        namespace: dict[str, Any] = {"called": called}
+        named = ", ".join(("self", *arguments))
+        exec(f"def {hook}({named}): return called({named})", namespace)
+        setattr(Module, hook, namespace[hook])
+
+    for hook, arguments in SIGNATURES.items():
+        override(hook, arguments)
+
+    def configure(sgd: Any) -> Any:
+        return [sgd], [{"scheduler": LambdaLR(sgd, lambda n: 1.0), "interval": "step"}]
+
+    return Module(configure=configure), calls, given
+
+
+FETCH = ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"]
+VALIDATION = [
+    "on_validation_model_eval", "on_validation_start", "on_validation_epoch_start", *FETCH, "on_validation_batch_start",
+    "validation_step", "on_validation_batch_end", "on_validation_epoch_end", "on_validation_end", "on_validation_model_train",
+]  # fmt: skip
+BATCH = [
+    *FETCH, "on_train_batch_start", "optimizer_step", "training_step", "on_before_zero_grad", "optimizer_zero_grad",
+    "on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping",
+    "lr_scheduler_step", "on_train_batch_end",
+]  # fmt: skip
+
+
+def test_j5_the_modules_hooks_keep_lightnings_names_signatures_and_order() -> None:
+    module, calls, _ = hooked()
+    new_trainer(LRSchedulerStepping(), num_sanity_val_steps=1).fit(module)
+    run = [call for call in calls if not call.endswith("dataloader")]
+    assert run == [
+        "configure_callbacks", "prepare_data", "setup", "configure_model", "configure_optimizers", "on_fit_start", *VALIDATION,
+        "on_train_start", "on_train_epoch_start", *BATCH, *VALIDATION, "on_train_epoch_end", "on_train_end", "on_fit_end",
+        "teardown",
+    ]  # fmt: skip
+
+
+def test_j5_the_hooks_get_lightnings_arguments() -> None:
+    module, _, given = hooked()
+    trainer = new_trainer(LRSchedulerStepping(), num_sanity_val_steps=0)
+    trainer.fit(module)
+    (optimizer,) = trainer.optimizers
+    x = torch.tensor(1.0)
+    assert given["setup"] == given["teardown"] == ("fit",)
+    assert given["on_train_batch_start"] == (x, 0)
+    assert given["on_train_batch_end"] == ({"loss": torch.tensor(0.0)}, x, 0)
+    assert given["on_before_zero_grad"] == given["on_before_optimizer_step"] == (optimizer,)
+    assert given["optimizer_zero_grad"] == (0, 0, optimizer)
+    assert given["optimizer_step"][:3] == (0, 0, optimizer)
+    assert callable(given["optimizer_step"][3])
+    assert given["on_before_backward"][0].item() == 0.0
+    assert given["configure_gradient_clipping"] == (optimizer, None, None)
+    assert given["lr_scheduler_step"] == (trainer.lr_scheduler_configs[0].scheduler, None)
+    assert given["on_validation_batch_start"] == (x, 0, 0)
+    assert given["on_validation_batch_end"] == (None, x, 0, 0)
+    assert given["transfer_batch_to_device"] == (x, torch.device("cpu"), 0)
+
+
+def test_j5_callbacks_come_before_the_module() -> None:
+    calls: list[str] = []
+
+    class Module(Probe):
+        def on_train_start(self) -> None:
+            calls.append("module")
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            calls.append("module")
+
+        def configure_callbacks(self) -> Any:
+            return [
+                On(train_start=lambda t, e: calls.append("its own"), before_optimizer_step=lambda t, e: calls.append("its own"))
+            ]
+
+    given = [
+        On(train_start=lambda t, e, i=i: calls.append(i), before_optimizer_step=lambda t, e, i=i: calls.append(i))
+        for i in ("first", "second")
+    ]
+    train(Module(), 1, *given)
+    assert calls == ["first", "second", "its own", "module"] * 2
+
+
+def test_j5_test_and_predict_have_hooks_too() -> None:
+    for stage in ("test", "predict"):
+        calls: list[str] = []
+
+        class Module(Evaluates):
+            pass
+
+        hooks = ["model_eval", "start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end", "model_train"]
+        for hook in [f"on_{stage}_{part}" for part in hooks]:
+            # A hook in place of the switch itself: it calls eval.
+            setattr(Module, hook, lambda self, *args, hook=hook: (calls.append(hook), self.eval())[1] and None)  # noqa: B023
+        getattr(new_trainer(), stage)(Module(), batches(1))
+        assert calls == [f"on_{stage}_{part}" for part in hooks]
+
+
+def test_j5_events_without_a_counterpart_come_as_events() -> None:
+    class Module(Probe):
+        def on_after_update(self, event: Any) -> None:
+            self.seen.append(event.global_step)
+
+    module = Module()
+    train(module, 2)
+    assert module.seen == [1.0, 1, 2.0, 2]

@@ -1,0 +1,149 @@
+"""What a step costs, in Python-level calls: unlike time they are exact. They may shrink and not grow."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import eventtrain
+from eventtrain import LightningModule, Trainer
+from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, ProgressBar, TensorBoardLogger
+
+# Per batch, or per window of four: calls of functions of eventtrain, and of all functions in Python, torch's among
+# them. Lower them when they shrink.
+COMMITTED: dict[str, tuple[int, int | None]] = {
+    "bare": (19, 101),
+    "bare, with self.log": (23, 106),
+    "standard, a window of 4": (136, None),  # TensorBoard's writer waits for its thread now and then
+    "validation": (5, 6),
+}
+# The second figure belongs to one version of torch, the one of constraints.txt.
+TORCH = "2.13"
+
+ELSEWHERE = "elsewhere"
+PACKAGE = Path(eventtrain.__file__).resolve().parent
+FOLDERS = tuple(str(folder) for folder in (PACKAGE, (PACKAGE / "callbacks").resolve(), PACKAGE / "callbacks"))
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch).mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None: ...
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Logging(Module):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+class Standard(Logging):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=1000)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def bare(module: LightningModule, batches: int) -> Callable[[], None]:
+    trainer = Trainer(max_epochs=1, default_callbacks=False, device="cpu")
+    data = [torch.ones(2, 1)] * batches
+    return lambda: trainer.fit(module, data)
+
+
+def standard(folder: Path, batches: int) -> Callable[[], None]:
+    callbacks = [
+        GradientAccumulation(4),
+        GradientClipping(1.0),
+        LRSchedulerStepping(),
+        TensorBoardLogger(folder),
+        ProgressBar(interval=1e9, line_interval=1e9),
+    ]
+    trainer = Trainer(max_epochs=1, callbacks=callbacks, default_callbacks=False, device="cpu")
+    module, data = Standard(), [torch.ones(2, 1)] * batches
+    return lambda: trainer.fit(module, data)
+
+
+def validating(batches: int) -> Callable[[], None]:
+    trainer = Trainer(max_epochs=1, default_callbacks=False, device="cpu")
+    module, data = Module(), [torch.ones(2, 1)] * batches
+    return lambda: trainer.validate(module, data)
+
+
+def calls(run: Callable[[], Any]) -> dict[str, int]:
+    """How often each function in Python was called: ``"file:name"`` for eventtrain's, ``"elsewhere"`` for all others."""
+    counts: dict[str, int] = {}
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            code = frame.f_code
+            ours = code.co_filename.startswith(FOLDERS)
+            name = f"{Path(code.co_filename).name}:{code.co_qualname}" if ours else ELSEWHERE
+            counts[name] = counts.get(name, 0) + 1
+
+    gc.disable()  # what is finalized by chance is no part of a step
+    previous = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(previous)
+        gc.enable()
+    return counts
+
+
+def per_round(make: Callable[[int], Callable[[], Any]], batches: int) -> dict[str, float]:
+    """The calls that one more round of so many batches makes: what comes once a run cancels out."""
+    calls(make(batches))  # what happens once in a process, such as imports
+    few, many = calls(make(2 * batches)), calls(make(12 * batches))
+    difference = {name: (count - few.get(name, 0)) / 10 for name, count in many.items()}
+    return {name: count for name, count in difference.items() if count}
+
+
+def check(kind: str, counts: dict[str, float]) -> None:
+    total = sum(counts.values())
+    own = total - counts[ELSEWHERE]
+    most_own, most = COMMITTED[kind]
+    uneven = {name: count for name, count in counts.items() if not count.is_integer()}
+    assert most is None or not uneven, f"not the same in each round: {uneven}"
+    assert own > 0
+    table = "\n".join(f"  {count:4.0f}  {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    assert own <= most_own, f"{kind}: {own:.0f} calls of eventtrain's functions; {most_own} committed\n{table}"
+    if most is not None and torch.__version__.startswith(TORCH):
+        assert total <= most, f"{kind}: {total:.0f} calls in all; {most} committed\n{table}"
+
+
+def test_a_bare_step() -> None:
+    check("bare", per_round(lambda batches: bare(Module(), batches), 1))
+
+
+def test_a_bare_step_that_logs() -> None:
+    check("bare, with self.log", per_round(lambda batches: bare(Logging(), batches), 1))
+
+
+def test_a_window_of_the_standard_set(tmp_path: Path) -> None:
+    check("standard, a window of 4", per_round(lambda batches: standard(tmp_path / str(batches), batches), 4))
+
+
+def test_a_validation_batch() -> None:
+    check("validation", per_round(validating, 1))
+
+
+def test_an_event_that_nobody_listens_to_calls_nothing() -> None:
+    counts = per_round(lambda batches: bare(Module(), batches), 1)
+    assert not [name for name in counts if name.startswith(("signals.py", "events.py"))]

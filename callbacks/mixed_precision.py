@@ -63,7 +63,7 @@ class MixedPrecision(Callback):
         self._autocast: torch.autocast | None = None
         self._manual = False
         self._overflows = 0
-        self._state: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] = {"scaler": {}, "overflows": 0}
         # Optimizers that hold scaled gradients; a scale may change only while there are none.
         self._scaled: set[LightningOptimizer] = set()
         # What the others held before the backward at hand.
@@ -84,6 +84,7 @@ class MixedPrecision(Callback):
         self._overflows = 0
         if self.precision == "fp16" and self.scaler is None:
             self.scaler = GradScaler(device=trainer.device.type)
+            self.load_state_dict(self._loaded)
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._manual = not trainer.module.automatic_optimization
@@ -175,10 +176,11 @@ class MixedPrecision(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        scaler = self.scaler.state_dict() if self.scaler is not None else {}
+        scaler = self.scaler.state_dict() if self.scaler is not None else self._loaded["scaler"]
         return {"scaler": scaler, "overflows": self._overflows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state  # before the first run there is no scaler yet
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self._overflows = state["overflows"]

@@ -44,6 +44,7 @@ class ProgressBar(Callback):
         self.line_interval = line_interval
         self.leave = leave
         self._bars: dict[str, Any] = {}
+        self._loss: Any = None
         self._pending = 0
         self._done = 0
         self._next = 0.0
@@ -86,9 +87,10 @@ class ProgressBar(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
         self._pending += 1
+        self._loss = event.loss
         now = time.monotonic()
         if now >= self._next:
-            self._show(trainer, event.loss)
+            self._show(trainer)
             self._next = now + (self.line_interval if self._plain else self.interval)
 
     def on_train_epoch_end(self, trainer: Trainer, event: TrainEpochEnd) -> None:
@@ -96,29 +98,27 @@ class ProgressBar(Callback):
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
         if event.stage == "train" and event.scope == "epoch":
-            loss = None if "train" not in self._bars else self._bars["train"].last_loss
-            self._show(trainer, loss, final=True)
+            self._show(trainer, final=True)
             self._close("train")
 
-    def _show(self, trainer: Trainer, loss: Any, *, final: bool = False) -> None:
+    def _show(self, trainer: Trainer, *, final: bool = False) -> None:
         bar = self._bars.get("train")
         self._done += self._pending
         if bar is not None:
-            bar.last_loss = loss if loss is not None else bar.last_loss
-            bar.set_postfix(format_metrics(self.metrics(trainer, bar.last_loss)), refresh=False)
+            bar.set_postfix(format_metrics(self.metrics(trainer, self._loss)), refresh=False)
             bar.update(self._pending)
             if final:
                 bar.refresh()
         elif self._plain and trainer.is_global_zero:
-            self._line(trainer, loss)
+            self._line(trainer)
         self._pending = 0
 
-    def _line(self, trainer: Trainer, loss: Any) -> None:
+    def _line(self, trainer: Trainer) -> None:
         """One line for a log file: no control characters."""
         of = f"/{trainer.max_epochs}" if trainer.max_epochs is not None else ""
         total = f"/{trainer.num_training_batches}" if trainer.num_training_batches is not None else ""
         rate = self._done / max(time.monotonic() - self._began, 1e-9)
-        values = ", ".join(f"{name}={value}" for name, value in format_metrics(self.metrics(trainer, loss)).items())
+        values = ", ".join(f"{name}={value}" for name, value in format_metrics(self.metrics(trainer, self._loss)).items())
         epoch = f"epoch {trainer.current_epoch + 1}{of}"
         print(f"{epoch}: {self._done}{total} batches, {rate:.1f} it/s, {values}".rstrip(", "), file=sys.stderr, flush=True)
 
@@ -160,7 +160,6 @@ class ProgressBar(Callback):
 
         place = len(self._bars)
         bar = tqdm(total=total, desc=title, leave=leave, position=place, mininterval=self.interval, dynamic_ncols=True)
-        bar.last_loss = None  # type: ignore[attr-defined]
         self._bars[stage] = bar
 
     def _close(self, stage: str) -> None:

@@ -66,6 +66,7 @@ class TensorBoardLogger(Callback):
         self._run_dir: Path | None = None
         self._rates: dict[str, float] = {}
         self._samples = 0
+        self._seconds_before = 0.0
         self._began = 0.0
 
     def is_due(self, global_step: int) -> bool:
@@ -123,6 +124,7 @@ class TensorBoardLogger(Callback):
             parent = Path(trainer.default_root_dir) / self.log_dir / (self.name or type(trainer.module).__name__)
             self._run_dir = next_version(parent)
             self._samples = 0
+            self._seconds_before = self._began = 0.0
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._began = time.monotonic()
@@ -202,13 +204,19 @@ class TensorBoardLogger(Callback):
             return trainer.total_batch_idx + 1
         if self.x_axis == "samples":
             return self._samples
-        return round(time.monotonic() - self._began)
+        return round(self._seconds())
+
+    def _seconds(self) -> float:
+        """Seconds of fitting in the run so far, those before a resume included."""
+        return self._seconds_before + (time.monotonic() - self._began if self._began else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self._samples, "seconds": time.monotonic() - self._began}
+        return {"samples": self._samples, "seconds": self._seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples = state["samples"]
+        self._seconds_before = state["seconds"]
+        self._began = 0.0
 
 
 class SilentWriter:

@@ -75,6 +75,8 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], *, training: bool) -> 
             part.load_state_dict(state)
     for name, value in checkpoint["progress"].items():
         setattr(trainer.progress, name, value)
+    if trainer.progress.epoch_is_over:
+        trainer.progress.count_epoch()  # written at the epoch's last safe point: it is not to be trained again
     trainer.batch.weight_reference = checkpoint["weight_reference"]
     if trainer.datamodule is not None:
         trainer.datamodule.load_state_dict(checkpoint["datamodule"])

@@ -273,8 +273,9 @@ class TrainLoop:
     def end_epoch(self, complete: bool) -> None:
         """Ends an epoch after its last batch, or after the one at which it was asked to end."""
         self.close_metrics(complete)
+        self.progress.epoch_is_over = True  # what a checkpoint written at the safe point says
         self.signals.safe_point.publish(SafePoint(True, self.batch.window_open))
-        self.progress.current_epoch += 1
+        self.progress.count_epoch()
 
     def leave_epoch(self) -> None:
         """Winds down an epoch that the run ends inside of: it is not counted. Its last safe point lies

@@ -23,6 +23,7 @@ class Progress:
         batch_idx: The index in its epoch of the batch at hand, or of the last one.
         total_batch_idx: Batches of the run whose training began, the one at hand included, less one.
         validations: Validations of the run completed, sanity checks not counted.
+        epoch_is_over: The epoch at hand has ended and is about to be counted: so it is at its ``safe_point``.
     """
 
     current_epoch: int = 0
@@ -30,6 +31,12 @@ class Progress:
     batch_idx: int = 0
     total_batch_idx: int = -1
     validations: int = 0
+    epoch_is_over: bool = False
+
+    def count_epoch(self) -> None:
+        """Counts the epoch that is over."""
+        self.current_epoch += 1
+        self.epoch_is_over = False
 
 
 @dataclass(slots=True)

@@ -12,7 +12,6 @@ import argparse
 import ast
 import math
 import sysconfig
-import warnings
 from pathlib import Path
 
 import torch
@@ -41,16 +40,18 @@ class CharacterModel(LightningModule):
     def __init__(
         self,
         context: int = 64,
-        size: int = 128,
+        size: int = 96,
         heads: int = 4,
-        layers: int = 3,
-        max_lr: float = 2e-3,
+        layers: int = 2,
+        max_lr: float = 4e-3,
         warmup_steps: int = 50,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.embedding = nn.Embedding(len(ALPHABET), size)
-        self.position = nn.Parameter(0.02 * torch.randn(context, size))
+        self.position = nn.Parameter(torch.empty(context, size))
+        for table in (self.embedding.weight, self.position):
+            nn.init.normal_(table, std=0.05)  # small, and alike: neither drowns the other in their sum
         block = nn.TransformerEncoderLayer(
             size, heads, 4 * size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )

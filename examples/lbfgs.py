@@ -46,7 +46,7 @@ class Curve(LightningModule):
 def main() -> None:
     """Fits the curve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -56,7 +56,7 @@ def main() -> None:
     # All of the data in each batch: the curvature that LBFGS estimates has to be that of one function.
     loader = DataLoader(TensorDataset(x, y), batch_size=len(x))
 
-    trainer = Trainer(max_steps=args.steps, default_callbacks=False)
+    trainer = Trainer(max_steps=args.steps, default_callbacks=False)  # no progress bar: the module prints
     trainer.fit(Curve(), loader)
     print(f"final loss {trainer.callback_metrics['loss']:.2e}")
 

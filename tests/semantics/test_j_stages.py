@@ -15,7 +15,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from eventtrain import LightningModule
+from eventtrain import LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 
 
@@ -156,11 +156,9 @@ def test_j1_flags_are_restored_after_an_error(stage: str) -> None:
     module = Layers()
     module.fails = True
     before = module.now()
+    data = (pictures(1), pictures(1)) if stage == "fit" else (pictures(1),)
     with pytest.raises(RuntimeError, match="mine"):
-        if stage == "fit":
-            train(module, pictures(1), val=pictures(1))
-        else:
-            getattr(new_trainer(), stage)(module, pictures(1))
+        getattr(new_trainer(), stage)(module, *data)
     assert module.now() == before
     assert torch.is_grad_enabled()
 
@@ -176,7 +174,7 @@ def test_j1_a_frozen_batch_norm_keeps_its_statistics() -> None:
 
 
 def draw() -> tuple[float, float, float]:
-    return torch.rand(()).item(), float(np.random.rand()), random.random()  # noqa: NPY002
+    return torch.rand(()).item(), float(np.random.rand()), random.random()
 
 
 class Draws(Evaluates):
@@ -196,7 +194,7 @@ class Draws(Evaluates):
 
 def seeded() -> None:
     torch.manual_seed(11)
-    np.random.seed(11)  # noqa: NPY002
+    np.random.seed(11)
     random.seed(11)
 
 
@@ -265,18 +263,13 @@ def test_j2_two_batches_before_training() -> None:
     trainer = train(module, 1, order, val=4, num_sanity_val_steps=2)
     assert module.checks == [1.0, 2.0]
     assert module.validations == [1.0, 2.0, 3.0, 4.0]
-    assert order.names == [
-        "fit_start", "validation_start", "validation_end", "train_start", "train_batch_start", "validation_start", "validation_end",
-    ]  # fmt: skip
+    validation = ["validation_start", "validation_end"]
+    assert order.names == ["fit_start", *validation, "train_start", "train_batch_start", *validation]
     assert not trainer.sanity_checking
 
 
 def test_j2_two_is_the_default() -> None:
     module = Sane()
-    trainer = new_trainer()
-    del trainer
-    from eventtrain import Trainer
-
     Trainer(max_epochs=1, device="cpu", default_callbacks=False).fit(module, batches(1), batches(4))
     assert module.checks == [1.0, 2.0]
 

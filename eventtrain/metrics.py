@@ -37,7 +37,8 @@ class Entry:
     def __init__(self, name: str, suffix: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool) -> None:
         self.name = name + suffix
         self.options = options
-        self.prog_bar, self.logger, _, _, self.reduction, self.sync_dist = options
+        self.prog_bar, self.logger, _, _, reduction, self.sync_dist = options
+        self.reduction: Any = reduction_name(reduction)
         self.on_step, self.on_epoch = on_step, on_epoch
         both = on_step and on_epoch
         self.step_name = (f"{name}_step{suffix}" if both else self.name) if on_step else None
@@ -262,7 +263,7 @@ class Metrics:
         _, _, on_step, on_epoch, reduction, _ = options
         if not isinstance(name, str):
             raise MisconfigurationError(f"self.log's first argument is the metric's name, a string; it is {name!r}.")
-        if reduction not in REDUCTIONS:
+        if reduction_name(reduction) not in REDUCTIONS:
             raise MisconfigurationError(
                 f"self.log({name!r}, ..., reduce_fx={reduction!r}): reduce_fx has to be one of {list(REDUCTIONS)}."
             )
@@ -320,6 +321,11 @@ class Metrics:
             f"self.log({entry.name!r}, ...) in {calling_hook()}: the name is logged with different options ({difference}). "
             "Use the same options for one name, or another name."
         )
+
+
+def reduction_name(reduction: Any) -> Any:
+    """A reduction's name, where it was given as torch's function: ``torch.max`` -> ``"max"``."""
+    return getattr(reduction, "__name__", reduction)
 
 
 def infer_batch_size(batch: Any) -> int:

@@ -383,13 +383,17 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         name: str,
         value: Any,
         prog_bar: bool = False,
-        logger: bool = True,
+        logger: bool | None = None,
         on_step: bool | None = None,
         on_epoch: bool | None = None,
-        reduce_fx: str = "mean",
+        reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False,
         sync_dist: bool = False,
+        sync_dist_group: Any = None,
         add_dataloader_idx: bool = True,
         batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
     ) -> None:
         """Logs a value.
 
@@ -397,14 +401,19 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             name: Its name.
             value: A number, a scalar tensor, or a torchmetrics object.
             prog_bar: Whether the progress bar shows it.
-            logger: Whether loggers get it.
+            logger: Whether loggers get it; None: they do.
             on_step: Whether each step's value is kept; None: in training steps.
             on_epoch: Whether the epoch's reduction is kept; None: everywhere else. With both, the values are
                 called ``name_step`` and ``name_epoch``, and callbacks see the latest as ``name``.
-            reduce_fx: ``"mean"`` (weighted by batch size), ``"min"``, ``"max"`` or ``"sum"``.
+            reduce_fx: ``"mean"`` (weighted by batch size), ``"min"``, ``"max"``, ``"sum"``, or torch's function of
+                that name.
+            enable_graph: Lightning's; values are always detached here.
             sync_dist: Whether it is reduced over ranks.
+            sync_dist_group: Lightning's; all ranks take part here.
             add_dataloader_idx: With several evaluation loaders, whether ``/dataloader_idx_i`` is appended.
             batch_size: The weight in the mean; None: the first dimension of the batch's first tensor.
+            metric_attribute: Lightning's; a torchmetrics object is known by itself here.
+            rank_zero_only: Whether ranks other than zero leave it out.
 
         Raises:
             MisconfigurationError: The value is no scalar; the name is logged with other options; or the
@@ -414,8 +423,10 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         if trainer is None:
             warnings.warn(f"{type(self).__name__}.log({name!r}, ...) without a trainer: the value goes nowhere.", stacklevel=2)
             return
+        if rank_zero_only and not trainer.is_global_zero:
+            return
         trainer.metrics.log(
-            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, batch_size, add_dataloader_idx
+            name, value, prog_bar, logger is not False, on_step, on_epoch, reduce_fx, sync_dist, batch_size, add_dataloader_idx
         )
 
     def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:

@@ -351,6 +351,26 @@ class Trainer:
         return self._loop is not None and self._loop.is_last_batch
 
     @property
+    def training(self) -> bool:
+        """Whether training batches are being run, as opposed to a validation inside of a fit."""
+        return self.stage == "fit" and self.metrics.stage == "train"
+
+    @property
+    def validating(self) -> bool:
+        """Whether a validation is being run, inside of a fit or by itself."""
+        return self.stage is not None and self.metrics.stage == "validation"
+
+    @property
+    def testing(self) -> bool:
+        """Whether a test is being run."""
+        return self.stage == "test"
+
+    @property
+    def predicting(self) -> bool:
+        """Whether predictions are being made."""
+        return self.stage == "predict"
+
+    @property
     def validates(self) -> bool:
         """Whether the run at hand has something to validate on."""
         return self._loop is not None and self._loop.validate is not None

@@ -114,9 +114,8 @@ def grid(images: Tensor, columns: int = 8, border: int = 1, zoom: int = 4) -> Te
         Shape (C, rows * (H + border) * zoom, columns * (W + border) * zoom).
     """
     images = F.pad(images, (0, border, 0, border))
-    _, channels, height, width = images.shape
     rows = images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # (C, rows, H, columns, W)
-    picture = rows.reshape(channels, -1, columns * width)
+    picture = rows.flatten(3, 4).flatten(1, 2)
     return picture.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
 
 

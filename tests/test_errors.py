@@ -68,11 +68,11 @@ def returns(value: Callable[[Model, Tensor], Any], **methods: Any) -> Trainer:
     return fit(model)
 
 
-def configured(by: Callable[[SGD], Any], *callbacks: Any, **methods: Any) -> Trainer:
+def configured(by: Callable[[SGD], Any], model: Any = None, **methods: Any) -> Trainer:
     """Trains a module whose configure_optimizers returns a function of its SGD."""
-    model = Model(**methods)
+    model = model or Model(**methods)
     model.configure_optimizers = lambda: by(SGD([model.w], lr=0.1))
-    return fit(model, *(callbacks or (LRSchedulerStepping(),)))
+    return fit(model, LRSchedulerStepping())
 
 
 def scheduled(**config: Any) -> Trainer:
@@ -112,9 +112,14 @@ def hooked(**hooks: Any) -> Trainer:
     return fit(type("Hooked", (Model,), hooks)())
 
 
-def two_optimizers(model: Any) -> list[SGD]:
-    other = nn.Parameter(torch.zeros(1))
-    return [SGD([model.w], lr=0.1), SGD([other], lr=0.1)]
+def steps_by_closure(model: Any, optimizer: Any, batch: Tensor) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.loss(batch)
+        model.manual_backward(loss)
+        return loss
+
+    optimizer.step(closure)
 
 
 def step_both(model: Any, optimizers: Any, batch: Tensor) -> None:
@@ -484,7 +489,7 @@ CASES: dict[str, Case] = {
         ("ReduceLROnPlateau", "names none", "'monitor'"),
         lambda: configured(
             lambda sgd: {"optimizer": sgd, "lr_scheduler": ReduceLROnPlateau(sgd), "monitor": "value"},
-            training_step=logging_step(),
+            Log(value=1.0, on_epoch=True),
         ),
     ),
     "a monitored metric that is never logged": Case(
@@ -492,7 +497,7 @@ CASES: dict[str, Case] = {
         ("ReduceLROnPlateau", "'val_loss'", "never logged", r"self\.log\('val_loss', \.\.\.\)"),
         lambda: configured(
             lambda sgd: {"optimizer": sgd, "lr_scheduler": ReduceLROnPlateau(sgd), "monitor": "value"},
-            training_step=logging_step(),
+            Log(value=1.0, on_epoch=True),
         ),
     ),
     "a scheduler of an optimizer that was not returned": Case(
@@ -534,7 +539,7 @@ CASES: dict[str, Case] = {
     "a closure that cannot be called": Case(
         lambda: manual(lambda model, optimizer, x: optimizer.step(model.loss(x))),
         (r"SGD\.step", "as its closure", "function of no arguments"),
-        lambda: manual(lambda model, optimizer, x: optimizer.step(lambda: (steps(model, optimizer, x), model.loss(x))[1])),
+        lambda: manual(steps_by_closure),
     ),
     "LBFGS with accumulation": Case(
         lambda: with_optimizer(LBFGS, GradientAccumulation(2)),
@@ -650,7 +655,7 @@ CASES: dict[str, Case] = {
         lambda: fit(None, GradientClipping(1.0, norm_type=float("inf"))),
     ),
     "clip_gradients by 0": Case(
-        lambda: fit(Model(on_before_optimizer_step=None)) and clips_by(0),
+        lambda: clips_by(0),
         ("gradient_clip_val", "positive number", "0"),
         lambda: clips_by(1.0),
     ),
@@ -681,15 +686,28 @@ CASES: dict[str, Case] = {
             lambda name=name, right=right: fit(**{name: right}),  # type: ignore[misc]
         )
         for name, value, right in (
-            ("max_epochs", -2, 2), ("max_epochs", 1.5, 1), ("max_epochs", "3", 3), ("max_epochs", True, 1),
-            ("max_steps", -2, 2), ("max_steps", 2.5, 2), ("min_epochs", -1, 1), ("min_steps", 0.5, 1),
-            ("num_sanity_val_steps", -2, -1), ("num_sanity_val_steps", 1.5, 1), ("fast_dev_run", -1, 1),
-            ("check_val_every_n_epoch", 0, 1), ("check_val_every_n_epoch", 0.5, 1),
-            ("limit_train_batches", -1, 1), ("limit_train_batches", 1.5, 0.5), ("limit_train_batches", "2", 2),
-            ("limit_train_batches", True, 1), ("limit_val_batches", -0.5, 0.5), ("limit_test_batches", 2.0, 2),
+            ("max_epochs", -2, 2),
+            ("max_epochs", 1.5, 1),
+            ("max_epochs", "3", 3),
+            ("max_epochs", True, 1),
+            ("max_steps", -2, 2),
+            ("max_steps", 2.5, 2),
+            ("min_epochs", -1, 1),
+            ("min_steps", 0.5, 1),
+            ("num_sanity_val_steps", -2, -1),
+            ("num_sanity_val_steps", 1.5, 1),
+            ("fast_dev_run", -1, 1),
+            ("check_val_every_n_epoch", 0, 1),
+            ("check_val_every_n_epoch", 0.5, 1),
+            ("limit_train_batches", -1, 1),
+            ("limit_train_batches", 1.5, 0.5),
+            ("limit_train_batches", "2", 2),
+            ("limit_train_batches", True, 1),
+            ("limit_val_batches", -0.5, 0.5),
+            ("limit_test_batches", 2.0, 2),
             ("limit_predict_batches", -1, 0),
         )
-    },  # fmt: skip
+    },
     "a limit below one batch": Case(
         lambda: fit(limit_train_batches=0.1),
         (r"limit_train_batches=0\.1", "4 batches", "less than one", r"0\.25"),
@@ -732,7 +750,9 @@ CASES: dict[str, Case] = {
     ),
     # ---------------------------------------------------------------- callbacks
     "a callback's class": Case(
-        lambda: fit(None, GradientClipping), ("GradientClipping is a class", r"GradientClipping\(\.\.\.\)"), lambda: fit(None, Spelled())
+        lambda: fit(None, GradientClipping),
+        ("GradientClipping is a class", r"GradientClipping\(\.\.\.\)"),
+        lambda: fit(None, Spelled()),
     ),
     "a callback twice": Case(
         lambda: fit(None, *[Spelled()] * 2), ("Spelled", "attached twice", "once"), lambda: fit(None, Spelled(), Spelled())
@@ -783,9 +803,7 @@ CASES: dict[str, Case] = {
         lambda: TensorBoardLogger(log_every_n_steps=0), ("TensorBoardLogger", "log_every_n_steps=0", "from 1"), fit
     ),
     # ---------------------------------------------------------------- modules and hooks
-    "a plain module": Case(
-        lambda: fit(nn.Linear(1, 1)), ("Linear", r"eventtrain\.LightningModule"), fit
-    ),
+    "a plain module": Case(lambda: fit(nn.Linear(1, 1)), ("Linear", r"eventtrain\.LightningModule"), fit),
     "a module's class": Case(lambda: fit(Model), ("Model", r"class|Model\("), lambda: fit(Model())),
     "a module of another library": Case(
         lambda: fit(type("LightningModule", (nn.Module,), {"__module__": "lightning.pytorch"})()),
@@ -813,7 +831,9 @@ CASES: dict[str, Case] = {
         lambda: hooked(on_train_epoch_end=lambda self: None),
     ),
     "a trainer's property without a trainer": Case(
-        lambda: Model().trainer, ("Model is not attached to a trainer", "fit"), lambda: after_fit(lambda t, module: module.trainer)
+        lambda: Model().trainer,
+        ("Model is not attached to a trainer", "fit"),
+        lambda: after_fit(lambda t, module: module.trainer),
     ),
     "optimizers without a trainer": Case(
         lambda: Model().optimizers(), ("Model is not attached", "fit"), lambda: after_fit(lambda t, module: module.optimizers())
@@ -860,7 +880,9 @@ CASES: dict[str, Case] = {
         lambda: fit(data=5), ("training loader", r"5 \(int\)", "DataLoader"), lambda: fit(data=BATCHES)
     ),
     "a datamodule in the place of a loader": Case(
-        lambda: fit(data=Data()), ("training loader", "Data", "datamodule|DataLoader"), lambda: fit(data=None, datamodule=Data())
+        lambda: fit(data=Data()),
+        ("training loader", "Data", "datamodule|DataLoader"),
+        lambda: fit(data=None, datamodule=Data()),
     ),
     "a validation loader that cannot be iterated": Case(
         lambda: fit(evaluates(), val=5), ("validation", "5", "iterated|DataLoader"), lambda: fit(evaluates(), val=BATCHES)
@@ -868,10 +890,14 @@ CASES: dict[str, Case] = {
     "a test loader that cannot be iterated": Case(
         lambda: Trainer(max_epochs=1, device="cpu").test(evaluates(test_step=lambda self, batch, i: None), 5),
         ("test", "5", "iterated|DataLoader"),
-        lambda: after_fit(lambda trainer, module: trainer.test(module, BATCHES), evaluates(test_step=lambda self, batch, i: None)),
+        lambda: after_fit(
+            lambda trainer, module: trainer.test(module, BATCHES), evaluates(test_step=lambda self, batch, i: None)
+        ),
     ),
     "a loader shorter than its length": Case(
-        lambda: fit(data=Stream(2, says=3)), ("Stream", "3 batches", "ended after 2", "__len__"), lambda: fit(data=Stream(2, says=2))
+        lambda: fit(data=Stream(2, says=3)),
+        ("Stream", "3 batches", "ended after 2", "__len__"),
+        lambda: fit(data=Stream(2, says=2)),
     ),
     "a loader longer than its length": Case(
         lambda: fit(data=Stream(3, says=2)), ("Stream", "2 batches", "has more", "__len__"), lambda: fit(data=Stream(3, says=3))
@@ -887,7 +913,9 @@ CASES: dict[str, Case] = {
         lambda: fit(data=BATCHES, max_epochs=None, max_steps=9),
     ),
     "an estimate of an unknown length": Case(
-        lambda: estimating(), ("estimated_stepping_batches", "length", r"Trainer\(max_steps=\.\.\.\)"), lambda: estimating(max_steps=3)
+        lambda: estimating(),
+        ("estimated_stepping_batches", "length", r"Trainer\(max_steps=\.\.\.\)"),
+        lambda: estimating(max_steps=3),
     ),
     # ---------------------------------------------------------------- stages and checkpoints
     "validate without a validation_step": Case(
@@ -935,15 +963,22 @@ CASES: dict[str, Case] = {
             lambda: fit(Log(value=1.0)),
         )
         for case, value, found in (
-            ("a vector", torch.ones(2), r"shape \(2,\)"), ("a string", "high", "'high'"), ("None", None, "NoneType"),
-            ("a list", [1.0], "list"), ("a mapping", {"a": 1.0}, "mapping"),
+            ("a vector", torch.ones(2), r"shape \(2,\)"),
+            ("a string", "high", "'high'"),
+            ("None", None, "NoneType"),
+            ("a list", [1.0], "list"),
+            ("a mapping", {"a": 1.0}, "mapping"),
         )
-    },  # fmt: skip
+    },
     "logging nowhere": Case(
-        lambda: fit(Log(value=1.0, on_step=False)), (r"'value'", "neither on_step nor on_epoch", "Set one"), lambda: fit(Log(value=1.0))
+        lambda: fit(Log(value=1.0, on_step=False)),
+        (r"'value'", "neither on_step nor on_epoch", "Set one"),
+        lambda: fit(Log(value=1.0)),
     ),
     "logging with an unknown reduction": Case(
-        lambda: fit(Log(value=1.0, reduce_fx="median")), ("'value'", "'median'", "mean"), lambda: fit(Log(value=1.0, reduce_fx="max"))
+        lambda: fit(Log(value=1.0, reduce_fx="median")),
+        ("'value'", "'median'", "mean"),
+        lambda: fit(Log(value=1.0, reduce_fx="max")),
     ),
     "logging under a name that is none": Case(
         lambda: hooked(on_train_epoch_end=lambda self: self.log(3, 1.0)),
@@ -960,21 +995,10 @@ CASES: dict[str, Case] = {
         (r"self\.log\('value'", "no step", "Leave on_step out"),
         lambda: hooked(on_train_epoch_end=lambda self: self.log("value", 1.0)),
     ),
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------ what some cases need
-
-
-def logging_step() -> Any:
-    """A training step of any module that logs: bound when it is called."""
-
-    def step(batch: Tensor, batch_idx: int) -> Tensor:
-        model: Any = step.model  # type: ignore[attr-defined]
-        model.log("value", 1.0)
-        return model.loss(batch)
-
-    return step
 
 
 class Vetoes(Callback):

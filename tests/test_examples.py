@@ -42,7 +42,8 @@ class Run:
         if name not in WITHOUT_LOGS:
             options = (*options, "--log-dir", "logs")
         # The package that is tested here, wherever it was imported from; one thread, because tests share the machine.
-        environment = {**os.environ, "PYTHONPATH": str(Path(eventtrain.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        path = [str(Path(eventtrain.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *options]
         done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}"

@@ -416,3 +416,20 @@ def test_the_order_of_the_modules_hooks(automatic: bool) -> None:
 
     here, there = (journal(train(make, settings)) for train in (train_ours, train_theirs))
     assert here == there
+
+
+def test_the_words_of_lightnings_log() -> None:
+    def training_step(self: Any, batch: torch.Tensor, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("a", loss, False, None, True, True, torch.max, False, False, None, True, 4, None, True)
+        self.log("b", loss, enable_graph=True, sync_dist_group=None, rank_zero_only=True, metric_attribute=None)
+        flags = (self.trainer.training, self.trainer.validating, self.trainer.testing, self.trainer.predicting)
+        self.journal.append(flags)
+        return loss
+
+    def validation_step(self: Any, batch: torch.Tensor, batch_idx: int) -> None:
+        self.journal.append((self.trainer.training, self.trainer.validating, self.trainer.testing, self.trainer.predicting))
+
+    assert_same(
+        lambda base: regression(base, training_step=training_step, validation_step=validation_step), Settings(validate=True)
+    )

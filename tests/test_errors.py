@@ -362,6 +362,16 @@ CASES: dict[str, Case] = {
         ("training_step", "'weight'", "batch 1", "for every batch, or none"),
         lambda: weighted(lambda i: 2.0),
     ),
+    "a weight that is no number": Case(
+        lambda: weighted(lambda i: "two"),
+        ("training_step", "'weight'", "'two'", "number"),
+        lambda: weighted(lambda i: 2.0),
+    ),
+    "a weight for each sample": Case(
+        lambda: weighted(lambda i: torch.ones(2)),
+        ("training_step", "'weight'", r"shape \(2,\)", "scalar|sum"),
+        lambda: weighted(lambda i: torch.ones(2).sum()),
+    ),
     # ---------------------------------------------------------------- configure_optimizers
     "no configure_optimizers": Case(
         lambda: fit(type("Stepping", (LightningModule,), {"training_step": lambda self, batch, i: None})()),
@@ -654,6 +664,21 @@ CASES: dict[str, Case] = {
         ("GradientClipping", "norm_type=0", "positive number"),
         lambda: fit(None, GradientClipping(1.0, norm_type=float("inf"))),
     ),
+    "toggling an optimizer of another model": Case(
+        lambda: manual(lambda model, optimizer, x: model.toggle_optimizer(stray())),
+        ("toggle_optimizer", "SGD", "configure_optimizers|optimizers()"),
+        lambda: manual(toggles),
+    ),
+    "toggling a number": Case(
+        lambda: manual(lambda model, optimizer, x: model.toggle_optimizer(0)),
+        ("0", "optimizer"),
+        lambda: manual(toggles),
+    ),
+    "clip_gradients of a module": Case(
+        lambda: manual(lambda model, optimizer, x: model.clip_gradients(model, 1.0)),
+        ("Manual", "optimizer"),
+        lambda: clips_by(1.0),
+    ),
     "clip_gradients by 0": Case(
         lambda: clips_by(0),
         ("gradient_clip_val", "positive number", "0"),
@@ -664,6 +689,16 @@ CASES: dict[str, Case] = {
         lambda: fit(None, MixedPrecision("16-mixed")),
         ("MixedPrecision", "'16-mixed'", "bf16", "fp16"),
         lambda: fit(None, MixedPrecision("fp16")),
+    ),
+    "a scaler that is none": Case(
+        lambda: fit(None, MixedPrecision("fp16", scaler=1024.0)),
+        ("MixedPrecision", "scaler", r"1024\.0", "GradScaler"),
+        lambda: fit(None, MixedPrecision("fp16", scaler=GradScaler("cpu", init_scale=1024.0))),
+    ),
+    "no overflow allowed": Case(
+        lambda: fit(None, MixedPrecision("fp16", max_consecutive_overflows=0)),
+        ("MixedPrecision", "max_consecutive_overflows=0", "whole number from 1"),
+        lambda: fit(None, MixedPrecision("fp16", max_consecutive_overflows=1)),
     ),
     "a scaler for bf16": Case(
         lambda: fit(None, MixedPrecision("bf16", scaler=GradScaler("cpu"))),
@@ -697,6 +732,8 @@ CASES: dict[str, Case] = {
             ("num_sanity_val_steps", -2, -1),
             ("num_sanity_val_steps", 1.5, 1),
             ("fast_dev_run", -1, 1),
+            ("fast_dev_run", 1.5, 1),
+            ("fast_dev_run", "yes", True),
             ("check_val_every_n_epoch", 0, 1),
             ("check_val_every_n_epoch", 0.5, 1),
             ("limit_train_batches", -1, 1),
@@ -786,6 +823,7 @@ CASES: dict[str, Case] = {
     "a callback's name": Case(
         lambda: fit(None, "progress_bar"), ("'progress_bar'|str", "callback|listen|on_"), lambda: fit(None, ProgressBar())
     ),
+    "a number for callbacks": Case(lambda: fit(None, 5), ("5|int", "callback|listen|on_"), lambda: fit(None, Spelled())),
     "a listener with other arguments": Case(
         lambda: before_fit(lambda trainer: trainer.signals.train_start.connect(lambda: None)),
         ("lambda", r"\(trainer, event=event\)", "train_start"),
@@ -989,6 +1027,11 @@ CASES: dict[str, Case] = {
         lambda: hooked(on_train_start=lambda self: self.log("value", 1.0)),
         (r"self\.log\('value'", "no step and no epoch", "on_train_epoch_start"),
         lambda: hooked(on_train_epoch_start=lambda self: self.log("value", 1.0)),
+    ),
+    "log_dict of a list": Case(
+        lambda: hooked(on_train_epoch_end=lambda self: self.log_dict([1.0])),
+        ("log_dict", r"\[1\.0\]|list", "mapping|dict"),
+        lambda: hooked(on_train_epoch_end=lambda self: self.log_dict({"value": 1.0})),
     ),
     "logging on the step where there is none": Case(
         lambda: hooked(on_train_epoch_end=lambda self: self.log("value", 1.0, on_step=True)),

@@ -61,8 +61,8 @@ def test_the_wheel_holds_every_file_once(built: Path) -> None:
 
 @pytest.mark.slow
 def test_the_sdist_holds_the_sources(built: Path) -> None:
-    archive = tarfile.open(next(built.glob("*.tar.gz")))
-    names = {name.partition("/")[2] for name in archive.getnames()}
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "callbacks/__init__.py", "eventtrain/loop.py"} <= names
 
 

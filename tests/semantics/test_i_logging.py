@@ -297,6 +297,13 @@ def test_i2_a_value_is_the_one_at_the_time_it_was_logged() -> None:
     assert written.scope("epoch") == [{"extreme": 0.0, "mean": pytest.approx(-4.0 / 3)}]
 
 
+@pytest.mark.parametrize("view", [lambda w: w[0], lambda w: w.view(()), lambda w: w.data, lambda w: w.detach()[0]])
+def test_i2_a_view_of_a_weight_is_the_one_at_the_time_too(view: Callable[[Tensor], Tensor]) -> None:
+    written = Written()
+    train(Logs(lambda module, x, i: module.log("weight", view(module.w))), 3, written)
+    assert written.scope("step") == [{"weight": 0.0}, {"weight": -1.0}, {"weight": -3.0}]
+
+
 def test_i2_values_stay_on_their_device() -> None:
     """On the device "meta", a transfer or a read-out would be an error."""
     kept: list[Any] = []

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from eventtrain.arguments import check_count
 from eventtrain.callback import Callback
 from eventtrain.errors import MisconfigurationError, NonFiniteGradientError
 from eventtrain.events import (
@@ -57,6 +58,9 @@ class MixedPrecision(Callback):
             raise MisconfigurationError(f"MixedPrecision({precision!r}): the precision has to be one of {list(DTYPES)}.")
         if precision == "bf16" and scaler is not None:
             raise MisconfigurationError("MixedPrecision('bf16', scaler=...): bf16 has the range of float32 and is not scaled.")
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise MisconfigurationError(f"MixedPrecision(scaler={scaler!r}): it has to be a torch.amp.GradScaler.")
+        check_count(max_consecutive_overflows, "MixedPrecision: max_consecutive_overflows", least=1)
         self.precision = precision
         self.scaler = scaler
         self.max_consecutive_overflows = max_consecutive_overflows

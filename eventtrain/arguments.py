@@ -52,6 +52,8 @@ def check_module(module: Any) -> LightningModule:
         return module
     if module is None:
         raise MisconfigurationError("There is no module yet: give one to this call, or call fit first.")
+    if isinstance(module, type):
+        raise MisconfigurationError(f"{module.__name__} is a class. Give an object of it: {module.__name__}(...).")
     kind = type(module)
     if any(base.__name__ == "LightningModule" for base in kind.__mro__):
         raise MisconfigurationError(
@@ -75,7 +77,7 @@ def check_datamodule(datamodule: Any) -> LightningDataModule | None:
     )
 
 
-def check_count(value: Any, named: str, *, least: int) -> int:
+def check_count(value: Any, named: str, *, least: int = 0) -> int:
     """Refuses what is no whole number from ``least``.
 
     Raises:

@@ -115,7 +115,13 @@ def attach(callback: Any, signals: Signals, attached: list[Any]) -> None:
         MisconfigurationError: See :func:`handlers` and :func:`check_together`.
     """
     check_together(callback, attached)
-    for event_name, method in list(handlers(callback)):
+    handled = list(handlers(callback))
+    if not handled and not isinstance(callback, Callback):
+        raise MisconfigurationError(
+            f"{callback!r} ({type(callback).__name__}) was given as a callback and listens to nothing. A callback has methods "
+            "on_<event>(self, trainer, event); a function is connected by trainer.signals.<event>.connect(function)."
+        )
+    for event_name, method in handled:
         signals[event_name].connect(method)
     attached.append(callback)
 

@@ -180,6 +180,8 @@ def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:
                 "under 'loss', or return None for a batch without one."
             )
         loss, weight = outputs["loss"], outputs.get("weight")
+        if weight is not None:
+            check_weight(weight)
         if loss is None:
             return None, None
         if not isinstance(loss, Tensor):
@@ -196,6 +198,26 @@ def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:
             "was detached; return None for a batch without a loss."
         )
     return loss, weight
+
+
+def check_weight(weight: Any) -> None:
+    """Refuses a batch's weight that is no number.
+
+    Raises:
+        MisconfigurationError: It is not.
+    """
+    if isinstance(weight, Tensor):
+        if weight.numel() == 1:
+            return
+        found = f"a tensor of shape {tuple(weight.shape)}"
+    elif isinstance(weight, (int, float)):
+        return
+    else:
+        found = f"{weight!r} ({type(weight).__name__})"
+    raise MisconfigurationError(
+        f"training_step returned {found} under 'weight'. It has to be a number or a scalar tensor: the batch's samples or "
+        "tokens, for example their sum."
+    )
 
 
 def scale_loss(loss: Tensor, weight: Tensor | float | None, state: BatchState) -> Tensor:

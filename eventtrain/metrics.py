@@ -154,8 +154,9 @@ class Metrics:
             if value is None:
                 return
         else:
-            # What was computed in the graph stays as it is; a weight or a buffer may be changed in place.
-            value = value.detach() if value.grad_fn is not None else value.detach().clone()
+            # What was computed in the graph stays as it is; a weight, a buffer, or a view of one may be changed in place.
+            computed = value.grad_fn is not None and value._base is None
+            value = value.detach() if computed else value.detach().clone()
         if value.numel() != 1:
             raise MisconfigurationError(
                 f"self.log({name!r}, ...) in {calling_hook()} got a tensor of shape {tuple(value.shape)}. Log a scalar: take "

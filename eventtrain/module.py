@@ -331,6 +331,11 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         """
         chosen = self._in_run(optimizer)
         toggles = self._toggle_stack()
+        if not any(chosen is other for other in self.trainer.optimizers):
+            raise MisconfigurationError(
+                f"toggle_optimizer was given a {type(chosen.optimizer).__name__} that configure_optimizers did not return. "
+                "Give one of self.optimizers()."
+            )
         flags = {p: p.requires_grad for other in self.trainer.optimizers for p in other.parameters()}
         users_own = toggles[0][1] if toggles else flags
         toggles.append((chosen, flags))
@@ -436,6 +441,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             dictionary: The values by name.
             **options: As for :meth:`log`.
         """
+        if not hasattr(dictionary, "items"):  # a collection of torchmetrics is no Mapping
+            raise MisconfigurationError(f"self.log_dict takes a mapping of names to values; it was given {_short(dictionary)}.")
         for name, value in dictionary.items():
             self.log(name, value, **options)
 
@@ -483,6 +490,11 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         """The run's wrapper of an optimizer; a wrapper outside of the run where it has none."""
         if isinstance(optimizer, LightningOptimizer):
             return optimizer
+        if not isinstance(optimizer, Optimizer):
+            raise MisconfigurationError(
+                f"{type(self).__name__} was given {_short(optimizer)} where an optimizer is expected. Give one of "
+                "self.optimizers()."
+            )
         trainer = self.__dict__.get("_trainer")
         for wrapper in trainer.optimizers if trainer is not None else ():
             if wrapper.optimizer is optimizer:
@@ -497,6 +509,12 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a module does not take its trainer along.
         return {name: value for name, value in self.__dict__.items() if name not in ("_trainer", "_toggles")}
+
+
+def _short(value: Any) -> str:
+    """A value for a message: itself where that is short, else its type."""
+    text = repr(value)
+    return f"{text} ({type(value).__name__})" if len(text) < 40 else f"a {type(value).__name__}"
 
 
 def overridden(instance: Any, name: str, *bases: type) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from eventtrain.arguments import limit_name
 from eventtrain.data import Batches, Limit, as_loaders, known_length, limited_length, move_to_device
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 from eventtrain.module import DataHooks, LightningDataModule, LightningModule, overridden
 from eventtrain.signals import Signals
@@ -80,6 +81,10 @@ class DataSources:
         """
         opened: list[Callable[[], Batches]] = []
         for index, loader in enumerate(as_loaders(self.loader(stage))):
+            if not isinstance(loader, Iterable):
+                raise MisconfigurationError(
+                    f"The {stage} loader is {loader!r} ({type(loader).__name__}), which cannot be iterated. Give a DataLoader."
+                )
             limit = self.length(stage, loader)
             if most is not None:
                 limit = most if limit is None else min(most, limit)

@@ -108,7 +108,7 @@ class Trainer:
         default_root_dir: str | os.PathLike[str] = ".",
     ) -> None:
         check_extent(max_epochs, max_steps, min_epochs, min_steps, bool(fast_dev_run))
-        self.fast_dev_run = check_count(int(fast_dev_run), "fast_dev_run", least=0)
+        self.fast_dev_run = int(fast_dev_run if isinstance(fast_dev_run, bool) else check_count(fast_dev_run, "fast_dev_run"))
         self.limits: dict[Stage, Limit] = {
             "train": limit_train_batches,
             "validation": limit_val_batches,
@@ -143,7 +143,7 @@ class Trainer:
         self._loop: TrainLoop | None = None
         self._data: DataSources
         self._begin_counting()
-        given = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+        given = list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
         for callback in given + (self._default_callbacks(given) if default_callbacks else []):
             attach(callback, self.signals, self.callbacks)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import LightningModule, Trainer, seed_everything
 from eventtrain.callbacks import GradientClipping, TensorBoardLogger
 
 ALPHABET = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--log-dir", default="runs")
     args = parser.parse_args()
 
+    seed_everything(args.seed)  # before the model is built, for its first weights too
     texts = [docstrings(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     model = CharacterModel()
 
@@ -145,7 +146,6 @@ def main() -> None:
         max_epochs=args.epochs,
         limit_train_batches=args.steps,
         limit_val_batches=20,
-        seed=args.seed,
         callbacks=[GradientClipping(1.0), TensorBoardLogger(args.log_dir, name="char_lm", log_every_n_steps=10)],
     )
     # Every tenth module is for validation.

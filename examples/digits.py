@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import LightningModule, Trainer, seed_everything
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, MixedPrecision, TensorBoardLogger
 
 
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--log-dir", default="runs")
     args = parser.parse_args()
 
+    seed_everything(args.seed)  # before the model is built, for its first weights too
     torch.set_num_threads(1)  # a network this small would have more threads wait for each other
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels count from 0 to 16
@@ -94,7 +95,6 @@ def main() -> None:
 
     trainer = Trainer(
         max_epochs=args.epochs,
-        seed=args.seed,
         callbacks=[
             MixedPrecision("bf16"),
             GradientAccumulation({0: 1, 10: 2}),  # from the epoch with index 10: fewer updates, less noise

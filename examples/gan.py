@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import LightningModule, Trainer, seed_everything
 from eventtrain.callbacks import TensorBoardLogger
 
 
@@ -127,13 +127,13 @@ def main() -> None:
     parser.add_argument("--log-dir", default="runs")
     args = parser.parse_args()
 
+    seed_everything(args.seed)  # before the model is built, for its first weights too
     torch.set_num_threads(1)  # networks this small would have more threads wait for each other
     images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16  # pixels count from 0 to 16
     loader = DataLoader(TensorDataset(images), batch_size=32, shuffle=True, drop_last=True)
 
     trainer = Trainer(
         max_epochs=args.epochs,
-        seed=args.seed,
         callbacks=[TensorBoardLogger(args.log_dir, name="gan")],
     )
     trainer.fit(DigitGAN(draw_every=min(10, args.epochs)), loader)

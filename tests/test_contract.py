@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import Callback, LightningModule, Trainer
 from eventtrain import callbacks as shipped
 from eventtrain.callback import detach, has_state, state_key
 
@@ -61,7 +61,7 @@ def build(request: pytest.FixtureRequest) -> Callable[[], Any]:
 def trainer_of(tmp_path: Path) -> Callable[..., Trainer]:
     """Builds a trainer whose schedulers are stepped by hand, so that nothing but the callback is attached."""
 
-    class Steps:
+    class Steps(Callback):
         role = "lr_scheduler_stepping"
 
     def make(callback: Any, **options: Any) -> Trainer:

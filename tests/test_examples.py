@@ -117,6 +117,12 @@ def test_digits(short_run: Callable[[str], Run]) -> None:
     assert "epoch 3/3" in run.stderr  # the default progress bar
 
 
+def test_digits_repeat_themselves(tmp_path: Path, short_run: Callable[[str], Run]) -> None:
+    run, again = short_run("digits"), Run("digits", tmp_path, *SHORT["digits"])
+    assert again.scalars("train_loss") == run.scalars("train_loss")
+    assert again.lines == run.lines
+
+
 @pytest.mark.slow
 def test_digits_as_it_comes(tmp_path: Path) -> None:
     run = Run("digits", tmp_path)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from eventtrain import LightningModule, Trainer, events
+from eventtrain import LightningModule, Trainer, events, seed_everything
 from eventtrain.callbacks import GradientAccumulation, GradientClipping
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
     x = torch.randn(1200, 16)
     y = x @ torch.randn(16, 1) + 0.1 * torch.randn(1200, 1)
     train, val = TensorDataset(x[:1000], y[:1000]), TensorDataset(x[1000:], y[1000:])

@@ -63,8 +63,8 @@ class DigitClassifier(LightningModule):
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        self.log(f"{stage}_loss", loss)
-        self.log(f"{stage}_accuracy", accuracy, prog_bar=True, on_step=False, on_epoch=True)
+        self.log(f"loss/{stage}", loss)
+        self.log(f"accuracy/{stage}", accuracy, prog_bar=True, on_step=False, on_epoch=True)
         return loss
 
     def configure_optimizers(self) -> dict:
@@ -107,7 +107,7 @@ def main() -> None:
     (metrics,) = trainer.test(model, DataLoader(test, 256))
 
     print(f"Look at the run: tensorboard --logdir {args.log_dir}")
-    print(f"test accuracy {metrics['test_accuracy']:.3f}")
+    print(f"test accuracy {metrics['accuracy/test']:.3f}")
 
 
 if __name__ == "__main__":

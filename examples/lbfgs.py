@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import LightningModule, Trainer, seed_everything
 
 
 class Curve(LightningModule):
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
     x = torch.linspace(-2, 2, 200).unsqueeze(1)
     y = torch.sin(3 * x) + x / 2
     # All of the data in each batch: the curvature that LBFGS estimates has to be that of one function.

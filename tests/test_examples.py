@@ -109,17 +109,17 @@ def test_writes_where_it_was_told_and_nowhere_else(name: str, short_run: Callabl
 def test_digits(short_run: Callable[[str], Run]) -> None:
     run = short_run("digits")
     assert number(r"test accuracy (\d\.\d{3})", run.lines[-1]) > 0.8
-    expected = {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "lr-AdamW", "epoch"}
+    expected = {"loss/train", "accuracy/train", "loss/val", "accuracy/val", "loss/test", "accuracy/test", "lr-AdamW", "epoch"}
     assert set(run.events.Tags()["scalars"]) == expected
-    assert list(run.scalars("train_loss")) == list(range(10, 121, 10))
-    assert list(run.scalars("val_accuracy")) == [40, 80, 120]
+    assert list(run.scalars("loss/train")) == list(range(10, 121, 10))
+    assert list(run.scalars("accuracy/val")) == [40, 80, 120]
     assert "_hparams_/session_start_info" in run.events.PluginTagToContent("hparams")
     assert "epoch 3/3" in run.stderr  # the default progress bar
 
 
 def test_digits_repeat_themselves(tmp_path: Path, short_run: Callable[[str], Run]) -> None:
     run, again = short_run("digits"), Run("digits", tmp_path, *SHORT["digits"])
-    assert again.scalars("train_loss") == run.scalars("train_loss")
+    assert again.scalars("loss/train") == run.scalars("loss/train")
     assert again.lines == run.lines
 
 

@@ -105,6 +105,7 @@ class TrainLoop:
         self.optimizer_step = optimizer_step
         self.validate = validate
         self.is_last_batch = False
+        self.validated_at = -1
 
     # ------------------------------------------------------------------ run, epoch, batch
 
@@ -128,6 +129,7 @@ class TrainLoop:
         batch_idx = -1
         while not self.has_all_steps() and (stop.reason is None or not self.is_stopping()):
             if stop.epoch_reason is not None:  # requested at a safe point
+                self.validate_if_due(batch_idx, True)
                 self.end_epoch(complete=False)
                 return
             batch = batches.fetch()
@@ -245,8 +247,10 @@ class TrainLoop:
         self.signals.metrics_logged.publish(event)
 
     def validate_if_due(self, batch_idx: int, ends_epoch: bool) -> None:
-        """Validates after a batch where interval and epoch say so."""
-        if self.validate is not None and self.validation_is_due(batch_idx, ends_epoch):
+        """Validates after a batch, once, where interval and epoch say so."""
+        at = self.progress.total_batch_idx
+        if self.validate is not None and at != self.validated_at and self.validation_is_due(batch_idx, ends_epoch):
+            self.validated_at = at
             self.validate()
             self.progress.validations += 1
             self.metrics.enter("train", "epoch")

@@ -73,6 +73,7 @@ def test_b1_unit_epoch_is_the_default() -> None:
 
 
 def test_b1_unit_step_counts_updates() -> None:
+    assert windows_of(Probe(), {}, GradientAccumulation({0: 2, 3: 1}, unit="step"), 8) == [2, 2, 2, 1, 1]
     assert windows_of(Probe(), {"max_epochs": 2}, GradientAccumulation({0: 1, 3: 2}, unit="step"), 5) == [1, 1, 1, 2, 2, 2, 1]
 
 
@@ -338,6 +339,16 @@ def test_b3_full_windows_are_not_touched() -> None:
     )
     train(module, 5, GradientAccumulation(2), note)
     assert versions == [0, 0, 1], "only the short window's gradients were written to"
+
+
+def test_b3_backward_runs_on_a_quotient() -> None:
+    """A product with the rounded 1 / 3 differs from it in the last bit."""
+    module = Probe(lr=0.0)
+    module.w.data.fill_(1.0)
+    recorder = Recorder("before_backward")
+    train(module, [5.0] * 3, GradientAccumulation(3), recorder)
+    assert 5.0 / torch.tensor(3.0) != torch.tensor(5.0) * (1 / 3)
+    assert all(torch.equal(event.loss, torch.tensor(5.0) / 3) for event in recorder.events)
 
 
 def test_b3_clipping_comes_after_normalisation() -> None:

@@ -191,6 +191,21 @@ def test_e1_step_with_a_closure(optimizer: Any) -> None:
     assert recorder.count("after_optimizer_step") == recorder.count("after_update") == 3
 
 
+def test_e1_an_optimizer_that_never_runs_its_closure_is_an_error() -> None:
+    class NeverEvaluates(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step()
+
+    class WithClosure(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().step(closure=lambda: self.loss(batch))
+
+    module = WithClosure()
+    module.configure = lambda _: NeverEvaluates([module.w], lr=1.0)
+    with pytest.raises(MisconfigurationError, match=r"(?s)NeverEvaluates.*closure"):
+        train(module, 1)
+
+
 def test_e1_manual_backward_passes_its_arguments_on() -> None:
     class Twice(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -481,6 +481,19 @@ def test_f3_the_closures_result_is_returned() -> None:
     assert results == [0.0, -2.0, -9.0]  # the raw losses: 0 * 1, -1 * 2, -3 * 3
 
 
+def test_f3_the_closures_result_is_returned_where_the_step_was_skipped() -> None:
+    results: list[Any] = []
+
+    class Keeping(Probe):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+            results.append(optimizer.step(closure=optimizer_closure))
+
+    module = Keeping(nothing_for=[3.0])
+    veto = On(before_optimizer_step=lambda trainer, event: event.skip("mine") if trainer.batch_idx == 1 else None)
+    train(module, 3, veto)
+    assert [None if result is None else result.item() for result in results] == [0.0, -2.0, None]
+
+
 def test_f3_keyword_arguments_reach_the_wrapped_step() -> None:
     class Takes(SGD):
         def step(self, closure: Any = None, *, note: str = "") -> Any:

@@ -15,7 +15,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from eventtrain import LightningModule, MisconfigurationError, Trainer
+from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision
 
 # ------------------------------------------------------------------ G1: global_step
@@ -132,6 +132,21 @@ def test_g1_each_fit_counts_anew() -> None:
     for _ in range(2):
         trainer.fit(module, batches(3))
         assert trainer.global_step == trainer.optimizers[0].num_steps == 3
+
+
+def test_g1_num_steps_counts_one_run_of_a_wrapper_that_is_returned_again() -> None:
+    class Keeps(Probe):
+        wrapper: Any = None
+
+        def configure_optimizers(self) -> Any:
+            self.wrapper = self.wrapper or LightningOptimizer(SGD([self.w], lr=1.0))
+            return self.wrapper
+
+    module = Keeps()
+    trainer = new_trainer(max_epochs=1)
+    for _ in range(2):
+        trainer.fit(module, batches(3))
+        assert module.wrapper.num_steps == trainer.global_step == 3
 
 
 # ------------------------------------------------------------------ G2: estimated_stepping_batches

@@ -218,3 +218,20 @@ def test_a_plateau_run_lowers_the_rate_where_the_metric_stays() -> None:
     trainer(here=True, max_epochs=3).fit(model, data(), data()[:2])
     # The first value is the best so far; the next two each exceed a patience of 0.
     assert model.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 0.1**2)
+
+
+def test_timms_own_schedulers() -> None:
+    """Where timm can be imported: its torchvision does not load beside every build of torch."""
+    timm = pytest.importorskip("timm.scheduler", exc_type=Exception)
+
+    class Model(Autoencoder):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], [{"scheduler": timm.TanhLRScheduler(optimizer, t_initial=4), "interval": "epoch"}]
+
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            scheduler.step(epoch=self.current_epoch)
+
+    model = Model()
+    trainer(here=True, max_epochs=3).fit(model, data())
+    assert model.trainer.optimizers[0].param_groups[0]["lr"] < 0.1

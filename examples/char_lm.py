@@ -132,6 +132,7 @@ def main() -> None:
     args = parser.parse_args()
 
     seed_everything(args.seed)  # before the model is built, for its first weights too
+    torch.set_num_threads(1)  # a network this small gains little from more, and loses much where they have to wait
     texts = [docstrings(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     model = CharacterModel()
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Stage = Literal["train", "validation", "test", "predict"]
-Scalar = "Tensor | float"
 
 
 def _writable() -> Any:

@@ -164,7 +164,8 @@ class Trainer:
             train_dataloaders: The training loader; the module's or datamodule's where None.
             val_dataloaders: A validation loader, or a list of them; the module's or datamodule's where None.
             datamodule: Brings the loaders.
-            ckpt_path: A checkpoint to resume from, at the start of the epoch that it was written in.
+            ckpt_path: A checkpoint to resume from: exactly, where it was written at the end of an epoch; else from
+                the start of the epoch that it was written in.
 
         Raises:
             MisconfigurationError: Something was put together in a way that cannot work. Checked before

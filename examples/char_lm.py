@@ -125,7 +125,7 @@ def docstrings(path: Path) -> str:
 def main() -> None:
     """Reads the text, and trains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100, help="updates per epoch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", default="runs")

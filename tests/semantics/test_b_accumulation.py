@@ -347,7 +347,7 @@ def test_b3_backward_runs_on_a_quotient() -> None:
     module.w.data.fill_(1.0)
     recorder = Recorder("before_backward")
     train(module, [5.0] * 3, GradientAccumulation(3), recorder)
-    assert 5.0 / torch.tensor(3.0) != torch.tensor(5.0) * (1 / 3)
+    assert torch.tensor(5.0) / 3 != torch.tensor(5.0) * (1 / 3)
     assert all(torch.equal(event.loss, torch.tensor(5.0) / 3) for event in recorder.events)
 
 

@@ -154,7 +154,8 @@ def test_c2_norm_is_the_default_algorithm() -> None:
 
 
 def test_c2_a_schedule_by_epoch() -> None:
-    assert clipped_updates(GradientClipping({0: 1.0, 5: 2.0}, "value"), epochs=7) == [1.0] * 5 + [2.0] * 2
+    policy = GradientClipping({0: 1.0, 5: 2.0}, "value")
+    assert clipped_updates(policy, epochs=7, xs=[8.0] * 3) == [1.0] * 15 + [2.0] * 6
 
 
 def test_c2_a_function_of_the_trainer() -> None:

@@ -151,6 +151,11 @@ def test_d1_an_unknown_key_is_an_error_with_the_nearest_valid_one(make: Any, wro
         train(Probe(configure=lambda sgd: make(sgd, Halving(sgd))), 1, LRSchedulerStepping())
 
 
+def test_d1_one_optimizer_twice_is_an_error() -> None:
+    with pytest.raises(MisconfigurationError, match="twice"):
+        train(Probe(configure=lambda sgd: [sgd, sgd], automatic=False), 1)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -246,10 +251,24 @@ def test_d2_interval_validation_is_the_runs_validations() -> None:
 
 def test_d2_a_validation_outside_of_fit_steps_nothing() -> None:
     module = Logging(configure=scheduled(interval="validation"))
-    trainer = train(module, 2, LRSchedulerStepping(), val=1)
+    trainer = train(module, 3, LRSchedulerStepping(), val=1, val_check_interval=2)
     assert steps(trainer) == 1
     trainer.validate(module, batches(1))
     assert steps(trainer) == 1
+
+
+def test_d2_a_sanity_check_steps_nothing_after_a_resume_either(tmp_path: Any) -> None:
+    def save(trainer: Any, event: Any) -> None:
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+
+    options = {"val_check_interval": 2, "num_sanity_val_steps": 1}
+    stepping = LRSchedulerStepping()
+    train(Logging(configure=scheduled(interval="validation")), 3, stepping, On(safe_point=save), val=1, **options)
+    recorder = Recorder("train_batch_start", "before_lr_scheduler_step")
+    trainer = new_trainer(LRSchedulerStepping(), recorder, max_epochs=2, **options)
+    module = Logging(configure=scheduled(interval="validation"))
+    trainer.fit(module, batches(3), batches(1), ckpt_path=tmp_path / "run.ckpt")
+    assert recorder.names[0] == "train_batch_start", "an update since the last validation does not count here"
 
 
 def test_d2_several_schedulers_have_their_own_intervals() -> None:
@@ -503,13 +522,19 @@ def test_d5_a_checkpoint_at_the_epochs_end_has_them_all(tmp_path: Any) -> None:
     assert [state["last_epoch"] for state in kept] == [2, 2, 2, 6, 2]  # mean, val, epoch, step, validation
 
 
-@pytest.mark.parametrize("how", ["max_steps", "stop"])
+@pytest.mark.parametrize("how", ["max_steps", "train_batch_start", "after_update", "train_batch_end"])
 def test_d5_a_run_stopped_inside_of_an_epoch_steps_no_epoch_scheduler(how: str) -> None:
     recorder = Recorder("train_epoch_end", "train_data_end")
-    stop = On(train_batch_end=lambda trainer, event: trainer.stop("test") if trainer.total_batch_idx == 4 else None)
+
+    def stop(trainer: Any, event: Any) -> None:
+        if trainer.total_batch_idx == 4:
+            trainer.stop("test")
+
     module = Logging(configure=every_interval)
     options: Any = {"max_steps": 5} if how == "max_steps" else {"max_epochs": 3}
-    trainer = train(module, 3, LRSchedulerStepping(), recorder, *([stop] if how == "stop" else []), val=1, **options)
+    trainer = train(
+        module, 3, LRSchedulerStepping(), recorder, *([On(**{how: stop})] if how != "max_steps" else []), val=1, **options
+    )
     assert trainer.global_step == 5 and trainer.current_epoch == 1, "the epoch is not counted"
     assert recorder.names == ["train_data_end", "train_epoch_end", "train_epoch_end"]
     assert [steps(trainer, index) for index in (0, 2, 3)] == [1, 1, 5]  # mean, epoch, step
@@ -525,8 +550,9 @@ def test_d5_a_run_that_stops_at_the_last_batch_completes_its_epoch(how: str) -> 
     assert [steps(trainer, index) for index in (0, 2, 3)] == [2, 2, 6]
 
 
-def test_d5_an_epoch_that_was_ended_early_steps_no_epoch_scheduler() -> None:
-    end = On(train_batch_end=lambda trainer, event: trainer.end_epoch("test") if trainer.total_batch_idx == 1 else None)
+@pytest.mark.parametrize("event", ["train_batch_start", "after_update", "train_batch_end"])
+def test_d5_an_epoch_that_was_ended_early_steps_no_epoch_scheduler(event: str) -> None:
+    end = On(**{event: lambda trainer, event: trainer.end_epoch("test") if trainer.total_batch_idx == 1 else None})
     module = Logging(configure=every_interval)
     trainer = train(module, 3, LRSchedulerStepping(), end, val=1, max_epochs=2)
     assert trainer.current_epoch == 2 and trainer.global_step == 5

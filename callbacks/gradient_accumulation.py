@@ -45,7 +45,7 @@ class GradientAccumulation(Callback):
 
     def __init__(
         self,
-        batches: int | Mapping[int, int] | Callable[[Any], int],
+        batches: int | Mapping[int, int] | Callable[[Any], int] = 1,
         *,
         unit: Unit = "epoch",
         normalize: Literal["window", "fixed"] = "window",

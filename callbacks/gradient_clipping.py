@@ -36,7 +36,7 @@ class GradientClipping(Callback):
 
     def __init__(
         self,
-        gradient_clip_val: float | Mapping[int, float | None] | Callable[[Any], float | None] | None,
+        gradient_clip_val: float | Mapping[int, float | None] | Callable[[Any], float | None] | None = None,
         gradient_clip_algorithm: str = "norm",
         *,
         norm_type: float = 2.0,

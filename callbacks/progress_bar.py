@@ -126,7 +126,7 @@ class ProgressBar(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, event: ValidationEpochStart) -> None:
         if not trainer.sanity_checking:
-            self._open(trainer, "validation", "validation", None, False)
+            self._open(trainer, "validation", "validation", trainer.num_evaluation_batches, False)
 
     def on_validation_batch_end(self, trainer: Trainer, event: ValidationBatchEnd) -> None:
         self._advance("validation")
@@ -135,7 +135,7 @@ class ProgressBar(Callback):
         self._close("validation")
 
     def on_test_epoch_start(self, trainer: Trainer, event: TestEpochStart) -> None:
-        self._open(trainer, "test", "test", None, True)
+        self._open(trainer, "test", "test", trainer.num_evaluation_batches, True)
 
     def on_test_batch_end(self, trainer: Trainer, event: TestBatchEnd) -> None:
         self._advance("test")

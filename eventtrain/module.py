@@ -408,7 +408,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             prog_bar: Whether the progress bar shows it.
             logger: Whether loggers get it; None: they do.
             on_step: Whether each step's value is kept; None: in training steps.
-            on_epoch: Whether the epoch's reduction is kept; None: everywhere else. With both, the values are
+            on_epoch: Whether the epoch's reduction is kept; None: everywhere else. It takes in each evaluation of a
+                closure, of which LBFGS has several in a batch. With both, the values are
                 called ``name_step`` and ``name_epoch``, and callbacks see the latest as ``name``.
             reduce_fx: ``"mean"`` (weighted by batch size), ``"min"``, ``"max"``, ``"sum"``, or torch's function of
                 that name.

@@ -79,17 +79,19 @@ class DataSources:
             stage: The stage.
             most: Batches of each loader at most; None for the stage's limit alone.
         """
-        opened: list[Callable[[], Batches]] = []
-        for index, loader in enumerate(as_loaders(self.loader(stage))):
+        loaders = as_loaders(self.loader(stage))
+        for loader in loaders:
             if not isinstance(loader, Iterable):
                 raise MisconfigurationError(
                     f"The {stage} loader is {loader!r} ({type(loader).__name__}), which cannot be iterated. Give a DataLoader."
                 )
-            limit = self.length(stage, loader)
-            if most is not None:
-                limit = most if limit is None else min(most, limit)
-            opened.append(partial(self.open, stage, loader, limit, index))
-        return opened
+        limits = self.lengths(stage, most=most)
+        return [partial(self.open, stage, *pair, index) for index, pair in enumerate(zip(loaders, limits, strict=True))]
+
+    def lengths(self, stage: Stage, *, most: int | None = None) -> list[int | None]:
+        """How many batches of each loader of an evaluation are used; None for all of one of unknown length."""
+        known = [self.length(stage, loader) for loader in as_loaders(self.loader(stage))]
+        return known if most is None else [most if length is None else min(most, length) for length in known]
 
     def _transfer(self, dataloader_idx: int) -> Callable[[Any], Any]:
         hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")

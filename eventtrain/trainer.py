@@ -79,7 +79,8 @@ class Trainer:
         num_sanity_val_steps: Validation batches to run before training, -1 for all; nothing of it is logged.
         fast_dev_run: So many batches of each stage and one epoch, without loggers' files, checkpoints and
             early stopping; True for one batch.
-        seed: Given to :func:`~eventtrain.seed_everything` at the start of each run; None leaves the generators.
+        seed: Given to :func:`~eventtrain.seed_everything` at the start of each run; None leaves the generators. Weights
+            that a module draws in ``__init__`` come before: seed by hand for those, or draw in ``configure_model``.
         default_root_dir: Where callbacks write that are given no directory of their own.
 
     Raises:
@@ -139,6 +140,7 @@ class Trainer:
         self.datamodule: LightningDataModule | None = None
         self.sanity_checking = False
         self.stage: RunStage | None = None
+        self.num_evaluation_batches: int | None = None  # of the evaluation at hand, over all of its loaders
         self._module: LightningModule | None = None
         self._loop: TrainLoop | None = None
         self._data: DataSources
@@ -647,6 +649,8 @@ class Trainer:
     def _evaluation_loop(
         self, module: LightningModule, stage: EvaluationStage, *, within_fit: bool, most: int | None = None
     ) -> EvaluationLoop:
+        lengths = self._data.lengths(stage, most=most)
+        self.num_evaluation_batches = None if None in lengths else sum(length or 0 for length in lengths)
         return EvaluationLoop(
             stage,
             signals=self.signals,

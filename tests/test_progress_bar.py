@@ -61,12 +61,12 @@ def test_a_terminal_gets_a_bar_per_epoch_with_loss_metrics_and_throughput(monkey
 
 def test_validation_has_a_bar_of_its_own_below(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, Terminal(), ProgressBar(interval=0.0), num_sanity_val_steps=0)
-    assert "validation: 2it" in text
+    assert "validation: 100%" in text and "2/2" in text
 
 
 def test_the_test_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, Terminal(), ProgressBar(interval=0.0), lambda trainer: trainer.test(Model(), BATCHES))
-    assert "test: 5it" in text
+    assert "test: 100%" in text and "5/5" in text
 
 
 def test_a_log_file_gets_lines_without_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +83,15 @@ def test_a_loader_without_a_length_is_counted(monkeypatch: pytest.MonkeyPatch) -
 
     text = shown(monkeypatch, Terminal(), ProgressBar(interval=0.0), lambda trainer: trainer.fit(Model(), Unsized()))
     assert re.search(r"epoch 1/2: 5it", text)
+
+
+def test_an_evaluation_over_a_loader_without_a_length_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unsized:
+        def __iter__(self) -> Any:
+            return iter(BATCHES)
+
+    bar = ProgressBar(interval=0.0)
+    assert "test: 5it" in shown(monkeypatch, Terminal(), bar, lambda trainer: trainer.test(Model(), Unsized()))
 
 
 def test_the_loss_is_read_at_a_redraw_and_not_per_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def test_the_code_runs_block_by_block(tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(block, "README.md", "exec"), names)
     assert list((tmp_path / "runs" / "Regression" / "version_0").glob("events.out.*"))
     # What was defined along the way works in a run too.
-    harder, warmup, anomalies = names["ClipHarderLater"](), names["Warmup"](1), names["DetectAnomalies"]()
+    harder, warmup, anomalies = names["ClipHarderLater"](), names["Warmup"](), names["DetectAnomalies"]()
     with pytest.warns(UserWarning, match="Anomaly Detection"):
         Trainer(max_epochs=1, device="cpu", callbacks=[harder, warmup, anomalies], default_callbacks=False).fit(
             names["Regression"](), torch.randn(4, 2, 8)

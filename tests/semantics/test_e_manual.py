@@ -456,6 +456,24 @@ def test_e3_inside_of_a_nested_toggle_the_flags_are_the_users_own(toggled: Toggl
 
 
 @toggler
+def test_e3_three_optimizers_nested(toggled: Toggler) -> None:
+    class Three(Toggling):
+        def configure_optimizers(self) -> Any:
+            return *super().configure_optimizers(), SGD([self.free, self.frozen_free], lr=1.0)
+
+    def body(module: Any, first: Any, second: Any, third: Any) -> None:
+        with toggled(module, first), toggled(module, second):
+            with toggled(module, third):
+                assert module.needing() == {"free"}
+            assert module.needing() == {"b", "shared"}
+        assert module.needing() == ALL
+
+    module = Three(body)
+    train(module, 1)
+    assert module.needing() == ALL
+
+
+@toggler
 def test_e3_the_same_optimizer_nested_in_itself(toggled: Toggler) -> None:
     def body(module: Any, first: Any, second: Any) -> None:
         with toggled(module, first):

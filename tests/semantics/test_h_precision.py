@@ -219,6 +219,8 @@ def test_h1_in_manual_mode_a_forward_after_a_step_uses_the_new_weights(precision
             other.step(optimizer)
             other.update()
     assert_same(module, trainer.optimizers[0], expected, optimizer)
+    if scaler is not None:
+        assert scaler.state_dict() == other.state_dict()
 
 
 def test_h1_in_manual_mode_backward_runs_outside_of_autocast() -> None:
@@ -478,11 +480,11 @@ def critic(module: Pair, g: Any, d: Any, x: Tensor, batch_idx: int) -> None:
 
 
 def test_h2_five_critic_steps_a_batch() -> None:
-    """The scale may change between them, but each is unscaled by what it was scaled with."""
+    """The scale changes between them, where the critic is zeroed again; each is unscaled by what it was scaled with."""
     module, trainer, scales = run_pair(critic, 2, eager_scaler())
     assert module.d_updates == [1.0, 2.0, 3.0, 4.0, 5.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert module.g_updates == [1.0, 2.0]
-    assert 8.0 < scales[0] < scales[1]
+    assert scales == [8.0 * 2**5, 8.0 * 2**10]  # an update for each critic step, as written by hand
     assert [optimizer.num_steps for optimizer in trainer.optimizers] == [2, 10]
     assert trainer.global_step == 2
 
@@ -614,6 +616,22 @@ def test_h2_an_optimizer_stepped_again_without_zeroing_keeps_the_scale() -> None
     module, _, _ = run_pair(step, 3, eager_scaler())
     assert module.g_updates == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
     assert module.d_updates == [1.0, 2.0, 3.0]
+
+
+def test_h2_gradients_that_were_zeroed_do_not_hold_the_scale() -> None:
+    """G's backward of the first batch is thrown away, and G does nothing afterwards."""
+
+    def step(module: Pair, g: Any, d: Any, x: Tensor, batch_idx: int) -> None:
+        if batch_idx == 0:
+            module.manual_backward(module.g * x)
+            g.zero_grad()
+        d.zero_grad()
+        module.manual_backward(module.d * x)
+        d.step()
+
+    module, _, scales = run_pair(step, 3, eager_scaler())
+    assert module.d_updates == [1.0, 2.0, 3.0]
+    assert scales == [16.0, 32.0, 64.0]
 
 
 def test_h2_a_backward_through_the_other_model_leaves_it_right() -> None:
@@ -1023,14 +1041,22 @@ def test_h5_bf16_uses_no_scaler() -> None:
         MixedPrecision("bf16", scaler=GradScaler("cpu"))
 
 
+class Raw(Probe):
+    """Steps the wrapped optimizer."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        optimizer.optimizer.step(closure=optimizer_closure)
+
+
+@pytest.mark.parametrize("kind", [Probe, Raw])
 @pytest.mark.parametrize(
     ("nothing_for", "expected"),
     [([2.0], [1.0, 3.5]), ([1.0], [2.0, 3.5]), ([1.0, 2.0], [3.5]), ([4.0], [1.5, 3.0])],
 )
 def test_h5_a_none_loss_in_the_closing_batch_keeps_the_windows_gradients(
-    nothing_for: list[float], expected: list[float]
+    nothing_for: list[float], expected: list[float], kind: Any
 ) -> None:
-    module, scaler = Probe(nothing_for=nothing_for), eager_scaler()
+    module, scaler = kind(nothing_for=nothing_for), eager_scaler()
     trainer = train(module, 4, GradientAccumulation(2), MixedPrecision("fp16", scaler=scaler))
     assert module.updates == expected
     assert trainer.global_step == len(expected)

@@ -199,7 +199,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
     def configure_optimizers(self) -> Any:
         """Returns optimizers and schedulers; for the forms see :data:`eventtrain.configure.FORMS`.
 
-        Not overriding it trains nothing, as returning None does.
+        None trains nothing, with a warning. Automatic optimization has to have it defined.
         """
 
     def configure_callbacks(self) -> Any:

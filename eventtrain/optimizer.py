@@ -146,7 +146,7 @@ class LightningOptimizer(Optimizer):
             else:
                 run.closure = closure
                 run.result = self.optimizer.step(run.evaluate, **kwargs)
-                if run.evaluations == 0:
+                if run.evaluations == 0 and not run.batch.automatic:  # else the loop says it, and names the hook
                     raise MisconfigurationError(
                         f"{type(self.optimizer).__name__}.step did not run the closure that it was given, so there "
                         "were no gradients. An optimizer has to call it: `loss = closure()` under `torch.enable_grad()`."

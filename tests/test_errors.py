@@ -543,8 +543,13 @@ CASES: dict[str, Case] = {
     ),
     "an optimizer that never runs its closure": Case(
         lambda: with_optimizer(Lazy),
-        (r"Lazy\.step", "did not run the closure", r"closure\(\)"),
+        ("optimizer_step of the module", r"Lazy\.step", "did not run its closure", r"optimizer_closure\(\)"),
         lambda: with_optimizer(SGD),
+    ),
+    "an optimizer that never runs its closure in manual mode": Case(
+        lambda: manual(steps_by_closure, configure_optimizers=lambda: Lazy([nn.Parameter(torch.zeros(1))], lr=0.1)),
+        (r"Lazy\.step", "did not run the closure", r"closure\(\)"),
+        lambda: manual(steps_by_closure),
     ),
     "a closure that cannot be called": Case(
         lambda: manual(lambda model, optimizer, x: optimizer.step(model.loss(x))),

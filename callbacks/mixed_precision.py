@@ -70,6 +70,9 @@ class MixedPrecision(Callback):
         self._loaded: dict[str, Any] = {"scaler": {}, "overflows": 0}
         # Optimizers that hold scaled gradients; a scale may change only while there are none.
         self._scaled: set[LightningOptimizer] = set()
+        # Optimizers whose gradients were unscaled and not zeroed since; those that scaled ones were added to as well.
+        self._plain: set[LightningOptimizer] = set()
+        self._mixed: set[LightningOptimizer] = set()
         # What the others held before the backward at hand.
         self._held: dict[LightningOptimizer, list[Any]] = {}
         # What was unscaled since the last update of the scale, and not yet stepped.
@@ -82,7 +85,8 @@ class MixedPrecision(Callback):
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         self._autocast = self.autocast(trainer)
-        self._scaled.clear()
+        for kept in (self._scaled, self._plain, self._mixed):
+            kept.clear()
         self._unscaled.clear()
         self._since_update.clear()
         self._overflows = 0
@@ -111,13 +115,17 @@ class MixedPrecision(Callback):
             self._held = {each: versions(each) for each in trainer.optimizers if each not in self._scaled}
 
     def on_after_backward(self, trainer: Trainer, event: AfterBackward) -> None:
-        # Other optimizers' gradients, such as those that were unscaled and stepped with, are as they were.
-        self._scaled.update(optimizer for optimizer, held in self._held.items() if versions(optimizer) != held)
+        for optimizer, held in self._held.items():
+            if versions(optimizer) == held:
+                continue  # such as those that were unscaled and stepped with, and that this backward did not touch
+            self._scaled.add(optimizer)
+            if optimizer in self._plain and any(version is not None for version in held):
+                self._mixed.add(optimizer)
         self._held.clear()
+        self._forget_casts()
 
     def on_after_optimizer_step(self, trainer: Trainer, event: AfterOptimizerStep) -> None:
-        if self._manual:  # the forward's autocast is on still, and keeps copies of the weights as they were
-            torch.clear_autocast_cache()
+        self._forget_casts()
 
     def on_unscale_gradients(self, trainer: Trainer, event: UnscaleGradients) -> None:
         optimizer = event.optimizer
@@ -128,6 +136,12 @@ class MixedPrecision(Callback):
                 f"{type(optimizer.optimizer).__name__} evaluated its closure a second time under loss scaling, when its "
                 "weights have moved and an overflow can no longer skip the step. Use MixedPrecision('bf16')."
             )
+        if optimizer in self._mixed:
+            raise MisconfigurationError(
+                f"A backward added scaled gradients to those of {type(optimizer.optimizer).__name__} that were unscaled "
+                "already, by a step or by clip_gradients. Call zero_grad before it, or clip once, right before the step."
+            )
+        self._plain.add(optimizer)
         gradients = UnscaledGradients(optimizer)
         self.scaler.unscale_(gradients)  # type: ignore[arg-type]
         self._scaled.discard(optimizer)
@@ -152,13 +166,20 @@ class MixedPrecision(Callback):
                 event.skip("overflow")
 
     def on_after_zero_grad(self, trainer: Trainer, event: AfterZeroGrad) -> None:
-        self._scaled.discard(event.optimizer)
+        for kept in (self._scaled, self._plain, self._mixed):
+            kept.discard(event.optimizer)
         self._unscaled.pop(event.optimizer, None)
         if any(gradients.optimizer is event.optimizer for gradients in self._since_update):
             self._update_scale()  # else its next unscaling would be a second one under one scale
 
     def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
         self._update_scale()
+
+    def _forget_casts(self) -> None:
+        """In manual optimization the forward's autocast goes on while weights change, also by steps that nobody
+        publishes, and would go on using its copies of them."""
+        if self._manual:
+            torch.clear_autocast_cache()
 
     def _finite(self, optimizer: LightningOptimizer) -> bool:
         """Whether an optimizer's unscaled gradients are finite: one host synchronisation, torch's own."""

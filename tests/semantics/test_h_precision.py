@@ -187,23 +187,24 @@ def test_h1_bf16_equals_the_hand_written_loop(fused: bool) -> None:
 class Manual(Net):
     """Several steps in each batch, each on a forward of its own."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, *, raw: bool = False) -> None:
         super().__init__(lambda parameters: SGD(parameters, lr=0.5))
         self.automatic_optimization = False
         self.steps = steps
+        self.raw = raw
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers()
         for _ in range(self.steps):
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch))
-            optimizer.step()
+            (optimizer.optimizer if self.raw else optimizer).step()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_h1_in_manual_mode_a_forward_after_a_step_uses_the_new_weights(precision: Any) -> None:
+@pytest.mark.parametrize(("precision", "raw"), [("bf16", False), ("fp16", False), ("bf16", True)])
+def test_h1_in_manual_mode_a_forward_after_a_step_uses_the_new_weights(precision: Any, raw: bool) -> None:
     """Autocast keeps the lower-precision copies of weights for as long as it is entered."""
-    module = Manual(3)
+    module = Manual(3, raw=raw)
     scaler = small_scaler() if precision == "fp16" else None
     trainer = train(module, data(4), MixedPrecision(precision, scaler=scaler))
 
@@ -1091,3 +1092,35 @@ def test_h2_a_second_run_of_the_same_callback_begins_anew() -> None:
     trainer.fit(module, batches(4))
     assert module.updates == [2.5]
     assert scaler.get_scale() == 16.0
+
+
+def test_h2_scaled_gradients_on_top_of_unscaled_ones_are_an_error() -> None:
+    """Their sum means nothing: 1, 2.06, 3.06 in place of 1, 3, 6 where nobody says so."""
+
+    class NeverZeroed(Probe):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+            self.optimizers().step()
+
+    with pytest.raises(MisconfigurationError, match=r"(?s)SGD.*unscaled already.*zero_grad"):
+        train(NeverZeroed(), 2, MixedPrecision("fp16", scaler=GradScaler("cpu", init_scale=16.0)))
+
+
+def test_h2_gradients_dropped_by_the_module_are_not_mistaken_for_unscaled_ones() -> None:
+    class ZeroedByTheModule(Probe):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.optimizers().step()
+
+    module = ZeroedByTheModule()
+    train(module, 3, MixedPrecision("fp16", scaler=GradScaler("cpu", init_scale=16.0)))
+    assert module.w.item() == -6.0

@@ -332,11 +332,20 @@ def test_i2_sums_of_float64_stay_float64() -> None:
     assert trainer.callback_metrics["value"].item() == tiny
 
 
-def test_i2_values_of_the_same_tensor_are_not_changed_by_the_sum() -> None:
-    values = [torch.tensor([1.0]).sum() for _ in range(3)]
-    for reduce_fx in ("mean", "sum", "min", "max"):
-        train(Logs(lambda m, x, i: m.log("v", values[i], on_step=False, on_epoch=True, reduce_fx=reduce_fx)), 3)  # noqa: B023
+@pytest.mark.parametrize("reduce_fx", ["mean", "sum", "min", "max"])
+def test_i2_what_was_logged_is_not_changed_by_the_reduction(reduce_fx: str) -> None:
+    """Neither a plain value nor a loss, which backward has yet to use."""
+    values = [torch.ones(()) for _ in range(3)]
+    losses: list[Tensor] = []
+
+    def log_both(module: Any, batch: Tensor, batch_idx: int) -> None:
+        losses.append(module.loss(batch))
+        module.log("value", values[batch_idx], on_step=False, on_epoch=True, reduce_fx=reduce_fx)
+        module.log("loss", losses[-1], on_epoch=True, reduce_fx=reduce_fx)
+
+    train(Logs(log_both), 3)
     assert [value.item() for value in values] == [1.0, 1.0, 1.0]
+    assert [loss.item() for loss in losses] == [0.0, -2.0, -9.0]
 
 
 # ------------------------------------------------------------------ I3: torchmetrics

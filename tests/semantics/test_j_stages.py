@@ -306,6 +306,25 @@ def test_j2_it_counts_as_no_validation() -> None:
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 1
 
 
+def test_j2_it_steps_no_scheduler_of_a_resumed_run(tmp_path: Any) -> None:
+    """Updates were made since the scheduler stepped last, and no validation."""
+
+    def configure(sgd: Any) -> Any:
+        return [sgd], [{"scheduler": LambdaLR(sgd, lambda n: 0.5**n), "interval": "validation"}]
+
+    path = tmp_path / "checkpoint.pt"
+    save = On(train_batch_end=lambda trainer, event: trainer.save_checkpoint(path) if event.batch_idx == 0 else None)
+    train(Sane(configure=configure), 2, LRSchedulerStepping(), save, val=1)
+    steps: list[int] = []
+    look = On(train_start=lambda trainer, event: steps.append(scheduler_steps(trainer)))
+    module = Sane(configure=configure)
+    trainer = new_trainer(LRSchedulerStepping(), look, num_sanity_val_steps=1)
+    trainer.fit(module, batches(2), batches(1), ckpt_path=path)
+    assert module.checks == [1.0]
+    assert steps == [0]
+    assert scheduler_steps(trainer) == 1
+
+
 def test_j2_an_error_in_it_comes_before_training() -> None:
     module = Draws(evaluates=True, fails=True)
     with pytest.raises(RuntimeError, match="mine"):
@@ -387,10 +406,11 @@ def test_j3_skip_batch_in_manual_mode() -> None:
 def test_j3_end_epoch_ends_it_after_the_batch_at_hand() -> None:
     end = On(train_batch_end=lambda trainer, event: trainer.end_epoch("enough") if event.batch_idx == 1 else None)
     module = Evaluates(configure=epochwise)
-    order = Recorder("validation_start", "train_epoch_end", "train_data_end")
-    trainer = train(module, 4, end, LRSchedulerStepping(), order, val=1, max_epochs=2)
+    order, safe = Recorder("validation_start", "train_epoch_end", "train_data_end"), Recorder("safe_point")
+    trainer = train(module, 4, end, LRSchedulerStepping(), order, safe, val=1, max_epochs=2)
     assert module.updates == [1.0, 2.0, 1.0, 2.0]
     assert order.names == ["validation_start", "train_epoch_end"] * 2
+    assert [event.epoch_end for event in safe.events] == [False, True] * 2
     assert scheduler_steps(trainer) == 0
     assert trainer.current_epoch == 2
 
@@ -437,7 +457,8 @@ def test_j3_minus_one_in_the_last_batch_steps_no_epoch_scheduler() -> None:
     assert scheduler_steps(trainer) == 0
 
 
-def test_j3_minus_one_steps_no_monitored_scheduler() -> None:
+@pytest.mark.parametrize("length", [5, 3], ids=["inside", "in the last batch"])
+def test_j3_minus_one_steps_no_monitored_scheduler(length: int) -> None:
     def configure(sgd: Any) -> Any:
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd)
         return {"optimizer": sgd, "lr_scheduler": {"scheduler": plateau, "monitor": "value"}}
@@ -446,7 +467,7 @@ def test_j3_minus_one_steps_no_monitored_scheduler() -> None:
         def on_train_epoch_end(self) -> None:
             self.log("value", 1.0)
 
-    trainer = train(Module(configure=configure), 5, LRSchedulerStepping(), max_epochs=2)
+    trainer = train(Module(configure=configure), length, LRSchedulerStepping(), max_epochs=2)
     assert scheduler_steps(trainer) == 0
 
 

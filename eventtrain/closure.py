@@ -132,6 +132,11 @@ class Closure:
                 outputs, loss = event.outputs, event.loss
             state.outputs = outputs
             state.loss = loss
+            if state.any_rank is not None and plan.step and state.any_rank(loss is None):
+                raise MisconfigurationError(
+                    f"training_step returned no loss on a rank in batch {state.batch_idx}, which closes a window: the "
+                    "other ranks would wait for its gradients. Return a loss of zero with 'weight': 0 there."
+                )
         if plan.zero_grad:
             state.contributions = 0
             if self._zero_grad_hook is None:

@@ -176,11 +176,15 @@ class LightningOptimizer(Optimizer):
             self._skip(run, "no loss")
         if not run.ready:
             self.complete_gradients()
+        reason: str | None = None
         if signals.before_optimizer_step.listeners:
             event = BeforeOptimizerStep(self, max(run.evaluations, 1))
             signals.before_optimizer_step.publish(event)
-            if event.skip_reason is not None:
-                self._skip(run, event.skip_reason)
+            reason = event.skip_reason
+        if run.batch.any_rank is not None and run.batch.any_rank(reason is not None):
+            reason = reason or "another rank's veto"
+        if reason is not None:
+            self._skip(run, reason)
         if signals.before_gradient_clipping.listeners or run.clip_hook is not None:
             self._clip(run)
 

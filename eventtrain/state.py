@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +59,7 @@ class BatchState:
         contributions: Batches of the open window that had a loss.
         weight: The sum of their weights, None where they carry none.
         weight_reference: The run's first weight; 1 where that is 0.
+        any_rank: Whether a flag holds on any rank; None in a run of one process, which has nobody to ask.
     """
 
     automatic: bool = True
@@ -73,6 +75,7 @@ class BatchState:
     contributions: int = 0
     weight: Tensor | float | None = None
     weight_reference: Tensor | float | None = None
+    any_rank: Callable[[bool], bool] | None = None
 
     def begin(self, batch: Any, batch_idx: int) -> None:
         """Makes another batch the one at hand; the window goes on."""

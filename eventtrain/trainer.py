@@ -556,7 +556,8 @@ class Trainer:
             warn_of_idle_schedulers(module, self.callbacks)
         self.lr_scheduler_configs = configuration.schedulers
         self.optimizers = configuration.optimizers
-        self.batch = BatchState(automatic=automatic)
+        alone = self.distributed.world_size == 1
+        self.batch = BatchState(automatic=automatic, any_rank=None if alone else self.distributed.any)
         clip_hook = own(module, "configure_gradient_clipping") if automatic else None
         for optimizer in self.optimizers:
             optimizer.join_run(self.signals, self.batch, module, clip_hook)

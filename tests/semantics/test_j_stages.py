@@ -15,8 +15,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
+from eventtrain.distributed import SingleProcess
 
 
 class Evaluates(Probe):
@@ -684,3 +685,59 @@ def test_j5_events_without_a_counterpart_come_as_events() -> None:
     module = Module()
     train(module, 2)
     assert module.seen == [1.0, 1, 2.0, 2]
+
+
+# ------------------------------------------------------------------ J4: several ranks decide alike
+
+
+class TwoRanks(SingleProcess):
+    """The seam to another rank, on which the n-th flag asked for is as given; the first rank's view."""
+
+    world_size = 2
+
+    def __init__(self, elsewhere: dict[int, bool]) -> None:
+        self.elsewhere = elsewhere
+        self.asked: list[bool] = []
+
+    def any(self, flag: bool) -> bool:
+        self.asked.append(flag)
+        return flag or self.elsewhere.get(len(self.asked) - 1, False)
+
+
+def train_on_two_ranks(module: Probe, count: int, *callbacks: Any, elsewhere: dict[int, bool]) -> tuple[Any, TwoRanks]:
+    trainer = new_trainer(*callbacks)
+    trainer.distributed = TwoRanks(elsewhere)
+    trainer.fit(module, batches(count))
+    return trainer, trainer.distributed
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["on this rank", "on another"])
+def test_j4_a_none_loss_in_a_closing_batch_is_an_error_on_all_ranks(here: bool) -> None:
+    module = Probe(nothing_for={1.0} if here else set())
+    backwards = Recorder("before_backward")
+    with pytest.raises(MisconfigurationError, match=r"no loss on a rank in batch 0.*'weight': 0"):
+        train_on_two_ranks(module, 2, backwards, elsewhere={} if here else {0: True})
+    assert backwards.events == [], "before a backward that would wait for the other ranks"
+
+
+def test_j4_a_none_loss_in_a_batch_that_only_accumulates_is_none_of_the_others_business() -> None:
+    module = Probe(nothing_for={1.0})
+    train_on_two_ranks(module, 2, GradientAccumulation(2), elsewhere={})
+    assert module.updates == [2.0]
+
+
+def test_j4_a_veto_holds_on_all_ranks() -> None:
+    """Asked in turn: is there no loss anywhere, is there a veto anywhere."""
+    module, skips = Probe(), Recorder("optimizer_step_skipped")
+    trainer, ranks = train_on_two_ranks(module, 3, skips, elsewhere={3: True})
+    assert module.updates == [1.0, 3.0] and trainer.global_step == 2
+    assert [event.reason for event in skips.events] == ["another rank's veto"]
+    assert ranks.asked == [False] * 6
+
+
+def test_j4_a_skipped_batch_is_skipped_on_all_ranks() -> None:
+    """Asked in turn: is the batch skipped anywhere, and, of those that are not, loss and veto."""
+    module = Probe()
+    silent = On(train_batch_start=lambda trainer, event: None)
+    trainer, _ = train_on_two_ranks(module, 3, silent, elsewhere={3: True})
+    assert module.updates == [1.0, 3.0] and trainer.global_step == 2

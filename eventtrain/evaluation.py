@@ -13,6 +13,7 @@ from torch import nn
 from eventtrain import events
 from eventtrain.closure import forward
 from eventtrain.data import END, Batches
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import AfterForward, MetricsLogged
 from eventtrain.metrics import Metrics
 from eventtrain.module import LightningModule, overridden
@@ -157,8 +158,17 @@ def restore(training: dict[nn.Module, bool]) -> None:
         part.training = flag
 
 
-def step_arguments(step: Callable[..., Any], loaders: int) -> int:
-    """How many of ``(batch, batch_idx, dataloader_idx)`` a step is given: the last only with several loaders."""
+def step_arguments(step: Callable[..., Any], loaders: int, *, most: int = 3) -> int:
+    """How many of ``(batch, batch_idx, dataloader_idx)`` a step is given: the last only with several loaders.
+
+    Args:
+        step: The module's method.
+        loaders: How many loaders the stage has.
+        most: How many arguments there are to give: 2 for ``training_step``.
+
+    Raises:
+        MisconfigurationError: The step takes no argument, or needs more of them.
+    """
     wanted = 3 if loaders > 1 else 2
     parameters = list(inspect.signature(step).parameters.values())
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
@@ -166,4 +176,8 @@ def step_arguments(step: Callable[..., Any], loaders: int) -> int:
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     # A third argument without a default is wanted whatever the number of loaders.
     needed = sum(parameter.default is parameter.empty for parameter in positional)
-    return min(len(positional), max(wanted, needed), 3)
+    if not positional or needed > most:
+        name = getattr(step, "__name__", "the step")
+        form = ", ".join(("self", "batch", "batch_idx", "dataloader_idx=0")[: most + 1])
+        raise MisconfigurationError(f"{name}{inspect.signature(step)} does not fit. Write `def {name}({form}):`.")
+    return min(len(positional), max(wanted, needed), most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -62,9 +63,17 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, An
 
     Raises:
         FileNotFoundError: There is no such file.
-        MisconfigurationError: It is no checkpoint.
+        MisconfigurationError: It is no checkpoint, is damaged, or holds code.
     """
-    content = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file could not be opened; seeking in a damaged one fails without its name
+        raise MisconfigurationError(
+            f"{os.fspath(path)} is no checkpoint that can be read safely: it is damaged, or holds more than tensors and plain "
+            "values. Give a file that trainer.save_checkpoint wrote."
+        ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise MisconfigurationError(f"{os.fspath(path)} is no checkpoint: it holds no 'state_dict'.")
     return content

@@ -565,7 +565,7 @@ class Trainer:
     def _train_loop(self, module: LightningModule, loader: Any, validation: Callable[[], Any] | None) -> TrainLoop:
         automatic = module.automatic_optimization
         optimizer = self.optimizers[0] if automatic and self.optimizers else None
-        takes_index = step_arguments(module.training_step, 1) > 1
+        takes_index = step_arguments(module.training_step, 1, most=2) > 1
         closure = None
         if optimizer is not None:
             closure = Closure(

@@ -95,9 +95,23 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "pwned"),)
 
     torch.save({"state_dict": {}, "extra": Exploit()}, tmp_path / "bad.ckpt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(MisconfigurationError, match=r"bad\.ckpt is no checkpoint that can be read safely") as caught:
         storage.read(tmp_path / "bad.ckpt")
+    assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", None], ids=["empty", "text", "truncated"])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "damaged.ckpt"
+    if content is None:
+        run = trainer(epochs=1)
+        run.fit(Model(), BATCHES)
+        run.save_checkpoint(path)
+        content = path.read_bytes()[:-200]
+    path.write_bytes(content)
+    with pytest.raises(MisconfigurationError, match=r"damaged\.ckpt is no checkpoint that can be read safely"):
+        trainer(epochs=1).fit(Model(), BATCHES, ckpt_path=path)
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:

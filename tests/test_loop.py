@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import LightningModule, MisconfigurationError, Trainer
 
 BATCHES = list(torch.ones(4, 2, 2))
 
@@ -46,3 +46,17 @@ def test_an_epoch_that_is_asked_to_end_is_validated_once(event: str, interval: i
     assert first.count("validation_end") == 1
     assert "train_data_end" not in first, "nothing that counts epochs steps"
     assert trainer.current_epoch == 2 and trainer.global_step == 6
+
+
+@pytest.mark.parametrize("name", ["training_step", "validation_step"])
+@pytest.mark.parametrize("takes", [0, 4])
+def test_a_step_that_cannot_be_called_is_told_its_form_before_training(name: str, takes: int) -> None:
+    def step(self: Any, a: Any, b: Any, c: Any, d: Any) -> Any: ...
+
+    def bare(self: Any) -> Any: ...
+
+    model = type("Odd", (Model,), {name: step if takes else bare})()
+    trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+    with pytest.raises(MisconfigurationError, match=r"does not fit. Write `def .*\(self, batch, batch_idx"):
+        trainer.fit(model, BATCHES, BATCHES[:1])
+    assert trainer.global_step == 0

@@ -33,7 +33,6 @@ from eventtrain.events import (
     AfterLRSchedulerStep,
     BeforeLRSchedulerStep,
     CheckpointSaved,
-    EstimateSteppingBatches,
     ExceptionRaised,
     FitEnd,
     FitStart,
@@ -51,11 +50,12 @@ from eventtrain.rng import seed_everything
 from eventtrain.signals import Signals
 from eventtrain.sources import LOADER_HOOKS, DataSources
 from eventtrain.state import BatchState, Progress, RunStage, StopRequest
+from eventtrain.view import RunView
 
 T = TypeVar("T")
 
 
-class Trainer:
+class Trainer(RunView):
     """Trains, validates, tests and predicts with a module, and publishes everything that happens.
 
     Each ``fit`` is a new run, with counters from zero, unless it resumes a checkpoint.
@@ -299,151 +299,6 @@ class Trainer:
             return
         above_bar = next((callback.print for callback in self.callbacks if hasattr(callback, "print")), print)
         above_bar(*args, **kwargs)
-
-    # ------------------------------------------------------------------ what the run is
-
-    @property
-    def module(self) -> LightningModule:
-        """The module of the run at hand, or of the last.
-
-        Raises:
-            MisconfigurationError: There was none yet.
-        """
-        if self._module is None:
-            raise MisconfigurationError("The trainer has no module yet: call fit, validate, test or predict with one.")
-        return self._module
-
-    @property
-    def current_epoch(self) -> int:
-        """Epochs of training completed, which is the index of the one at hand."""
-        return self.progress.current_epoch
-
-    @property
-    def global_step(self) -> int:
-        """Batches of the run in which at least one optimizer updated."""
-        return self.progress.global_step
-
-    @property
-    def batch_idx(self) -> int:
-        """The index in its epoch of the training batch at hand."""
-        return self.progress.batch_idx
-
-    @property
-    def total_batch_idx(self) -> int:
-        """The index in the run of the training batch at hand."""
-        return self.progress.total_batch_idx
-
-    @property
-    def max_epochs(self) -> int | None:
-        """Epochs of training; None for no limit."""
-        return self.extent.max_epochs
-
-    @property
-    def max_steps(self) -> int | None:
-        """Updates of the run; None for no limit."""
-        return self.extent.max_steps
-
-    @property
-    def num_training_batches(self) -> int | None:
-        """Training batches per epoch on this rank, limits counted; None where the loader has no length."""
-        return self.extent.batches_per_epoch
-
-    @property
-    def is_last_batch(self) -> bool:
-        """Whether the training batch at hand is its epoch's last."""
-        return self._loop is not None and self._loop.is_last_batch
-
-    @property
-    def training(self) -> bool:
-        """Whether training batches are being run, as opposed to a validation inside of a fit."""
-        return self.stage == "fit" and self.metrics.stage == "train"
-
-    @property
-    def validating(self) -> bool:
-        """Whether a validation is being run, inside of a fit or by itself."""
-        return self.stage is not None and self.metrics.stage == "validation"
-
-    @property
-    def testing(self) -> bool:
-        """Whether a test is being run."""
-        return self.stage == "test"
-
-    @property
-    def predicting(self) -> bool:
-        """Whether predictions are being made."""
-        return self.stage == "predict"
-
-    @property
-    def validates(self) -> bool:
-        """Whether the run at hand has something to validate on."""
-        return self._loop is not None and self._loop.validate is not None
-
-    @property
-    def estimated_stepping_batches(self) -> int:
-        """How many batches of the whole run will update something, if none is skipped and nothing stops it.
-
-        Raises:
-            MisconfigurationError: The training loader has no length and ``max_steps`` is not given.
-        """
-        extent = self.extent
-        event = EstimateSteppingBatches(extent.batches_per_epoch, extent.max_epochs, extent.max_steps)
-        if extent.max_epochs is None or extent.batches_per_epoch is None:
-            if extent.max_steps is not None:
-                return extent.max_steps
-            raise MisconfigurationError(
-                "estimated_stepping_batches cannot be known: the run has neither max_steps nor both max_epochs and a training "
-                "loader with a length. Give Trainer(max_steps=...), or limit_train_batches as a whole number."
-            )
-        self.signals.estimate_stepping_batches.publish(event)
-        batches = event.stepping_batches
-        if batches is None:
-            batches = extent.max_epochs * extent.batches_per_epoch
-        return batches if extent.max_steps is None else min(batches, extent.max_steps)
-
-    @property
-    def callback_metrics(self) -> dict[str, Any]:
-        """The latest value of every logged name, as scalar tensors."""
-        return self.metrics.callback_metrics
-
-    @property
-    def logged_metrics(self) -> dict[str, Any]:
-        """The latest values that went to loggers."""
-        return {**self.metrics.logged_metrics, **self.metrics.fresh}
-
-    @property
-    def progress_bar_metrics(self) -> dict[str, Any]:
-        """The latest values that were logged with ``prog_bar=True``."""
-        return self.metrics.progress_bar_metrics
-
-    @property
-    def loggers(self) -> list[Any]:
-        """The attached callbacks that have an ``experiment``."""
-        return [callback for callback in self.callbacks if hasattr(type(callback), "experiment")]
-
-    @property
-    def logger(self) -> Any:
-        """The first of :attr:`loggers`; None where there is none."""
-        return next(iter(self.loggers), None)
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether :meth:`stop` was called in this run."""
-        return self.stop_request.reason is not None
-
-    @property
-    def world_size(self) -> int:
-        """The number of processes that train together."""
-        return self.distributed.world_size
-
-    @property
-    def global_rank(self) -> int:
-        """This process's index among them."""
-        return self.distributed.global_rank
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the process that writes files and prints."""
-        return self.distributed.global_rank == 0
 
     # ------------------------------------------------------------------ wiring
 

@@ -144,7 +144,10 @@ class Closure:
             else:
                 self.optimizer.zero_grad_by(self._zero_grad_hook, state.batch_idx, self.optimizer)
         if loss is not None:
-            state.contribute(weight)
+            if weight is None and state.weight is None:
+                state.contributions += 1
+            else:
+                state.contribute(weight)
             scaled = loss if plan.loss_scale == 1.0 and weight is None else scale_loss(loss, weight, state)
             if signals.before_backward.listeners or signals.after_backward.listeners:
                 backward(signals, self._backward, loss, scaled)

@@ -168,9 +168,9 @@ class Batches:
         if signals.before_batch_fetch.listeners:
             with BeforeBatchFetch(self._stage) as phase:
                 signals.before_batch_fetch.publish(phase)
-                batch = self._transfer(self._read())
+                batch = self._read()
         else:
-            batch = self._transfer(self._read())
+            batch = self._read()
         if signals.after_batch_fetch.listeners:
             event = AfterBatchFetch(self._stage, batch)
             signals.after_batch_fetch.publish(event)
@@ -184,12 +184,13 @@ class Batches:
             batch = self._ahead
             self._ahead = END if at_end else self._next()
             self.is_last = self._ahead is END
-            return batch
+            return self._transfer(batch)
         self.is_last = at_end
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
         except StopIteration:
             raise self._too_short(self._fetched - 1) from None
+        return self._transfer(batch)
 
     def _next(self) -> Any:
         try:

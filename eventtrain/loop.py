@@ -127,7 +127,8 @@ class TrainLoop:
         batches = self.open_epoch()
         stop = self.stop
         batch_idx = -1
-        while not self.has_all_steps() and (stop.reason is None or not self.is_stopping()):
+        max_steps = self.extent.max_steps
+        while (max_steps is None or self.progress.global_step < max_steps) and (stop.reason is None or not self.is_stopping()):
             if stop.epoch_reason is not None:  # requested at a safe point
                 self.validate_if_due(batch_idx, True)
                 self.end_epoch(complete=False)

@@ -6,7 +6,7 @@ replaces ``trainer.distributed`` by an object with the same methods.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -30,13 +30,6 @@ class SingleProcess:
         """Combines a tensor of every rank; all ranks get the result."""
         return value
 
-    def broadcast(self, value: Any) -> Any:
-        """Gives every rank the first rank's object."""
-        return value
-
     def any(self, flag: bool) -> bool:
         """Whether the flag holds on any rank."""
         return flag
-
-    def barrier(self) -> None:
-        """Waits for every rank."""

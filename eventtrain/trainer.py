@@ -520,10 +520,10 @@ class Trainer(RunView):
     def _checkpoint_path(self, given: Any) -> Any:
         """The file that ``ckpt_path`` means."""
         if given in ("last", "best"):
-            for callback in self.callbacks:
-                if hasattr(callback, "checkpoint_path"):
-                    return callback.checkpoint_path(given)
-            raise MisconfigurationError(f"ckpt_path={given!r} needs a callback that keeps checkpoints. Give a file's path.")
+            raise MisconfigurationError(
+                f"ckpt_path={given!r}: nothing attached keeps checkpoints. Give the path of a file that trainer.save_checkpoint "
+                "wrote."
+            )
         return given
 
     def _shorten(self, batches: int) -> None:

@@ -148,6 +148,8 @@ def test_hyperparameters_reach_the_checkpoint_and_come_back(tmp_path: Path) -> N
     run.save_checkpoint(tmp_path / "model.ckpt")
     loaded = Autoencoder.load_from_checkpoint(tmp_path / "model.ckpt")
     assert dict(loaded.hparams) == {"width": 5, "name": "five"} and loaded.hparams.width == 5
+    loaded.hparams.width = 6
+    assert loaded.hparams_initial.width == 5, "as it was built"
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), fitted.parameters(), strict=True))
     renamed = Autoencoder.load_from_checkpoint(tmp_path / "model.ckpt", name="other", rates=(1.0, 1.0))
     assert renamed.hparams.name == "other" and renamed.rates == (1.0, 1.0)

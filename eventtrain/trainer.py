@@ -521,8 +521,8 @@ class Trainer(RunView):
         """The file that ``ckpt_path`` means."""
         if given in ("last", "best"):
             raise MisconfigurationError(
-                f"ckpt_path={given!r}: nothing attached keeps checkpoints. Give the path of a file that trainer.save_checkpoint "
-                "wrote."
+                f"ckpt_path={given!r}: nothing attached keeps checkpoints. Give the path of a file that "
+                "trainer.save_checkpoint wrote."
             )
         return given
 

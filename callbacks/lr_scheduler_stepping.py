@@ -88,7 +88,7 @@ class LRSchedulerStepping(Callback):
                 self._step(trainer, index, config)
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
-        if event.stage != "train" or event.scope != "epoch" or not event.epoch_complete:
+        if event.scope == "step" or event.stage != "train" or not event.epoch_complete:
             return
         for index, config in self._by_interval["monitored"]:
             if self.is_due(config, trainer.current_epoch + 1):

@@ -144,12 +144,13 @@ class TensorBoardLogger(Callback):
             self._rates.update(learning_rates(event.optimizer, trainer.optimizers))
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
+        if event.scope == "step" and not self.is_due(event.step):
+            return
         if not self._writes(trainer):
             return
         if event.scope == "step":
-            if self.is_due(event.step):
-                self.log_scalars({**event.metrics, **self._rates}, self._x(trainer))
-                self._rates.clear()
+            self.log_scalars({**event.metrics, **self._rates}, self._x(trainer))
+            self._rates.clear()
             return
         scalars = dict(event.metrics)
         if event.stage == "train":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,13 +12,13 @@ from eventtrain.errors import MisconfigurationError, StepSkipped
 from eventtrain.events import AfterBackward, AfterForward, BeforeBackward, BeforeForward, Stage
 
 if TYPE_CHECKING:
-    from eventtrain.optimizer import LightningOptimizer
-    from eventtrain.signals import Signals
+    from eventtrain.signals import SignalTable
     from eventtrain.state import BatchState
+    from eventtrain.stepping import Stepping
 
 
 def forward(
-    signals: Signals, stage: Stage, step: Callable[..., Any], args: tuple[Any, ...], *, closes_window: bool = False
+    signals: SignalTable, stage: Stage, step: Callable[..., Any], args: tuple[Any, ...], *, closes_window: bool = False
 ) -> Any:
     """Runs a module's step inside of its phase.
 
@@ -38,7 +39,7 @@ def forward(
         return phase.run(step, *args)
 
 
-def backward(signals: Signals, run: Callable[..., Any], raw_loss: Tensor, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+def backward(signals: SignalTable, run: Callable[..., Any], raw_loss: Tensor, loss: Tensor, *args: Any, **kwargs: Any) -> None:
     """Runs backward inside of its phase.
 
     Args:
@@ -69,7 +70,7 @@ class Closure:
     Args:
         signals: Where events are published.
         batch: The batch at hand.
-        optimizer: The run's optimizer.
+        stepping: The optimizer's part in the run.
         training_step: Called as ``training_step(batch, batch_idx)``.
         takes_index: Whether it is given ``batch_idx``.
         backward_hook: The module's overridden ``backward``, or None for ``loss.backward()``.
@@ -78,13 +79,13 @@ class Closure:
     """
 
     # One object per run in place of one per batch: 3 % of a small step.
-    __slots__ = ("_backward", "_zero_grad_hook", "batch", "optimizer", "signals", "takes_index", "training_step")
+    __slots__ = ("_backward", "_zero_grad_hook", "batch", "signals", "stepping", "takes_index", "training_step")
 
     def __init__(
         self,
-        signals: Signals,
+        signals: SignalTable,
         batch: BatchState,
-        optimizer: LightningOptimizer,
+        stepping: Stepping,
         training_step: Callable[..., Any],
         *,
         takes_index: bool = True,
@@ -93,7 +94,7 @@ class Closure:
     ) -> None:
         self.signals = signals
         self.batch = batch
-        self.optimizer = optimizer
+        self.stepping = stepping
         self.training_step = training_step
         self.takes_index = takes_index
         self._backward = backward_hook or Tensor.backward
@@ -114,7 +115,7 @@ class Closure:
         state.evaluations += 1
         if state.evaluations > 1 and not plan.zero_grad:
             raise MisconfigurationError(
-                f"{type(self.optimizer.optimizer).__name__} evaluated the closure a second time in an accumulation window "
+                f"{type(self.stepping.wrapped).__name__} evaluated the closure a second time in an accumulation window "
                 "of several batches, which would count this batch's gradients twice. Train such optimizers without "
                 "GradientAccumulation, on larger batches."
             )
@@ -125,7 +126,10 @@ class Closure:
                 outputs = forward(signals, "train", self.training_step, args, closes_window=plan.step)
             else:
                 outputs = self.training_step(*args)
-            loss, weight = parse_outputs(outputs)
+            if isinstance(outputs, Tensor) and outputs.ndim == 0 and outputs.requires_grad:
+                loss = outputs  # the usual loss: a call less
+            else:
+                loss, weight = parse_outputs(outputs)
             if signals.after_forward.listeners:
                 event = AfterForward("train", state.batch, state.batch_idx, outputs, loss)
                 signals.after_forward.publish(event)
@@ -140,23 +144,29 @@ class Closure:
         if plan.zero_grad:
             state.contributions = 0
             if self._zero_grad_hook is None:
-                self.optimizer.zero_grad()
+                self.stepping.zero_grad()
             else:
-                self.optimizer.zero_grad_by(self._zero_grad_hook, state.batch_idx, self.optimizer)
+                self.stepping.zero_grad_by(self._zero_grad_hook, state.batch_idx, self.stepping.optimizer)
         if loss is not None:
             if weight is None and state.weight is None:
                 state.contributions += 1
             else:
                 state.contribute(weight)
-            scaled = loss if plan.loss_scale == 1.0 and weight is None else scale_loss(loss, weight, state)
+            scaled = loss
+            if weight is not None and plan.weighted:
+                scaled = weighted(loss, weight, state)
+            elif plan.loss_scale != 1.0:
+                divisor = whole_divisor(plan.loss_scale)
+                scaled = loss / divisor if divisor else loss * plan.loss_scale
             if signals.before_backward.listeners or signals.after_backward.listeners:
                 backward(signals, self._backward, loss, scaled)
             else:
                 self._backward(scaled)
         if plan.step:
             if state.contributions:
-                self.optimizer.complete_gradients()
-            elif self.optimizer.raw_step_in_progress:
+                if not self.stepping.ready:
+                    self.stepping.complete_gradients()
+            elif self.stepping.is_raw:
                 raise StepSkipped("no loss")  # nobody but the loop can stop a plain torch step
         return loss
 
@@ -228,27 +238,27 @@ def check_weight(weight: Any) -> None:
     )
 
 
-def scale_loss(loss: Tensor, weight: Tensor | float | None, state: BatchState) -> Tensor:
-    """The loss that backward runs on.
+def weighted(loss: Tensor, weight: Tensor | float, state: BatchState) -> Tensor:
+    """The loss that backward runs on in a weighted window.
 
     Args:
         loss: The raw loss.
         weight: The batch's weight.
-        state: The batch at hand; its plan holds ``loss_scale`` and ``weighted``.
+        state: The batch at hand; its plan holds ``loss_scale``, which is 1 / N in a window of N batches.
 
     Returns:
-        ``loss * weight / (N * w_ref)`` for a weighted window, else ``loss / N``; ``loss * loss_scale``
-        where that is not one over a whole number N.
+        ``loss * weight / (N * w_ref)``.
     """
-    plan = state.plan
-    # A product with a rounded 1/3 differs from a division by 3 in the last bit.
-    divisor: float = round(1.0 / plan.loss_scale) if plan.loss_scale else 0
-    if divisor < 1 or 1.0 / divisor != plan.loss_scale:
-        divisor = 0
-    if plan.weighted and weight is not None:
-        reference = state.weight_reference
-        assert reference is not None
-        return loss * weight / ((divisor or 1.0 / plan.loss_scale) * reference)
-    if plan.loss_scale == 1.0:
-        return loss
-    return loss / divisor if divisor else loss * plan.loss_scale
+    scale, reference = state.plan.loss_scale, state.weight_reference
+    assert reference is not None
+    return loss * weight / ((whole_divisor(scale) or 1.0 / scale) * reference)
+
+
+@lru_cache(maxsize=64)  # asked for in every batch, with the same few numbers
+def whole_divisor(loss_scale: float) -> int:
+    """The whole number N of which a loss scale is 1 / N; 0 where there is none.
+
+    A product with a rounded 1/3 differs from a division by 3 in the last bit.
+    """
+    divisor = round(1.0 / loss_scale) if loss_scale else 0
+    return divisor if divisor >= 1 and 1.0 / divisor == loss_scale else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from eventtrain.errors import MisconfigurationError
 from eventtrain.events import AfterBatchFetch, BeforeBatchFetch, Stage
 
 if TYPE_CHECKING:
-    from eventtrain.signals import Signals
+    from eventtrain.signals import SignalTable
 
 Limit = int | float | None
 
@@ -144,7 +145,9 @@ class Batches:
         is_last: The batch that was fetched last is the last of the pass.
     """
 
-    def __init__(self, loader: Any, limit: int | None, stage: Stage, signals: Signals, transfer: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, loader: Any, limit: int | None, stage: Stage, signals: SignalTable, transfer: Callable[[Any], Any]
+    ) -> None:
         self.loader = loader
         self.length = known_length(loader)
         self.is_last = False
@@ -155,6 +158,8 @@ class Batches:
         self._fetched = 0
         self._iterator: Iterator[Any] = iter(loader) if limit != 0 else iter(())
         self._ahead: Any = self._next() if self.length is None and limit != 0 else None
+        # Past the end of a sized loader lies an error. A chain, because its `next` is no Python call.
+        self._read = self._read_ahead if self.length is None else chain(self._iterator, self._too_short()).__next__
 
     def fetch(self) -> Any:
         """The next batch on its device, or :data:`END`.
@@ -164,33 +169,26 @@ class Batches:
         """
         if self._fetched == self._end or self._ahead is END:
             return END
+        self._fetched += 1
         signals = self._signals
         if signals.before_batch_fetch.listeners:
             with BeforeBatchFetch(self._stage) as phase:
                 signals.before_batch_fetch.publish(phase)
-                batch = self._read()
+                batch = self._transfer(self._read())
         else:
-            batch = self._read()
+            batch = self._transfer(self._read())
+        self.is_last = self._fetched == self._end or self._ahead is END
         if signals.after_batch_fetch.listeners:
             event = AfterBatchFetch(self._stage, batch)
             signals.after_batch_fetch.publish(event)
             batch = event.batch
         return batch
 
-    def _read(self) -> Any:
-        self._fetched += 1
-        at_end = self._fetched == self._end
-        if self.length is None:
-            batch = self._ahead
-            self._ahead = END if at_end else self._next()
-            self.is_last = self._ahead is END
-            return self._transfer(batch)
-        self.is_last = at_end
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            raise self._too_short(self._fetched - 1) from None
-        return self._transfer(batch)
+    def _read_ahead(self) -> Any:
+        """The batch that was read ahead, after reading another."""
+        batch = self._ahead
+        self._ahead = END if self._fetched == self._end else self._next()
+        return batch
 
     def _next(self) -> Any:
         try:
@@ -215,10 +213,11 @@ class Batches:
                 f"set limit_{self._stage}_batches={self.length}."
             )
 
-    def _too_short(self, fetched: int) -> MisconfigurationError:
-        return MisconfigurationError(
-            f"{type(self.loader).__name__} says that it has {self.length} batches and ended after {fetched}. Correct its "
-            "__len__, or leave it out: loaders without a length are read one batch ahead."
+    def _too_short(self) -> Iterator[Any]:
+        yield from ()
+        raise MisconfigurationError(
+            f"{type(self.loader).__name__} says that it has {self.length} batches and ended after {self._fetched - 1}. Correct "
+            "its __len__, or leave it out: loaders without a length are read one batch ahead."
         )
 
 

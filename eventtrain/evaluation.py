@@ -18,7 +18,7 @@ from eventtrain.events import AfterForward, MetricsLogged
 from eventtrain.metrics import Metrics
 from eventtrain.module import LightningModule, overridden
 from eventtrain.rng import isolated_rng
-from eventtrain.signals import Signals
+from eventtrain.signals import SignalTable
 from eventtrain.state import Progress
 
 EvaluationStage = Literal["validation", "test", "predict"]
@@ -42,7 +42,7 @@ class EvaluationLoop:
         self,
         stage: EvaluationStage,
         *,
-        signals: Signals,
+        signals: SignalTable,
         module: LightningModule,
         metrics: Metrics,
         progress: Progress,
@@ -111,7 +111,7 @@ class EvaluationLoop:
         kept: list[Any] = []
         batch_idx = 0
         while (batch := batches.fetch()) is not END:
-            metrics.begin_batch(batch)
+            metrics.batch, metrics.moment = batch, "batch"
             if start.listeners:
                 start.publish(self._events["BatchStart"](batch, batch_idx, dataloader_idx))
             args = (batch, batch_idx, dataloader_idx)[: self.arguments]

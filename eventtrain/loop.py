@@ -27,7 +27,7 @@ from eventtrain.events import (
 )
 from eventtrain.metrics import Metrics
 from eventtrain.optimizer import LightningOptimizer
-from eventtrain.signals import Signals
+from eventtrain.signals import SignalTable
 from eventtrain.state import BatchState, Progress, StopRequest
 
 
@@ -77,7 +77,7 @@ class TrainLoop:
     def __init__(
         self,
         *,
-        signals: Signals,
+        signals: SignalTable,
         progress: Progress,
         batch: BatchState,
         stop: StopRequest,
@@ -151,14 +151,15 @@ class TrainLoop:
 
     def train_batch(self, batch: Any, batch_idx: int, is_last: bool) -> bool:
         """Trains one batch and validates where that is due; returns whether the epoch ends with it."""
-        signals, state, progress = self.signals, self.batch, self.progress
+        signals, state, progress, metrics = self.signals, self.batch, self.progress, self.metrics
         progress.batch_idx = batch_idx
         progress.total_batch_idx += 1
         self.is_last_batch = is_last
-        self.metrics.begin_batch(batch)
-        state.begin(batch, batch_idx)
+        metrics.batch, metrics.moment = batch, "batch"
+        state.batch, state.batch_idx, state.evaluations = batch, batch_idx, 0
+        state.skipped = state.updated = False
         if signals.train_batch_start.listeners and self.gate(batch, batch_idx, is_last):
-            self.metrics.moment = "epoch"
+            metrics.moment = "epoch"
             self.validate_if_due(batch_idx, True)
             return True
         if self.closure is not None:
@@ -175,7 +176,7 @@ class TrainLoop:
             outputs, loss = detached_outputs(state)
             signals.train_batch_end.publish(TrainBatchEnd(outputs, batch, batch_idx, loss))
         state.loss = state.outputs = None  # the graph ends with the batch
-        self.metrics.moment = "epoch"
+        metrics.moment = "epoch"
         if state.updated and signals.metrics_logged.listeners:
             self.publish_step_metrics()
         ends_epoch = is_last or self.stop.epoch_reason is not None
@@ -214,7 +215,8 @@ class TrainLoop:
             else:
                 self.optimizer_step(self.progress.current_epoch, state.batch_idx, optimizer, closure)
         except StepSkipped as skip:  # from a step of the wrapped optimizer, which only the loop can leave
-            optimizer.abandon_step(skip.reason)
+            assert optimizer.run is not None
+            optimizer.run.abandon(skip.reason)
         if state.evaluations == 0:
             raise MisconfigurationError(
                 f"optimizer_step of the module did not run its closure in batch {state.batch_idx}, nor did "

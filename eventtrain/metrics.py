@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
 
@@ -94,7 +95,7 @@ class Metrics:
             values only compares it with what it saw.
         fresh: What was logged for loggers since the last ``metrics_logged`` of scope ``"step"``.
         moment: Where the run is: in a ``"batch"``, in an ``"epoch"`` outside of its batches, or, where
-            nothing can be logged, None.
+            nothing can be logged, None. The loops write it, and ``batch``.
         batch: The batch at hand, for its size.
     """
 
@@ -103,14 +104,13 @@ class Metrics:
         self.callback_metrics: dict[str, Tensor] = {}
         self.logged_metrics: dict[str, Tensor] = {}
         self.progress_bar_metrics: dict[str, Tensor] = {}
-        self.renewals: dict[str, int] = {}
+        self.renewals: defaultdict[str, int] = defaultdict(int)
         self.fresh: dict[str, Tensor] = {}
         self.stage: Stage = "train"
         self.moment: Moment | None = None
         self.suffix = ""
         self.silent = False
         self.batch: Any = None
-        self._batch_size: int | None = None
         self._entries: dict[Stage, dict[str, Entry]] = {"train": {}, "validation": {}, "test": {}, "predict": {}}
         self._stage_entries = self._entries["train"]
 
@@ -119,12 +119,6 @@ class Metrics:
         self.stage = stage
         self.moment = moment
         self._stage_entries = self._entries[stage]
-
-    def begin_batch(self, batch: Any) -> None:
-        """Makes another batch the one at hand."""
-        self.batch = batch
-        self._batch_size = None
-        self.moment = "batch"
 
     def log(
         self,
@@ -155,7 +149,7 @@ class Metrics:
                 return
         else:
             # What was computed in the graph stays as it is; a weight, a buffer, or a view of one may be changed in place.
-            computed = value.grad_fn is not None and value._base is None
+            computed = not value.is_leaf and not value._is_view()
             value = value.detach() if computed else value.detach().clone()
         if value.numel() != 1:
             raise MisconfigurationError(
@@ -164,27 +158,19 @@ class Metrics:
             )
         if value.ndim:
             value = value.reshape(())
-        if entry.on_epoch:
-            self._accumulate(entry, value, batch_size)
-        if entry.on_step:
-            self._publish_step(entry, value)
-
-    def _accumulate(self, entry: Entry, value: Tensor, batch_size: int | None) -> None:
-        if batch_size is None:
-            if self.moment == "epoch" or entry.reduction != "mean":
-                batch_size = 1
-            elif (batch_size := self._batch_size) is None:
-                batch_size = self._batch_size = infer_batch_size(self.batch)
-        entry.accumulate(value, batch_size)
-
-    def _publish_step(self, entry: Entry, value: Tensor) -> None:
+        if entry.on_epoch and entry.metric is None:
+            if batch_size is None:
+                batch_size = 1 if self.moment == "epoch" or entry.reduction != "mean" else infer_batch_size(self.batch)
+            entry.accumulate(value, batch_size)
+        # Inlined, like _set in it: this is called once or more in every batch.
+        if (step_name := entry.step_name) is None:
+            return
         if entry.sync_dist:
             value = self.distributed.reduce(value.clone(), entry.reduction)
         if self.silent:
             return
-        step_name = entry.step_name
-        assert step_name is not None
-        self._set(step_name, value)
+        self.callback_metrics[step_name] = value
+        self.renewals[step_name] += 1
         if entry.on_epoch:
             self._set(entry.name, value)
         if entry.logger:
@@ -258,7 +244,7 @@ class Metrics:
 
     def _set(self, name: str, value: Tensor) -> None:
         self.callback_metrics[name] = value
-        self.renewals[name] = self.renewals.get(name, 0) + 1
+        self.renewals[name] += 1
 
     def _new_entry(self, name: str, suffix: str, options: tuple[Any, ...]) -> Entry:
         _, _, on_step, on_epoch, reduction, _ = options
@@ -291,12 +277,12 @@ class Metrics:
         if callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None)):
             if entry.on_epoch:
                 entry.metric = value
-            if entry.on_step:
-                # What torchmetrics' forward computed on this batch alone.
-                on_batch = getattr(value, "_forward_cache", None)
-                on_batch = value.compute() if on_batch is None else on_batch
-                self._publish_step(entry, on_batch.detach())
-            return None
+            if not entry.on_step:
+                return None
+            # What torchmetrics' forward computed on this batch alone.
+            on_batch = getattr(value, "_forward_cache", None)
+            computed: Tensor = value.compute() if on_batch is None else on_batch
+            return computed.detach()
         if not isinstance(value, str) and callable(getattr(value, "item", None)) and getattr(value, "size", 0) == 1:
             return torch.tensor(float(value.item()))  # NumPy's scalars
         what = "a mapping: use self.log_dict" if isinstance(value, Mapping) else f"{value!r} ({type(value).__name__})"

@@ -13,61 +13,16 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
-from eventtrain.errors import MisconfigurationError, StepSkipped
-from eventtrain.events import (
-    AfterGradientClipping,
-    AfterOptimizerStep,
-    AfterZeroGrad,
-    BeforeGradientClipping,
-    BeforeOptimizerStep,
-    BeforeZeroGrad,
-    GradientsReady,
-    OptimizerStep,
-    OptimizerStepSkipped,
-    ReduceGradients,
-    UnscaleGradients,
-)
+from eventtrain.errors import MisconfigurationError
+from eventtrain.events import AfterGradientClipping, AfterOptimizerStep, OptimizerStep, OptimizerStepSkipped
+from eventtrain.stepping import Stepping
 
 if TYPE_CHECKING:
     from eventtrain.module import LightningModule
-    from eventtrain.signals import Signals
+    from eventtrain.signals import SignalTable
     from eventtrain.state import BatchState
 
 CLIP_ALGORITHMS = ("norm", "value")
-
-
-class _Run:
-    """What an optimizer needs while it takes part in a run.
-
-    A slotted object beside the wrapper, because every write to the wrapper goes through a Python-level
-    ``__setattr__``: 3 % of a small step.
-
-    Attributes:
-        ready: The gradient events have come for the gradients at hand: one flag, cleared by
-            ``zero_grad``, by ``step`` and by each evaluation of a closure, never by a backward.
-        stepping: The wrapper's ``step`` is under way.
-        depth: Steps of the wrapped optimizer under way; 2 where a subclass calls ``super().step()``.
-        evaluations: How often ``step`` has evaluated its closure.
-        zeroing: A zero_grad phase is open.
-    """
-
-    __slots__ = (
-        "batch", "clip_hook", "closure", "depth", "evaluate", "evaluations", "handles", "module",
-        "norm_type", "ready", "result", "signals", "stepping", "zeroing",
-    )  # fmt: skip
-
-    def __init__(self, signals: Signals, batch: BatchState, module: LightningModule, clip_hook: Any) -> None:
-        self.signals = signals
-        self.batch = batch
-        self.module = module
-        self.clip_hook = clip_hook
-        self.ready = self.stepping = self.zeroing = False
-        self.depth = self.evaluations = 0
-        self.closure: Callable[[], Any] | None = None
-        self.evaluate: Callable[[], Any]
-        self.result: Any = None
-        self.norm_type = 2.0
-        self.handles: list[Any] = []
 
 
 class LightningOptimizer(Optimizer):
@@ -82,18 +37,17 @@ class LightningOptimizer(Optimizer):
 
     Attributes:
         optimizer: The wrapped optimizer.
-        num_steps: How often the wrapped optimizer has updated in this run, direct steps included.
     """
 
     optimizer: Optimizer
-    num_steps: int
-    _run: _Run | None
+    _num_steps: int
+    _run: Stepping | None
 
     def __init__(self, optimizer: Optimizer) -> None:
         # Not Optimizer.__init__: there is nothing of its own here that could drift from the wrapped one.
         write = object.__setattr__
         write(self, "optimizer", optimizer)
-        write(self, "num_steps", 0)
+        write(self, "_num_steps", 0)
         write(self, "_run", None)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -124,9 +78,9 @@ class LightningOptimizer(Optimizer):
         if signals.optimizer_step.listeners:
             with OptimizerStep(self) as phase:
                 signals.optimizer_step.publish(phase)
-                skip_reason = self._update(run, closure, kwargs)
+                skip_reason = run.update(closure, kwargs)
         else:
-            skip_reason = self._update(run, closure, kwargs)
+            skip_reason = run.update(closure, kwargs)
         if skip_reason is None:
             if signals.after_optimizer_step.listeners:
                 signals.after_optimizer_step.publish(AfterOptimizerStep(self))
@@ -135,99 +89,12 @@ class LightningOptimizer(Optimizer):
         result, run.result = run.result, None
         return result
 
-    def _update(self, run: _Run, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> str | None:
-        """Steps the wrapped optimizer; returns why it was skipped, None where it was not."""
-        run.stepping = True
-        run.evaluations = 0
-        try:
-            if closure is None:
-                self._finish_gradients(run)
-                run.result = self.optimizer.step(**kwargs)
-            else:
-                run.closure = closure
-                run.result = self.optimizer.step(run.evaluate, **kwargs)
-                if run.evaluations == 0 and not run.batch.automatic:  # else the loop says it, and names the hook
-                    raise MisconfigurationError(
-                        f"{type(self.optimizer).__name__}.step did not run the closure that it was given, so there "
-                        "were no gradients. An optimizer has to call it: `loss = closure()` under `torch.enable_grad()`."
-                    )
-        except StepSkipped as skip:
-            return skip.reason
-        finally:
-            run.stepping = run.ready = False
-            run.depth = run.evaluations = 0
-            run.closure = None
-        return None
-
-    def _evaluate(self) -> Any:
-        """The closure that the wrapped optimizer gets: the given one, and what makes gradients final."""
-        run = self._run
-        assert run is not None and run.closure is not None
-        run.evaluations += 1
-        run.ready = False
-        run.result = loss = run.closure()
-        self._finish_gradients(run)
-        return loss
-
-    def _finish_gradients(self, run: _Run) -> None:
-        """Completes the gradients, lets listeners veto, and clips."""
-        signals = run.signals
-        if run.batch.automatic and run.batch.contributions == 0:
-            self._skip(run, "no loss")
-        if not run.ready:
-            self.complete_gradients()
-        reason: str | None = None
-        if signals.before_optimizer_step.listeners:
-            event = BeforeOptimizerStep(self, max(run.evaluations, 1))
-            signals.before_optimizer_step.publish(event)
-            reason = event.skip_reason
-        if run.batch.any_rank is not None and run.batch.any_rank(reason is not None):
-            reason = reason or "another rank's veto"
-        if reason is not None:
-            self._skip(run, reason)
-        if signals.before_gradient_clipping.listeners or run.clip_hook is not None:
-            self._clip(run)
-
-    def _skip(self, run: _Run, reason: str) -> None:
-        if run.evaluations > 1:
-            raise MisconfigurationError(
-                f"The step of {type(self.optimizer).__name__} was vetoed ({reason}) at evaluation {run.evaluations} of its "
-                "closure, when its weights have already moved. Veto at the first evaluation only."
-            )
-        raise StepSkipped(reason)
-
     def complete_gradients(self) -> None:
         """Publishes the three gradient events, once for the gradients at hand: after it they are the true
-        ones. Part of a step; harmless to ask for twice."""
+        ones. Part of a step; harmless to ask for twice, and outside of a run."""
         run = self._run
-        if run is None or run.ready:
-            return
-        run.ready = True
-        signals, batch = run.signals, run.batch
-        if signals.reduce_gradients.listeners:
-            signals.reduce_gradients.publish(ReduceGradients(self))
-        if signals.unscale_gradients.listeners:
-            can_skip = run.stepping or run.depth == 0
-            signals.unscale_gradients.publish(UnscaleGradients(self, max(run.evaluations, 1), can_skip))
-        if signals.gradients_ready.listeners:
-            if batch.automatic:
-                ready = GradientsReady(self, batch.contributions, batch.weight, batch.weight_reference)
-            else:
-                ready = GradientsReady(self, None, None, None)
-            signals.gradients_ready.publish(ready)
-
-    def _clip(self, run: _Run) -> None:
-        """Asks the policies, and clips by what they wrote."""
-        event = BeforeGradientClipping(self)
-        run.signals.before_gradient_clipping.publish(event)
-        if run.clip_hook is not None and run.batch.automatic:
-            run.norm_type = event.norm_type
-            try:
-                run.clip_hook(self, event.gradient_clip_val, event.gradient_clip_algorithm)
-            finally:
-                run.norm_type = 2.0
-        else:
-            self.clip_gradients(event.gradient_clip_val, event.gradient_clip_algorithm, event.norm_type)
+        if run is not None and not run.ready:
+            run.complete_gradients()
 
     def clip_gradients(
         self, gradient_clip_val: float | None, gradient_clip_algorithm: str | None = None, norm_type: float | None = None
@@ -252,9 +119,10 @@ class LightningOptimizer(Optimizer):
             return None
         check_clip_val(gradient_clip_val, "gradient_clip_val")
         algorithm = check_clip_algorithm(gradient_clip_algorithm or "norm")
-        self.complete_gradients()
         run = self._run
-        parameters = list(self.parameters())
+        if run is not None and not run.ready:
+            run.complete_gradients()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         total_norm: Tensor | None = None
         norm_type = norm_type or (run.norm_type if run is not None else 2.0)
         if algorithm == "norm":
@@ -275,36 +143,8 @@ class LightningOptimizer(Optimizer):
         run = self._run
         if run is None or run.zeroing:
             self.optimizer.zero_grad(set_to_none)
-            return
-        run.ready = False
-        signals = run.signals
-        if signals.before_zero_grad.listeners:
-            with BeforeZeroGrad(self) as phase:
-                signals.before_zero_grad.publish(phase)
-                self.optimizer.zero_grad(set_to_none)
         else:
-            self.optimizer.zero_grad(set_to_none)
-        if signals.after_zero_grad.listeners:
-            signals.after_zero_grad.publish(AfterZeroGrad(self))
-
-    def zero_grad_by(self, hook: Callable[..., Any], *args: Any) -> None:
-        """Zeroes by a module's ``optimizer_zero_grad``, with the same events around it.
-
-        Args:
-            hook: The overridden hook.
-            *args: What it is called with.
-        """
-        run = self._run
-        assert run is not None
-        run.ready = False
-        run.zeroing = True
-        try:
-            with BeforeZeroGrad(self) as phase:
-                run.signals.before_zero_grad.publish(phase)
-                hook(*args)
-        finally:
-            run.zeroing = False
-        run.signals.after_zero_grad.publish(AfterZeroGrad(self))
+            run.zero_grad(set_to_none)
 
     def toggle_model(self, sync_grad: bool = True) -> AbstractContextManager[None]:
         """Makes this optimizer's parameters the only ones that get gradients, inside of a ``with`` block.
@@ -328,7 +168,7 @@ class LightningOptimizer(Optimizer):
 
     # ------------------------------------------------------------------ taking part in a run
 
-    def join_run(self, signals: Signals, batch: BatchState, module: LightningModule, clip_hook: Any) -> None:
+    def join_run(self, signals: SignalTable, batch: BatchState, module: LightningModule, clip_hook: Any) -> None:
         """Connects the optimizer to a run.
 
         Args:
@@ -337,51 +177,29 @@ class LightningOptimizer(Optimizer):
             module: The module, for toggling.
             clip_hook: The module's overridden ``configure_gradient_clipping``, or None.
         """
-        run = _Run(signals, batch, module, clip_hook)
-        run.evaluate = self._evaluate
-        object.__setattr__(self, "_run", run)
-        object.__setattr__(self, "num_steps", 0)
-
-        def begin(*_: Any) -> None:
-            run.depth += 1
-
-        def finish(*_: Any) -> None:
-            run.depth -= 1
-            if run.depth <= 0:
-                run.depth = 0
-                object.__setattr__(self, "num_steps", self.num_steps + 1)
-                batch.updated = True
-
-        # torch's own hooks, so that a step on the wrapped optimizer is counted too.
-        run.handles = [
-            self.optimizer.register_step_pre_hook(begin),
-            self.optimizer.register_step_post_hook(finish),
-        ]
+        object.__setattr__(self, "_run", Stepping(self, signals, batch, module, clip_hook))
 
     def leave_run(self) -> None:
         """Disconnects the optimizer from its run; it then steps like the wrapped one."""
         if self._run is not None:
-            for handle in self._run.handles:
-                handle.remove()
+            self._run.disconnect()
+            object.__setattr__(self, "_num_steps", self._run.num_steps)
         object.__setattr__(self, "_run", None)
 
     @property
-    def raw_step_in_progress(self) -> bool:
-        """Whether the wrapped optimizer is stepping without the wrapper."""
-        run = self._run
-        return run is not None and run.depth > 0 and not run.stepping
+    def run(self) -> Stepping | None:
+        """The optimizer's part in the run at hand; None outside of one."""
+        return self._run
 
-    def abandon_step(self, reason: str) -> None:
-        """Publishes that a step of the wrapped optimizer was left before it updated anything."""
-        run = self._run
-        if run is not None:
-            run.depth = 0
-            run.signals.optimizer_step_skipped.publish(OptimizerStepSkipped(self, reason))
+    @property
+    def num_steps(self) -> int:
+        """How often the wrapped optimizer has updated in the run at hand, or in the last; direct steps included."""
+        return self._num_steps if self._run is None else self._run.num_steps
 
     # ------------------------------------------------------------------ being the wrapped optimizer
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("optimizer", "_run", "num_steps"):  # being unpickled or copied
+        if name in ("optimizer", "_run", "_num_steps"):  # being unpickled or copied
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import blinker
 from blinker import ANY
@@ -154,23 +154,20 @@ class EventSignal(blinker.Signal):
             error._eventtrain_noted = True  # type: ignore[attr-defined]
 
 
-class Signals:
-    """A trainer's signals: one attribute per event, and no others.
+class SignalTable:
+    """A trainer's signals: one attribute per event, and no others. What the core publishes by.
 
     Args:
         sender: What listeners get as their first argument: the trainer.
     """
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> EventSignal: ...
+
     def __init__(self, sender: Any) -> None:
         for name, event_type in EVENTS.items():
             setattr(self, name, EventSignal(name, event_type, sender))
-
-    def __getattr__(self, name: str) -> EventSignal:
-        # Reached only where the attribute does not exist.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        hint = nearest(name, EVENTS, otherwise="eventtrain.events lists them all.")
-        raise AttributeError(f"There is no event {name!r}. {hint}")
 
     def __getitem__(self, name: str) -> EventSignal:
         signal: EventSignal = getattr(self, name)
@@ -179,6 +176,27 @@ class Signals:
     def __iter__(self) -> Iterator[EventSignal]:
         """The signals in loop order."""
         return (self[name] for name in EVENTS)
+
+
+class Signals(SignalTable):
+    """The same signals for people: a name that is no event's raises and suggests the nearest.
+
+    Attributes:
+        table: The signals without that help. A class with ``__getattr__`` makes each look-up twice as slow, and a bare
+            step has some twenty.
+    """
+
+    def __init__(self, sender: Any) -> None:
+        super().__init__(sender)
+        self.table = SignalTable.__new__(SignalTable)
+        self.table.__dict__.update((signal.name, signal) for signal in self)
+
+    def __getattr__(self, name: str) -> EventSignal:
+        # Reached only where the attribute does not exist.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        hint = nearest(name, EVENTS, otherwise="eventtrain.events lists them all.")
+        raise AttributeError(f"There is no event {name!r}. {hint}")
 
     @contextmanager
     def trace(self) -> Generator[Trace, None, None]:

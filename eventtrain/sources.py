@@ -13,7 +13,7 @@ from eventtrain.data import Batches, Limit, as_loaders, known_length, limited_le
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 from eventtrain.module import DataHooks, LightningDataModule, LightningModule, overridden
-from eventtrain.signals import Signals
+from eventtrain.signals import SignalTable
 
 LOADER_HOOKS: dict[Stage, str] = {
     "train": "train_dataloader",
@@ -41,7 +41,7 @@ class DataSources:
         module: LightningModule,
         datamodule: LightningDataModule | None,
         limits: dict[Stage, Limit],
-        signals: Signals,
+        signals: SignalTable,
         device: torch.device,
     ) -> None:
         self._module = module

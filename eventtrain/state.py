@@ -77,15 +77,6 @@ class BatchState:
     weight_reference: Tensor | float | None = None
     any_rank: Callable[[bool], bool] | None = None
 
-    def begin(self, batch: Any, batch_idx: int) -> None:
-        """Makes another batch the one at hand; the window goes on."""
-        self.batch = batch
-        self.batch_idx = batch_idx
-        self.skipped = False
-        self.evaluations = 0
-        self.outputs = self.loss = None
-        self.updated = False
-
     def contribute(self, weight: Tensor | float | None) -> None:
         """Counts the batch at hand into the window.
 

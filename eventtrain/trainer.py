@@ -251,12 +251,13 @@ class Trainer(RunView):
             config: One of :attr:`lr_scheduler_configs`.
             metric: What the scheduler monitors; None where it monitors nothing.
         """
-        signals = self.signals
+        signals = self.signals.table
         if signals.before_lr_scheduler_step.listeners:
             event = BeforeLRSchedulerStep(config, config.learning_rates(), metric)
             signals.before_lr_scheduler_step.publish(event)
             metric = event.metric
-        self.module.lr_scheduler_step(config.scheduler, metric)
+        assert self._module is not None
+        self._module.lr_scheduler_step(config.scheduler, metric)
         if signals.after_lr_scheduler_step.listeners:
             signals.after_lr_scheduler_step.publish(AfterLRSchedulerStep(config, config.learning_rates()))
 
@@ -311,7 +312,7 @@ class Trainer(RunView):
         connections: list[ConnectedHooks] = []
         brought: list[Any] = []
         self.stage, self._module, self.datamodule = stage, module, check_datamodule(datamodule)
-        self._data = DataSources(given, module, self.datamodule, self.limits, self.signals, self.device)
+        self._data = DataSources(given, module, self.datamodule, self.limits, self.signals.table, self.device)
         first: BaseException | None = None
         try:
             self._attach(module, connections, brought)
@@ -415,7 +416,7 @@ class Trainer(RunView):
         self.batch = BatchState(automatic=automatic, any_rank=None if alone else self.distributed.any)
         clip_hook = own(module, "configure_gradient_clipping") if automatic else None
         for optimizer in self.optimizers:
-            optimizer.join_run(self.signals, self.batch, module, clip_hook)
+            optimizer.join_run(self.signals.table, self.batch, module, clip_hook)
 
     def _train_loop(self, module: LightningModule, loader: Any, validation: Callable[[], Any] | None) -> TrainLoop:
         automatic = module.automatic_optimization
@@ -423,17 +424,18 @@ class Trainer(RunView):
         takes_index = step_arguments(module.training_step, 1, most=2) > 1
         closure = None
         if optimizer is not None:
+            assert optimizer.run is not None
             closure = Closure(
-                self.signals,
+                self.signals.table,
                 self.batch,
-                optimizer,
+                optimizer.run,
                 module.training_step,
                 takes_index=takes_index,
                 backward_hook=own(module, "backward"),
                 zero_grad_hook=self._zero_grad_hook(module),
             )
         return TrainLoop(
-            signals=self.signals,
+            signals=self.signals.table,
             progress=self.progress,
             batch=self.batch,
             stop=self.stop_request,
@@ -509,7 +511,7 @@ class Trainer(RunView):
         self.num_evaluation_batches = None if None in lengths else sum(length or 0 for length in lengths)
         return EvaluationLoop(
             stage,
-            signals=self.signals,
+            signals=self.signals.table,
             module=module,
             metrics=self.metrics,
             progress=self.progress,

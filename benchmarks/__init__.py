@@ -1,0 +1,1 @@
+"""What eventtrain costs, measured beside the hand-written loop and its peers."""

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint examples slow clean
+.PHONY: demo test lint examples slow bench clean
 
 demo: $(VENV)/examples.stamp  ## install, train a real model on real data, and say where to look at it
 	$(BIN)/python examples/digits.py
@@ -24,6 +24,9 @@ lint: $(VENV)/dev.stamp  ## style, types, and whether the generated files are fr
 examples: $(VENV)/examples.stamp  ## every example, at its full length
 	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example || exit 1; done
 
+bench: $(VENV)/bench.stamp  ## what a step costs beside the hand-written loop and the peers; rewrites docs/performance.md
+	for part in overhead dispatch memory imports; do $(BIN)/python -m benchmarks.$$part --save || exit 1; done
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -33,6 +36,10 @@ $(VENV)/examples.stamp: $(VENV)/bin/python setup.cfg constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/bin/python setup.cfg constraints.txt
 	$(PIP) install -c constraints.txt -e ".[examples,test,dev]"
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/bin/python setup.cfg constraints.txt
+	$(PIP) install -c constraints.txt -e ".[bench]"
 	touch $@
 
 clean:

@@ -58,7 +58,7 @@ class GradientClipping(Callback):
         if self._function is not None:
             return self._function(trainer)
         assert self._schedule is not None
-        return self._schedule.at(trainer.current_epoch)
+        return self._schedule.at(trainer.progress.current_epoch)
 
     def on_before_gradient_clipping(self, trainer: Trainer, event: BeforeGradientClipping) -> None:
         event.gradient_clip_val = self.threshold(trainer)

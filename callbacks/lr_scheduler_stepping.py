@@ -88,7 +88,7 @@ class LRSchedulerStepping(Callback):
                 self._step(trainer, index, config)
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
-        if event.scope == "step" or event.stage != "train" or not event.epoch_complete:
+        if event.scope != "epoch" or event.stage != "train" or not event.epoch_complete:
             return
         for index, config in self._by_interval["monitored"]:
             if self.is_due(config, trainer.current_epoch + 1):
@@ -97,7 +97,8 @@ class LRSchedulerStepping(Callback):
     def _step(self, trainer: Trainer, index: int, config: LRSchedulerConfig, *, counts_updates: bool = True) -> None:
         """Steps one scheduler, unless nothing was updated, or its metric not renewed, since its last step. One that
         counts batches waits for the run's first update alone."""
-        if trainer.global_step == (self._last_update.get(index, 0) if counts_updates else 0):
+        global_step = trainer.progress.global_step
+        if global_step == (self._last_update.get(index, 0) if counts_updates else 0):
             return
         metric: Any = None
         if config.monitor is not None:
@@ -109,7 +110,7 @@ class LRSchedulerStepping(Callback):
                 return
             self._seen[index] = renewals
             metric = trainer.callback_metrics[config.monitor]
-        self._last_update[index] = trainer.global_step
+        self._last_update[index] = global_step
         trainer.step_lr_scheduler(config, metric)
 
     def _on_absent_metric(self, trainer: Trainer, config: LRSchedulerConfig) -> None:

@@ -131,7 +131,10 @@ class TensorBoardLogger(Callback):
         module = trainer.module
         if self.x_axis == "samples":
             trainer.signals.train_batch_start.connect(self.count_samples)
-        if self._writes(trainer) and module.hparams and getattr(module, "_log_hyperparams", True):
+        if not self._writes(trainer):
+            return
+        assert self.writer is not None  # opened now: a directory that can't be written is found before training
+        if module.hparams and getattr(module, "_log_hyperparams", True):
             self.log_hyperparams(module.hparams)
 
     def count_samples(self, trainer: Trainer, event: TrainBatchStart) -> None:
@@ -140,7 +143,7 @@ class TensorBoardLogger(Callback):
 
     def on_after_optimizer_step(self, trainer: Trainer, event: AfterOptimizerStep) -> None:
         # The update is counted after this event, and schedulers step then: now the rates are those that it used.
-        if self.is_due(trainer.global_step + 1):
+        if self.is_due(trainer.progress.global_step + 1):
             self._rates.update(learning_rates(event.optimizer, trainer.optimizers))
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
@@ -153,7 +156,7 @@ class TensorBoardLogger(Callback):
             self._rates.clear()
             return
         scalars = dict(event.metrics)
-        if event.stage == "train":
+        if event.stage == "train" and event.scope == "epoch":
             scalars["epoch"] = trainer.current_epoch
         if scalars:
             self.log_scalars(scalars, self._x(trainer))

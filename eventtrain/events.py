@@ -692,11 +692,12 @@ class TrainEpochEnd(Event):
 @dataclass(slots=True)
 class MetricsLogged(Event):
     """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a
-    batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over.
+    batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over;
+    with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``.
 
     Attributes:
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
-        scope: ``"step"`` or ``"epoch"``.
+        scope: ``"step"``, of which loggers write a part; ``"epoch"`` or ``"monitor"``, of which they write all.
         step: ``global_step``.
         metrics: What was logged with ``logger=True``, by name: scalar tensors on their device, or
             numbers. The mapping is the core's own: copy what outlives the event.
@@ -705,7 +706,7 @@ class MetricsLogged(Event):
     """
 
     stage: Stage
-    scope: Literal["step", "epoch"]
+    scope: Literal["step", "epoch", "monitor"]
     step: int
     metrics: Mapping[str, Tensor | float]
     epoch_complete: bool = True

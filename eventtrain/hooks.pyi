@@ -107,7 +107,7 @@ class CallbackHooks:
     def on_train_epoch_end(self, trainer: Trainer, event: events.TrainEpochEnd) -> None:
         """An epoch of training is over, its validation included; the module may still log here."""
     def on_metrics_logged(self, trainer: Trainer, event: events.MetricsLogged) -> None:
-        """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over."""
+        """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
     def on_safe_point(self, trainer: Trainer, event: events.SafePoint) -> None:
         """Nothing is under way: checkpoints, preemption and time limits live here. The last event of each batch; for an epoch's last batch, the last event of the epoch."""
     def on_save_checkpoint(self, trainer: Trainer, event: events.SaveCheckpoint) -> None:
@@ -221,7 +221,7 @@ class ModuleHooks:
     def on_train_epoch_end(self) -> None:
         """An epoch of training is over, its validation included; the module may still log here."""
     def on_metrics_logged(self, event: events.MetricsLogged) -> None:
-        """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over."""
+        """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
     def on_safe_point(self, event: events.SafePoint) -> None:
         """Nothing is under way: checkpoints, preemption and time limits live here. The last event of each batch; for an epoch's last batch, the last event of the epoch."""
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -31,6 +31,11 @@ from eventtrain.signals import SignalTable
 from eventtrain.state import BatchState, Progress, StopRequest
 
 
+# The two safe points inside of an epoch: built once, since there is one in every batch and nobody writes to it.
+IN_WINDOW = SafePoint(epoch_end=False, window_open=True)
+BETWEEN_WINDOWS = SafePoint(epoch_end=False, window_open=False)
+
+
 @dataclass(slots=True)
 class Extent:
     """How long a run is, and when it validates.
@@ -146,7 +151,7 @@ class TrainLoop:
                 self.end_epoch(complete=batches.is_last and stop.epoch_reason is None)
                 return
             if self.signals.safe_point.listeners:
-                self.signals.safe_point.publish(SafePoint(False, self.batch.window_open))
+                self.signals.safe_point.publish(IN_WINDOW if self.batch.window_open else BETWEEN_WINDOWS)
         self.leave_epoch()
 
     def train_batch(self, batch: Any, batch_idx: int, is_last: bool) -> bool:
@@ -162,10 +167,14 @@ class TrainLoop:
             metrics.moment = "epoch"
             self.validate_if_due(batch_idx, True)
             return True
-        if self.closure is not None:
-            self.optimize(state, self.closure)
-        else:
+        if (closure := self.closure) is None:
             self.step_manually(state)
+        elif state.plan.step:
+            state.window_open = False
+            self.step_optimizer(state, closure)
+        else:
+            state.window_open = True
+            closure()
         if state.updated:
             progress.global_step += 1
             if signals.after_update.listeners:
@@ -178,7 +187,7 @@ class TrainLoop:
         state.loss = state.outputs = None  # the graph ends with the batch
         metrics.moment = "epoch"
         if state.updated and signals.metrics_logged.listeners:
-            self.publish_step_metrics()
+            signals.metrics_logged.publish(MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
         ends_epoch = is_last or self.stop.epoch_reason is not None
         if self.validate is not None:
             self.validate_if_due(batch_idx, ends_epoch)
@@ -201,12 +210,8 @@ class TrainLoop:
 
     # ------------------------------------------------------------------ optimization
 
-    def optimize(self, state: BatchState, closure: Closure) -> None:
-        """Automatic optimization of one batch."""
-        state.window_open = not state.plan.step
-        if state.window_open:
-            closure()
-            return
+    def step_optimizer(self, state: BatchState, closure: Closure) -> None:
+        """Automatic optimization of a batch that closes its window."""
         optimizer = self.optimizer
         assert optimizer is not None
         try:
@@ -243,11 +248,6 @@ class TrainLoop:
         state.outputs, state.loss = outputs, loss
 
     # ------------------------------------------------------------------ metrics and validation
-
-    def publish_step_metrics(self) -> None:
-        """Hands what was logged on step to the loggers."""
-        event = MetricsLogged("train", "step", self.progress.global_step, self.metrics.take_fresh())
-        self.signals.metrics_logged.publish(event)
 
     def validate_if_due(self, batch_idx: int, ends_epoch: bool) -> None:
         """Validates after a batch, once, where interval and epoch say so."""

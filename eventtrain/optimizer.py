@@ -117,8 +117,10 @@ class LightningOptimizer(Optimizer):
         """
         if gradient_clip_val is None:
             return None
-        check_clip_val(gradient_clip_val, "gradient_clip_val")
-        algorithm = check_clip_algorithm(gradient_clip_algorithm or "norm")
+        algorithm = gradient_clip_algorithm or "norm"
+        if type(gradient_clip_val) is not float or not gradient_clip_val > 0 or algorithm not in CLIP_ALGORITHMS:
+            check_clip_val(gradient_clip_val, "gradient_clip_val")
+            check_clip_algorithm(algorithm)
         run = self._run
         if run is not None and not run.ready:
             run.complete_gradients()

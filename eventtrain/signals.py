@@ -43,7 +43,8 @@ class EventSignal(blinker.Signal):
         self.event_type = event_type
         self.listeners: tuple[Listener, ...] = ()
         self._sender = sender
-        self._traces: list[Trace] = []
+        self._reached: tuple[Listener, ...] = ()
+        self._observers: tuple[Observer, ...] = ()
         super().__init__(event_type.__doc__)
 
     def publish(self, event: Event) -> None:
@@ -63,6 +64,8 @@ class EventSignal(blinker.Signal):
                 listener(sender, event=event)
         except Exception as error:
             self._add_note(error, listener)
+            for observer in self._observers:
+                observer.event_ends(self.name, event)
             raise
 
     def publish_to_all(self, event: Event) -> None:
@@ -136,12 +139,26 @@ class EventSignal(blinker.Signal):
 
     def _renew(self) -> None:
         """Rebuilds ``listeners`` after whatever may change it."""
-        listeners: tuple[Listener, ...] = ()
+        self._reached = ()
         if not self._is_muted:
-            listeners = (self._send,) if self.has_weak_receivers else tuple(self.attached())
-        for trace in self._traces:
-            listeners = (trace._recorder(self.name, listeners),)
-        self.listeners = listeners
+            self._reached = (self._send,) if self.has_weak_receivers else tuple(self.attached())
+        self.observe(self._observers)
+
+    def observe(self, observers: tuple[Observer, ...]) -> None:
+        """Lets these observers, and no others, see the event and its listeners' calls."""
+        self._observers = observers
+        self.listeners = self._reached
+        if observers:
+            observed = (ObservedListener(listener, observers) for listener in self._reached)
+            self.listeners = (self._begin, *observed, self._end)
+
+    def _begin(self, sender: Any, event: Event) -> None:
+        for observer in self._observers:
+            observer.event_begins(self.name, event)
+
+    def _end(self, sender: Any, event: Event) -> None:
+        for observer in self._observers:
+            observer.event_ends(self.name, event)
 
     def _send(self, sender: Any, event: Event) -> None:
         """Blinker's own path, which knows about receivers that have gone."""
@@ -198,6 +215,16 @@ class Signals(SignalTable):
         hint = nearest(name, EVENTS, otherwise="eventtrain.events lists them all.")
         raise AttributeError(f"There is no event {name!r}. {hint}")
 
+    def observe(self, observer: Observer) -> None:
+        """Lets an observer see every event from the next one on, those too that nobody listens to."""
+        for signal in self:
+            signal.observe((*signal._observers, observer))
+
+    def unobserve(self, observer: Observer) -> None:
+        """Undoes :meth:`observe`; does nothing where the observer was not there."""
+        for signal in self:
+            signal.observe(tuple(other for other in signal._observers if other is not observer))
+
     @contextmanager
     def trace(self) -> Generator[Trace, None, None]:
         """Records every event that is published inside of the ``with`` block.
@@ -206,15 +233,67 @@ class Signals(SignalTable):
             The :class:`Trace`, which fills as the run goes on.
         """
         trace = Trace()
-        for signal in self:
-            signal._traces.append(trace)
-            signal._renew()
+        self.observe(trace)
         try:
             yield trace
         finally:
-            for signal in self:
-                signal._traces.remove(trace)
-                signal._renew()
+            self.unobserve(trace)
+
+
+class Observer:
+    """Sees every event and every call of a listener, by methods that do nothing until they are overridden.
+
+    Between ``event_begins`` and ``event_ends`` of one event come its listeners, each between ``listener_begins`` and
+    ``listener_ends``; a listener may publish events of its own in between. Where a listener raises, both ends come.
+    """
+
+    def event_begins(self, name: str, event: Event) -> None:
+        """An event is about to reach its listeners.
+
+        Args:
+            name: The signal's name.
+            event: The payload.
+        """
+
+    def event_ends(self, name: str, event: Event) -> None:
+        """An event has reached its listeners."""
+
+    def listener_begins(self, listener: Listener) -> None:
+        """A listener is about to be called."""
+
+    def listener_ends(self, listener: Listener) -> None:
+        """A listener has returned or raised."""
+
+
+class ObservedListener:
+    """Calls a listener and lets observers see it.
+
+    Args:
+        listener: The listener.
+        observers: The observers.
+    """
+
+    __slots__ = ("listener", "observers")
+
+    def __init__(self, listener: Listener, observers: tuple[Observer, ...]) -> None:
+        self.listener = listener
+        self.observers = observers
+
+    @property
+    def described(self) -> str:
+        """The listener's name."""
+        return describe_listener(self.listener)
+
+    def __call__(self, sender: Any, event: Event) -> None:
+        """Calls the listener."""
+        listener, observers = self.listener, self.observers
+        for observer in observers:
+            observer.listener_begins(listener)
+        try:
+            listener(sender, event=event)
+        finally:
+            for observer in observers:
+                observer.listener_ends(listener)
 
 
 @dataclass(slots=True)
@@ -251,11 +330,12 @@ class TracedEvent:
     calls: list[Call] = field(default_factory=list)
 
 
-class Trace:
+class Trace(Observer):
     """What :meth:`Signals.trace` recorded: a sequence of :class:`TracedEvent`."""
 
     def __init__(self) -> None:
         self.events: list[TracedEvent] = []
+        self._open: list[TracedEvent] = []  # a listener may publish events of its own
 
     def names(self) -> list[str]:
         """The names of the events, in the order in which they were published."""
@@ -267,26 +347,21 @@ class Trace:
     def __len__(self) -> int:
         return len(self.events)
 
-    def _recorder(self, name: str, listeners: tuple[Listener, ...]) -> Listener:
-        def record(sender: Any, event: Event) -> None:
-            start = time.perf_counter()
-            traced = TracedEvent(name, event, start)
-            self.events.append(traced)
-            try:
-                for listener in listeners:
-                    began = time.perf_counter()
-                    try:
-                        listener(sender, event=event)
-                    except Exception as error:
-                        getattr(sender.signals, name)._add_note(error, listener)
-                        raise
-                    finally:
-                        took = time.perf_counter() - began
-                        traced.calls.append(Call(describe_listener(listener), began, took))
-            finally:
-                traced.duration = time.perf_counter() - start
+    def event_begins(self, name: str, event: Event) -> None:
+        traced = TracedEvent(name, event, time.perf_counter())
+        self.events.append(traced)
+        self._open.append(traced)
 
-        return record
+    def event_ends(self, name: str, event: Event) -> None:
+        traced = self._open.pop()
+        traced.duration = time.perf_counter() - traced.start
+
+    def listener_begins(self, listener: Listener) -> None:
+        self._open[-1].calls.append(Call(describe_listener(listener), time.perf_counter(), 0.0))
+
+    def listener_ends(self, listener: Listener) -> None:
+        call = self._open[-1].calls[-1]
+        call.duration = time.perf_counter() - call.start
 
 
 def check_listener(listener: Listener, event_name: str, *, named: str = "") -> None:

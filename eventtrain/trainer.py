@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ from eventtrain.events import (
     ExceptionRaised,
     FitEnd,
     FitStart,
+    MetricsLogged,
     Setup,
     Stage,
     Teardown,
@@ -243,6 +244,25 @@ class Trainer(RunView):
             reason: Why, in a few words.
         """
         self.stop_request.epoch_reason = reason
+
+    def log_on_step(self, values: Mapping[str, Any]) -> None:
+        """Adds values to those that the update at hand hands to loggers, which write them at their cadence. For
+        callbacks; a module has ``self.log``.
+
+        Args:
+            values: Numbers or scalar tensors by name; tensors are kept as they are and read where they are written.
+        """
+        self.metrics.fresh.update(values)
+
+    def log_now(self, values: Mapping[str, Any]) -> None:
+        """Hands values to loggers at once, whatever their cadence. For callbacks that have one of their own.
+
+        Args:
+            values: Numbers or scalar tensors by name.
+        """
+        self.metrics.logged_metrics.update(values)
+        event = MetricsLogged(self.metrics.stage, "monitor", self.global_step, dict(values))
+        self.signals.metrics_logged.publish(event)
 
     def step_lr_scheduler(self, config: LRSchedulerConfig, metric: Any = None) -> None:
         """Steps a scheduler through the module's ``lr_scheduler_step``, with the events around it.

@@ -17,8 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from benchmarks import overhead, work
-from benchmarks.contestants import REGISTRY, contestant
-from benchmarks.contestants import TAKES_PART
+from benchmarks.contestants import REGISTRY, TAKES_PART, contestant
 from benchmarks.overhead import BASELINE, CLOSURE
 from benchmarks.report import save
 from benchmarks.work import LOG_EVERY, SETTINGS, WARM_UP, Batches, Setting, parameters

@@ -15,10 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WARM_UP = 40
-"""Batches before the clock starts: the first ones grow caches, allocate and specialise the bytecode."""
-
-
 @dataclass(frozen=True)
 class Setting:
     """What a contestant is to do.
@@ -26,6 +22,7 @@ class Setting:
     Attributes:
         name: ``"bare"``, ``"standard"`` or ``"transformer"``.
         batches: Batches per repetition that are measured.
+        warm_up: Batches before the clock starts: the first ones grow caches, allocate and specialise the bytecode.
         accumulate: Batches per update.
         extras: Whether norm clipping, OneCycleLR per update, loss and rate to TensorBoard every
             50 updates, a progress bar and ``self.log`` of the loss come on top.
@@ -33,13 +30,14 @@ class Setting:
 
     name: str
     batches: int
+    warm_up: int = 40
     accumulate: int = 1
     extras: bool = False
 
     @property
     def total_batches(self) -> int:
         """Batches of a run, those that warm up included, and one more, whose handing out stops the clock."""
-        return WARM_UP + self.batches + self.accumulate
+        return self.warm_up + self.batches + self.accumulate
 
     @property
     def total_steps(self) -> int:
@@ -50,7 +48,7 @@ class Setting:
 SETTINGS = {
     "bare": Setting("bare", 400),
     "standard": Setting("standard", 400, accumulate=4, extras=True),
-    "transformer": Setting("transformer", 12),
+    "transformer": Setting("transformer", 10, warm_up=2),
 }
 CLIP = 0.25
 """Below the norms that come up, so that clipping is work and shows in the parameters."""
@@ -123,7 +121,7 @@ class Batches(torch.utils.data.Dataset):
             self._batches = list(zip(x, y, strict=True))
         # Materialised, so that handing one out is an index and no arithmetic.
         self._batches = [self._batches[i % few] for i in range(setting.total_batches)]
-        self._first, self._last = WARM_UP, WARM_UP + setting.batches
+        self._first, self._last = setting.warm_up, setting.warm_up + setting.batches
         self._began = 0.0
         self.seconds = 0.0
 

@@ -121,11 +121,13 @@ class Closure:
             )
         loss = weight = None
         if not state.skipped:
-            args = (state.batch, state.batch_idx) if self.takes_index else (state.batch,)
             if signals.before_forward.listeners:
+                args = (state.batch, state.batch_idx) if self.takes_index else (state.batch,)
                 outputs = forward(signals, "train", self.training_step, args, closes_window=plan.step)
+            elif self.takes_index:
+                outputs = self.training_step(state.batch, state.batch_idx)
             else:
-                outputs = self.training_step(*args)
+                outputs = self.training_step(state.batch)
             if isinstance(outputs, Tensor) and outputs.ndim == 0 and outputs.requires_grad:
                 loss = outputs  # the usual loss: a call less
             else:

@@ -30,7 +30,6 @@ from eventtrain.optimizer import LightningOptimizer
 from eventtrain.signals import SignalTable
 from eventtrain.state import BatchState, Progress, StopRequest
 
-
 # The two safe points inside of an epoch: built once, since there is one in every batch and nobody writes to it.
 IN_WINDOW = SafePoint(epoch_end=False, window_open=True)
 BETWEEN_WINDOWS = SafePoint(epoch_end=False, window_open=False)

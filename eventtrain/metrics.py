@@ -151,12 +151,12 @@ class Metrics:
             # What was computed in the graph stays as it is; a weight, a buffer, or a view of one may be changed in place.
             computed = not value.is_leaf and not value._is_view()
             value = value.detach() if computed else value.detach().clone()
-        if value.numel() != 1:
-            raise MisconfigurationError(
-                f"self.log({name!r}, ...) in {calling_hook()} got a tensor of shape {tuple(value.shape)}. Log a scalar: take "
-                "its mean or sum."
-            )
         if value.ndim:
+            if value.numel() != 1:
+                raise MisconfigurationError(
+                    f"self.log({name!r}, ...) in {calling_hook()} got a tensor of shape {tuple(value.shape)}. Log a scalar: "
+                    "take its mean or sum."
+                )
             value = value.reshape(())
         if entry.on_epoch and entry.metric is None:
             if batch_size is None:

@@ -20,7 +20,7 @@ from benchmarks import overhead, work
 from benchmarks.contestants import REGISTRY, TAKES_PART, contestant
 from benchmarks.overhead import BASELINE, CLOSURE
 from benchmarks.report import save
-from benchmarks.work import LOG_EVERY, SETTINGS, WARM_UP, Batches, Setting, parameters
+from benchmarks.work import LOG_EVERY, SETTINGS, Batches, Setting, parameters
 
 ACCUMULATE = SETTINGS["standard"].accumulate
 MODULES = {"Ignite": "ignite", "Accelerate": "accelerate", "HF Trainer": "transformers"}
@@ -61,10 +61,9 @@ def outcome(name: str, setting_name: str) -> Outcome:
     if name in MODULES:
         pytest.importorskip(MODULES[name])
     setting = SETTINGS[setting_name]
-    setting = replace(setting, batches=(LOG_EVERY - 2) * ACCUMULATE if setting.extras else 1)
+    setting = replace(setting, warm_up=ACCUMULATE, batches=(LOG_EVERY - 2) * ACCUMULATE if setting.extras else 1)
     train = contestant(name)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "WARM_UP", ACCUMULATE)
         network = train(setting, Batches(setting), Path(folder))
         return Outcome(parameters(network), *written(Path(folder)))
 
@@ -86,7 +85,7 @@ def written(folder: Path) -> tuple[set[float], set[float]]:
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_a_run_is_made_of_whole_windows_and_begins_to_be_measured_at_one(setting: Setting) -> None:
     assert len(Batches(setting)) == setting.total_batches == setting.total_steps * setting.accumulate
-    assert WARM_UP % setting.accumulate == setting.batches % setting.accumulate == 0
+    assert setting.warm_up % setting.accumulate == setting.batches % setting.accumulate == 0
 
 
 @pytest.mark.parametrize(("name", "setting_name"), entered(*SETTINGS))
@@ -126,7 +125,7 @@ def test_the_clock_runs_from_the_first_measured_batch_until_the_one_after_the_la
     for _ in take(batches):
         trained_on += 1
     assert trained_on == setting.total_batches
-    assert moments == [WARM_UP, WARM_UP + 8]
+    assert moments == [setting.warm_up, setting.warm_up + 8]
     assert batches.seconds == 80.0
 
 

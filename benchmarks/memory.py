@@ -30,7 +30,7 @@ from benchmarks.overhead import pin, quiet
 from benchmarks.report import environment, save
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, ProgressBar, TensorBoardLogger
-from eventtrain.events import SafePoint
+from eventtrain.events import FitStart, SafePoint
 
 ACCUMULATE = 4
 EVERY = 5_000
@@ -101,13 +101,21 @@ class Census(Callback):
         self.samples: list[Sample] = []
         self.process = psutil.Process()
 
+    def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
+        """Looks once for nothing: what looking needs is then there in all samples."""
+        self.look(0)
+
     def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
         """Takes a sample where one is due."""
         batches = trainer.total_batch_idx + 1
         if batches % self.every == 0 and not event.epoch_end:
-            gc.collect()
-            tensors = sum(issubclass(type(each), Tensor) for each in gc.get_objects())
-            self.samples.append(Sample(batches, self.process.memory_info().rss, tensors))
+            self.samples.append(self.look(batches))
+
+    def look(self, batches: int) -> Sample:
+        """What the process holds."""
+        gc.collect()
+        tensors = sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+        return Sample(batches, self.process.memory_info().rss, tensors)
 
 
 def train(batches: int, every: int) -> list[Sample]:

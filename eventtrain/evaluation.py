@@ -31,6 +31,7 @@ class EvaluationLoop:
         stage: ``"validation"``, ``"test"`` or ``"predict"``.
         signals: Where events are published.
         module: The module.
+        step: Its step for the stage.
         metrics: What is logged.
         progress: The run's counters.
         open_loaders: Begins a pass over each loader, when it is its turn.
@@ -44,6 +45,7 @@ class EvaluationLoop:
         *,
         signals: SignalTable,
         module: LightningModule,
+        step: Callable[..., Any],
         metrics: Metrics,
         progress: Progress,
         open_loaders: list[Callable[[], Batches]],
@@ -56,8 +58,8 @@ class EvaluationLoop:
         self.progress = progress
         self.open_loaders = open_loaders
         self.within_fit = within_fit
-        self.step = getattr(module, f"{stage}_step")
-        self.arguments = step_arguments(self.step, len(open_loaders))
+        self.step = step
+        self.arguments = step_arguments(step, len(open_loaders))
         # The stage's own event classes, in the order in which they come.
         prefix = stage.capitalize()
         self._events = {

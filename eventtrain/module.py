@@ -508,8 +508,10 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         return stack
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of a module does not take its trainer along.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_trainer", "_toggles")}
+        # A copy of a module does not take its trainer along; nor, as torch has it, what module.compile() made, which would
+        # go on computing with the original's weights.
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name not in ("_trainer", "_toggles")}
 
 
 def _short(value: Any) -> str:

@@ -23,6 +23,7 @@ from eventtrain.arguments import (
 )
 from eventtrain.callback import attach, detach
 from eventtrain.closure import Closure
+from eventtrain.compiled import Model, Steps
 from eventtrain.configure import LRSchedulerConfig
 from eventtrain.data import Limit, check_limit, check_train_loader, resolve_device
 from eventtrain.describe import describe
@@ -143,6 +144,7 @@ class Trainer(RunView):
         self.stage: RunStage | None = None
         self.num_evaluation_batches: int | None = None  # of the evaluation at hand, over all of its loaders
         self._module: LightningModule | None = None
+        self._steps = Steps(None)
         self._loop: TrainLoop | None = None
         self._data: DataSources
         self._begin_counting()
@@ -154,7 +156,7 @@ class Trainer(RunView):
 
     def fit(
         self,
-        model: LightningModule,
+        model: Model,
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
@@ -163,7 +165,7 @@ class Trainer(RunView):
         """Trains a module.
 
         Args:
-            model: The module.
+            model: The module; or ``torch.compile(module)``, whose steps are then called compiled.
             train_dataloaders: The training loader; the module's or datamodule's where None.
             val_dataloaders: A validation loader, or a list of them; the module's or datamodule's where None.
             datamodule: Brings the loaders.
@@ -180,7 +182,7 @@ class Trainer(RunView):
 
     def validate(
         self,
-        model: LightningModule | None = None,
+        model: Model | None = None,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         datamodule: LightningDataModule | None = None,
@@ -188,7 +190,7 @@ class Trainer(RunView):
         """Validates a module.
 
         Args:
-            model: The module; the one of the last run where None.
+            model: The module, compiled or not; the one of the last run where None.
             dataloaders: A loader or a list of them; the module's or datamodule's where None.
             ckpt_path: A checkpoint whose weights are loaded first.
             datamodule: Brings the loaders.
@@ -200,7 +202,7 @@ class Trainer(RunView):
 
     def test(
         self,
-        model: LightningModule | None = None,
+        model: Model | None = None,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         datamodule: LightningDataModule | None = None,
@@ -210,7 +212,7 @@ class Trainer(RunView):
 
     def predict(
         self,
-        model: LightningModule | None = None,
+        model: Model | None = None,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         datamodule: LightningDataModule | None = None,
@@ -328,16 +330,19 @@ class Trainer(RunView):
         the one that is raised."""
         if self.stage is not None:
             raise MisconfigurationError(f"The trainer is running {self.stage}. Use another trainer for a run inside of it.")
-        module = check_module(model if model is not None else self._module)
+        steps = self._steps if model is None else Steps(model)
+        module = check_module(steps.module)
         connections: list[ConnectedHooks] = []
         brought: list[Any] = []
         self.stage, self._module, self.datamodule = stage, module, check_datamodule(datamodule)
+        self._steps = steps
         self._data = DataSources(given, module, self.datamodule, self.limits, self.signals.table, self.device)
         first: BaseException | None = None
         try:
             self._attach(module, connections, brought)
             self._build(module, stage)
-            return body()
+            with steps.calling_the_trainer():
+                return body()
         except BaseException as error:
             first = error
             self._even_so(first, partial(self.signals.exception.publish_to_all, ExceptionRaised(error)))
@@ -437,11 +442,14 @@ class Trainer(RunView):
         clip_hook = own(module, "configure_gradient_clipping") if automatic else None
         for optimizer in self.optimizers:
             optimizer.join_run(self.signals.table, self.batch, module, clip_hook)
+            if not automatic:
+                self._steps.stepping(optimizer)
 
     def _train_loop(self, module: LightningModule, loader: Any, validation: Callable[[], Any] | None) -> TrainLoop:
         automatic = module.automatic_optimization
         optimizer = self.optimizers[0] if automatic and self.optimizers else None
-        takes_index = step_arguments(module.training_step, 1, most=2) > 1
+        training_step = self._steps["training_step"]
+        takes_index = step_arguments(training_step, 1, most=2) > 1
         closure = None
         if optimizer is not None:
             assert optimizer.run is not None
@@ -449,7 +457,7 @@ class Trainer(RunView):
                 self.signals.table,
                 self.batch,
                 optimizer.run,
-                module.training_step,
+                training_step,
                 takes_index=takes_index,
                 backward_hook=own(module, "backward"),
                 zero_grad_hook=self._zero_grad_hook(module),
@@ -462,7 +470,7 @@ class Trainer(RunView):
             metrics=self.metrics,
             extent=self.extent,
             open_epoch=partial(self._data.open, "train", loader, self.extent.batches_per_epoch),
-            training_step=module.training_step,
+            training_step=training_step,
             takes_index=takes_index,
             closure=closure,
             optimizer=optimizer,
@@ -533,6 +541,7 @@ class Trainer(RunView):
             stage,
             signals=self.signals.table,
             module=module,
+            step=self._steps[f"{stage}_step"],
             metrics=self.metrics,
             progress=self.progress,
             open_loaders=self._data.passes(stage, most=most),

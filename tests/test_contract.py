@@ -215,7 +215,8 @@ LAYERS = [
     ["events"],
     ["signals"],
     ["callback", "state"],
-    ["closure", "optimizer", "configure", "metrics", "data", "module"],
+    ["closure", "stepping", "optimizer", "configure", "metrics", "data", "module"],
+    ["compiled"],
     ["loop"],
     ["checkpoint", "trainer"],
 ]

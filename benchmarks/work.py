@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+
 @dataclass(frozen=True)
 class Setting:
     """What a contestant is to do.
@@ -26,6 +27,7 @@ class Setting:
         accumulate: Batches per update.
         extras: Whether norm clipping, OneCycleLR per update, loss and rate to TensorBoard every
             50 updates, a progress bar and ``self.log`` of the loss come on top.
+        monitors: Whether every monitor is attached besides, for those who have any.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Setting:
     warm_up: int = 40
     accumulate: int = 1
     extras: bool = False
+    monitors: bool = False
 
     @property
     def total_batches(self) -> int:
@@ -48,6 +51,8 @@ class Setting:
 SETTINGS = {
     "bare": Setting("bare", 400),
     "standard": Setting("standard", 400, accumulate=4, extras=True),
+    # Begins once the monitors that look at a run's beginning alone are through, and spans many of the Profiler's samples.
+    "monitored": Setting("monitored", 1600, warm_up=200, accumulate=4, extras=True, monitors=True),
     "transformer": Setting("transformer", 10, warm_up=2),
 }
 CLIP = 0.25

@@ -3,18 +3,36 @@
 if __name__ != "eventtrain.callbacks":
     raise ImportError("This folder is the package eventtrain.callbacks: write `from eventtrain.callbacks import ...`.")
 
+from eventtrain.callbacks.event_timeline import EventTimeline
 from eventtrain.callbacks.gradient_accumulation import GradientAccumulation
 from eventtrain.callbacks.gradient_clipping import GradientClipping
+from eventtrain.callbacks.gradient_norm_monitor import GradientNormMonitor
+from eventtrain.callbacks.json_lines_logger import JSONLinesLogger
+from eventtrain.callbacks.lambda_callback import LambdaCallback
+from eventtrain.callbacks.learning_rate_monitor import LearningRateMonitor
 from eventtrain.callbacks.lr_scheduler_stepping import LRSchedulerStepping
 from eventtrain.callbacks.mixed_precision import MixedPrecision
+from eventtrain.callbacks.model_summary import ModelSummary
+from eventtrain.callbacks.profiler import Profiler
 from eventtrain.callbacks.progress_bar import ProgressBar
+from eventtrain.callbacks.system_monitor import SystemMonitor
 from eventtrain.callbacks.tensorboard_logger import TensorBoardLogger
+from eventtrain.callbacks.torch_profiler import TorchProfiler
 
 __all__ = [
+    "EventTimeline",
     "GradientAccumulation",
     "GradientClipping",
+    "GradientNormMonitor",
+    "JSONLinesLogger",
     "LRSchedulerStepping",
+    "LambdaCallback",
+    "LearningRateMonitor",
     "MixedPrecision",
+    "ModelSummary",
+    "Profiler",
     "ProgressBar",
+    "SystemMonitor",
     "TensorBoardLogger",
+    "TorchProfiler",
 ]

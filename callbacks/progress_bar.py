@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from eventtrain.callback import Callback
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     ExceptionRaised,
     PredictBatchEnd,
@@ -31,27 +35,30 @@ from eventtrain.trainer import Trainer
 
 class ProgressBar(Callback):
     """Shows how far the run is: a tqdm bar per epoch, one below it for validation, with throughput, the loss and
-    what was logged with ``prog_bar=True``. Where the output is no terminal, a line now and then instead.
+    what was logged with ``prog_bar=True``. Where the output is neither a terminal nor a notebook with ipywidgets, a
+    line now and then instead. The time and throughput of an epoch are those of its training, without validation.
 
-    Attached by default. Counts batches at ``safe_point`` and draws at a cadence rather than per batch, because drawing
-    reads the loss from its device: it connects to ``train_batch_end``, which carries the loss, for the batches that
-    are drawn alone. Evaluations are counted at their batches' ends. Override :meth:`metrics` to show other values.
+    Attached by default. Draws at a cadence rather than per batch, because drawing reads the loss from its device: it
+    looks at the clock at ``safe_point``, and connects to ``train_batch_end``, which carries the loss, for the batches
+    that are drawn alone. Evaluations are counted at their batches' ends. Override :meth:`metrics` to show other values.
 
     Args:
-        interval: Seconds between two redraws of a bar.
-        line_interval: Seconds between two lines where the output is no terminal.
+        interval: Seconds between two redraws of a bar; 0 for one per batch.
+        line_interval: Seconds between two lines where there is no bar. An epoch's last line is always printed.
         leave: Whether the bar of a finished epoch stays on the screen.
+
+    Raises:
+        MisconfigurationError: An interval is negative or no number.
     """
 
     role = "progress_bar"
 
     def __init__(self, *, interval: float = 0.1, line_interval: float = 10.0, leave: bool = True) -> None:
-        self.interval = interval
-        self.line_interval = line_interval
+        self.interval = check_seconds(interval, "interval")
+        self.line_interval = check_seconds(line_interval, "line_interval")
         self.leave = leave
         self._shown: dict[str, Bar | Lines] = {}
-        self._loss: Any = None
-        self._pending = 0  # batches trained and not yet shown
+        self._loss: Any = None  # of the last batch that was drawn, or of the epoch's last
         self._next = self._before = 0.0
 
     def metrics(self, trainer: Trainer, loss: Any) -> dict[str, float]:
@@ -67,28 +74,25 @@ class ProgressBar(Callback):
         return shown
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints above the bar."""
+        """Prints above the bar, with the arguments of :func:`print`."""
         from tqdm import tqdm
 
-        if kwargs:
-            with tqdm.external_write_mode(file=kwargs.get("file")):
-                print(*args, **kwargs)
-        else:
-            tqdm.write(" ".join(map(str, args)))
+        with tqdm.external_write_mode(file=kwargs.get("file")):
+            print(*args, **kwargs)
 
     # ------------------------------------------------------------------ training
 
     def on_train_epoch_start(self, trainer: Trainer, event: TrainEpochStart) -> None:
-        of = f"/{trainer.max_epochs}" if trainer.max_epochs is not None else ""
-        shown = self._open(trainer, "train", f"epoch {event.epoch + 1}{of}", trainer.num_training_batches, self.leave)
-        self._pending = 0
+        title = f"epoch {event.epoch + 1}" + (f"/{trainer.max_epochs}" if trainer.max_epochs is not None else "")
+        done = trainer.progress.batch_idx + 1  # of an epoch that a resumed run goes on with; else 0
+        shown = self._open(trainer, "train", title, trainer.num_training_batches, leave=self.leave, done=done)
         self._before = time.monotonic()
-        self._next = self._before + (self.line_interval if isinstance(shown, Lines) else 0.0)
-        if self._next <= self._before:
-            self._draw_next(trainer)
+        self._next = math.inf
+        if shown is not None:
+            self._next = self._before + (0.0 if isinstance(shown, Bar) else self.line_interval)
+            self._draw_next(trainer)  # the first batch may take longer than the interval
 
     def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
-        self._pending += 1
         if event.epoch_end:
             self._finish(trainer)
             return
@@ -101,12 +105,13 @@ class ProgressBar(Callback):
         trainer.signals.train_batch_end.connect(self.draw)
 
     def draw(self, trainer: Trainer, event: TrainBatchEnd) -> None:
-        """Connected to ``train_batch_end`` for one batch, where it is time to draw."""
+        """Connected to ``train_batch_end`` for one batch, at whose end it is probably time to draw."""
         trainer.signals.train_batch_end.disconnect(self.draw)
-        self._pending += 1
-        self._show(trainer, event.loss)
-        self._pending = -1  # the batch at hand, which its safe point counts
-        self._next = time.monotonic() + (self.line_interval if isinstance(self._shown.get("train"), Lines) else self.interval)
+        if time.monotonic() < self._next:
+            return
+        self._loss = event.loss
+        self._show(trainer)
+        self._next = time.monotonic() + (self.interval if isinstance(self._shown["train"], Bar) else self.line_interval)
 
     def on_train_data_end(self, trainer: Trainer, event: TrainDataEnd) -> None:
         loss = trainer.batch.loss
@@ -115,32 +120,31 @@ class ProgressBar(Callback):
     def on_train_end(self, trainer: Trainer, event: TrainEnd) -> None:
         self._finish(trainer)  # of an epoch that the run ended inside of
 
-    def _show(self, trainer: Trainer, loss: Any) -> None:
-        shown = self._shown.get("train")
-        self._loss = loss
-        if shown is not None:
-            shown.update(self._pending, self.metrics(trainer, loss))
-        self._pending = 0
+    def _show(self, trainer: Trainer) -> None:
+        self._shown["train"].update(trainer.progress.batch_idx + 1, self.metrics(trainer, self._loss))
 
     def _finish(self, trainer: Trainer) -> None:
         if "train" in self._shown:
-            self._show(trainer, self._loss)
+            self._show(trainer)
         self._close("train")
 
     # ------------------------------------------------------------------ evaluation
 
     def on_validation_epoch_start(self, trainer: Trainer, event: ValidationEpochStart) -> None:
-        if not trainer.sanity_checking:
-            self._open(trainer, "validation", "validation", trainer.num_evaluation_batches, trainer.stage != "fit")
+        if "train" in self._shown:
+            self._shown["train"].pause(trainer.progress.batch_idx + 1)
+        self._evaluate(trainer, "validation", "sanity check" if trainer.sanity_checking else "validation")
 
     def on_validation_batch_end(self, trainer: Trainer, event: ValidationBatchEnd) -> None:
         self._advance("validation")
 
     def on_validation_end(self, trainer: Trainer, event: ValidationEnd) -> None:
         self._close("validation")
+        if "train" in self._shown:
+            self._shown["train"].resume()
 
     def on_test_epoch_start(self, trainer: Trainer, event: TestEpochStart) -> None:
-        self._open(trainer, "test", "test", trainer.num_evaluation_batches, True)
+        self._evaluate(trainer, "test", "test")
 
     def on_test_batch_end(self, trainer: Trainer, event: TestBatchEnd) -> None:
         self._advance("test")
@@ -149,7 +153,7 @@ class ProgressBar(Callback):
         self._close("test")
 
     def on_predict_epoch_start(self, trainer: Trainer, event: PredictEpochStart) -> None:
-        self._open(trainer, "predict", "predict", trainer.num_evaluation_batches, True)
+        self._evaluate(trainer, "predict", "predict")
 
     def on_predict_batch_end(self, trainer: Trainer, event: PredictBatchEnd) -> None:
         self._advance("predict")
@@ -157,11 +161,15 @@ class ProgressBar(Callback):
     def on_predict_end(self, trainer: Trainer, event: PredictEnd) -> None:
         self._close("predict")
 
+    def _evaluate(self, trainer: Trainer, stage: str, title: str) -> None:
+        # What is shown of an evaluation inside of a fit is gone when it is over.
+        self._open(trainer, stage, title, trainer.num_evaluation_batches, leave=trainer.stage != "fit")
+
     def _advance(self, stage: str) -> None:
         if stage in self._shown:
             self._shown[stage].advance()
 
-    # ------------------------------------------------------------------ ends
+    # ------------------------------------------------------------------ opening and closing
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
         self._close_all()  # so that the traceback begins on a line of its own
@@ -169,16 +177,20 @@ class ProgressBar(Callback):
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         trainer.signals.train_batch_end.disconnect(self.draw)
         self._close_all()
+        self._loss = None
 
-    def _open(self, trainer: Trainer, stage: str, title: str, total: int | None, leave: bool) -> Bar | Lines | None:
+    def _open(
+        self, trainer: Trainer, stage: str, title: str, total: int | None, *, leave: bool, done: int = 0
+    ) -> Bar | Lines | None:
         self._close(stage)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or sys.stderr is None:  # a process without a console has none
             return None
-        if sys.stderr.isatty() or in_notebook():
-            self._shown[stage] = Bar(title, total, leave=leave, place=len(self._shown), interval=self.interval)
+        if has_widgets() or sys.stderr.isatty():
+            # Training draws when it is told to; an evaluation, which has no loss to wait for, when it is time.
+            interval = 0.0 if stage == "train" else self.interval
+            self._shown[stage] = Bar(title, total, interval, leave=leave, done=done)
         else:
-            # Training draws at its own cadence; an evaluation, which has no loss to wait for, at that of its lines.
-            self._shown[stage] = Lines(title, total, self.line_interval, final=stage != "validation" or trainer.stage != "fit")
+            self._shown[stage] = Lines(title, total, self.line_interval, final=leave or stage == "train", done=done)
         return self._shown[stage]
 
     def _close(self, stage: str) -> None:
@@ -187,31 +199,40 @@ class ProgressBar(Callback):
             shown.close()
 
     def _close_all(self) -> None:
-        for stage in list(self._shown):
+        for stage in reversed(list(self._shown)):  # the lower bar first: it finds its line by its distance from the upper
             self._close(stage)
 
 
 class Bar:
-    """One pass over data as a tqdm bar.
+    """One pass over data as a tqdm bar, below those that are there already.
 
     Args:
         title: What stands before it.
         total: Its length in batches; None where that is unknown.
-        leave: Whether it stays on the screen.
-        place: How many bars stand above it.
         interval: Seconds between two redraws.
+        leave: Whether it stays on the screen.
+        done: Batches of the pass that came before.
     """
 
-    def __init__(self, title: str, total: int | None, *, leave: bool, place: int, interval: float) -> None:
-        from tqdm.auto import tqdm  # when used: importing it takes longer than the rest of the package
+    def __init__(self, title: str, total: int | None, interval: float, *, leave: bool, done: int = 0) -> None:
+        # No adaptive `miniters`, which a run that becomes slower would wait for.
+        self._bar = bar_class()(
+            total=total, desc=title, leave=leave, mininterval=interval, miniters=1, initial=done, dynamic_ncols=True
+        )
 
-        self._bar = tqdm(total=total, desc=title, leave=leave, position=place, mininterval=interval, dynamic_ncols=True)
-
-    def update(self, batches: int, values: Mapping[str, float]) -> None:
-        """Draws, with so many more batches and these values."""
+    def update(self, done: int, values: Mapping[str, float]) -> None:
+        """Draws, with so many batches done and these values."""
         self._bar.set_postfix(format_metrics(values), refresh=False)
-        if not self._bar.update(batches):  # it draws by itself where it is time
+        if not self._bar.update(done - self._bar.n):  # it draws by itself where there is something new
             self._bar.refresh()
+
+    def pause(self, done: int) -> None:
+        """Draws, with so many batches done; the time from here to :meth:`resume` does not count."""
+        self._bar.update(done - self._bar.n)
+
+    def resume(self) -> None:
+        """Lets the clock go on."""
+        self._bar.unpause()
 
     def advance(self) -> None:
         """Counts a batch; draws where it is time."""
@@ -230,21 +251,31 @@ class Lines:
         total: The pass's length in batches; None where that is unknown.
         interval: Seconds between two lines that :meth:`advance` prints.
         final: Whether the last line of such a pass is printed however short it was.
+        done: Batches of the pass that came before.
     """
 
-    def __init__(self, title: str, total: int | None, interval: float, *, final: bool = False) -> None:
+    def __init__(self, title: str, total: int | None, interval: float, *, final: bool = False, done: int = 0) -> None:
         self.title = title
         self.of = f"/{total}" if total is not None else ""
         self.interval = interval
-        self._done = self._printed = 0
+        self._initial = self._done = self._printed = done
         self._final = final
-        self._began = time.monotonic()
+        self._began = self._paused = time.monotonic()
         self._next = self._began + interval
 
-    def update(self, batches: int, values: Mapping[str, float]) -> None:
-        """Prints a line, with so many more batches and these values."""
-        self._done += batches
+    def update(self, done: int, values: Mapping[str, float]) -> None:
+        """Prints a line, with so many batches done and these values."""
+        self._done = done
         self._print(values)
+
+    def pause(self, done: int) -> None:
+        """Takes note that so many batches are done; the time from here to :meth:`resume` does not count."""
+        self._done = done
+        self._paused = time.monotonic()
+
+    def resume(self) -> None:
+        """Lets the clock go on."""
+        self._began += time.monotonic() - self._paused
 
     def advance(self) -> None:
         """Counts a batch; prints where it is time."""
@@ -261,10 +292,21 @@ class Lines:
         now = time.monotonic()
         self._next = now + self.interval
         self._printed = self._done
-        rate = self._done / max(now - self._began, 1e-9)
+        rate = (self._done - self._initial) / max(now - self._began, 1e-9)
         parts = [f"{self.title}: {self._done}{self.of} batches", f"{rate:.1f} it/s"]
         parts += [f"{name}={value}" for name, value in format_metrics(values).items()]
         print(", ".join(parts), file=sys.stderr, flush=True)
+
+
+def check_seconds(value: Any, named: str) -> float:
+    """Refuses what is no interval.
+
+    Raises:
+        MisconfigurationError: It is no number from 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise MisconfigurationError(f"ProgressBar({named}={value!r}): it has to be a number of seconds, 0 or more.")
+    return float(value)
 
 
 def format_metrics(metrics: Mapping[str, float]) -> dict[str, str]:
@@ -272,8 +314,17 @@ def format_metrics(metrics: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{value:.4g}" for name, value in metrics.items()}
 
 
-def in_notebook() -> bool:
-    """Whether the output goes to a Jupyter notebook."""
+@cache
+def bar_class() -> Any:
+    """The bar of tqdm that fits where the output goes: to a notebook or to a terminal."""
+    from tqdm.auto import tqdm  # when used: importing it takes longer than the rest of the package
+
+    # Without the thread that tqdm starts beside its first bar, and never ends, to redraw bars with adaptive `miniters`.
+    return type("tqdm", (tqdm,), {"monitor_interval": 0})
+
+
+def has_widgets() -> bool:
+    """Whether the output goes to a Jupyter notebook that can show tqdm's bar; it needs ipywidgets."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
-    return type(shell).__name__ == "ZMQInteractiveShell"
+    return type(shell).__name__ == "ZMQInteractiveShell" and find_spec("ipywidgets") is not None

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
+from torch import Tensor
+
+from eventtrain import runs
 from eventtrain.callback import Callback
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import AfterOptimizerStep, ExceptionRaised, FitStart, MetricsLogged, Setup, Teardown, TrainBatchStart
+from eventtrain.events import (
+    AfterUpdate,
+    BeforeOptimizerStep,
+    ExceptionRaised,
+    FitEnd,
+    FitStart,
+    MetricsLogged,
+    Setup,
+    Teardown,
+    TrainBatchStart,
+)
 from eventtrain.metrics import infer_batch_size
-from eventtrain.optimizer import LightningOptimizer
 from eventtrain.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -24,12 +36,25 @@ X_AXES = ("global_step", "batches", "samples", "wall_time")
 
 
 class TensorBoardLogger(Callback):
-    """Writes metrics, learning rates and hyperparameters to a directory of the run's own.
+    """Writes metrics, hyperparameters, and what the run is, to a directory of the run's own.
 
-    Listens to ``metrics_logged``, ``after_optimizer_step`` (the rates that the step used, where they will be written),
-    ``train_batch_start`` (samples, for the x-axis of that name), ``fit_start``, ``exception`` and ``teardown``. Writes the
-    scalars that ``self.log`` collected under their names, ``epoch``, and ``lr-<optimizer>`` per parameter group. Override
-    :meth:`is_due` for another cadence.
+    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end``, ``exception`` and ``teardown``; where they are
+    asked for, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update``
+    for histograms. Writes the scalars that were logged under their names, of those logged on step those of the updates
+    that are due, and ``epoch``; the text ``run/environment``, ``run/configuration`` and ``run/module``; the module's
+    ``hparams`` for the HParams page, whose columns are the hyperparameters and the scalars of all runs below TensorBoard's
+    ``logdir``. Whatever else goes through ``trainer.callback(TensorBoardLogger).writer``. Override :meth:`is_due` for
+    another cadence.
+
+    Values on the x-axis never fall: those of an evaluation after the fit stand where the fit ended, a batch in which
+    several optimizers step is one update, and a run that resumes a checkpoint goes on where that was written. It does so
+    in the directory that the checkpoint's run had, as long as it is there, and has readers forget what that run wrote
+    after the checkpoint: its event file begins with the mark that ``SummaryWriter(purge_step=...)`` writes, so that each
+    step is there once.
+
+    What is written is buffered, and on disk after each epoch, after an error, when the run is over, and every few
+    seconds. A directory that cannot be written to is an error before training; where it vanishes or the disk fills up
+    later, there is one warning, and the run goes on without it.
 
     Args:
         log_dir: Where runs are kept; relative to the trainer's ``default_root_dir``.
@@ -37,10 +62,15 @@ class TensorBoardLogger(Callback):
             ``log_dir/name/version_<n>``, with the first free number.
         log_every_n_steps: Updates between two values that are written of what is logged on step.
         x_axis: What values are drawn against: ``"global_step"``, ``"batches"`` or ``"samples"`` of the run, or
-            ``"wall_time"`` in seconds since the fit began.
+            ``"wall_time"``, whole seconds since the fit began, with those before a resume.
+        log_graph: Whether to draw the graph of the module's ``forward`` on its ``example_input_array``.
+        histograms: Updates between two histograms of each parameter (after the update) and of each gradient (the true
+            one, unclipped), as ``parameters/<name>`` and ``gradients/<name>``; None for none. What is not finite is left out.
+        resume: What a resumed run does: go on in the ``"same"`` directory, or begin a ``"new"`` one.
 
     Raises:
-        MisconfigurationError: An unknown x-axis, or a cadence under 1.
+        MisconfigurationError: An unknown x-axis or way to resume, or a cadence under 1; at ``fit_start``, a directory
+            that cannot be written to.
     """
 
     def __init__(
@@ -50,21 +80,30 @@ class TensorBoardLogger(Callback):
         name: str | None = None,
         log_every_n_steps: int = 50,
         x_axis: XAxis = "global_step",
+        log_graph: bool = False,
+        histograms: int | None = None,
+        resume: Literal["same", "new"] = "same",
     ) -> None:
         if x_axis not in X_AXES:
             raise MisconfigurationError(f"TensorBoardLogger(x_axis={x_axis!r}): it has to be one of {list(X_AXES)}.")
-        if isinstance(log_every_n_steps, bool) or not isinstance(log_every_n_steps, int) or log_every_n_steps < 1:
-            raise MisconfigurationError(
-                f"TensorBoardLogger(log_every_n_steps={log_every_n_steps!r}): it has to be a whole number from 1."
-            )
+        if resume not in ("same", "new"):
+            raise MisconfigurationError(f"TensorBoardLogger(resume={resume!r}): it has to be 'same' or 'new'.")
+        runs.check_cadence("TensorBoardLogger", "log_every_n_steps", log_every_n_steps)
+        if histograms is not None:
+            runs.check_cadence("TensorBoardLogger", "histograms", histograms)
         self.log_dir = Path(log_dir)
         self.name = name
         self.log_every_n_steps = log_every_n_steps
         self.x_axis = x_axis
+        self.log_graph = log_graph
+        self.histograms = histograms
+        self.resume = resume
         self._trainer: Trainer | None = None
         self._writer: SummaryWriter | None = None
         self._run_dir: Path | None = None
-        self._rates: dict[str, float] = {}
+        self._resumed = False
+        self._gradients: dict[str, Tensor] = {}
+        self._last_x = 0
         self._samples = 0
         self._seconds_before = 0.0
         self._began = 0.0
@@ -87,16 +126,16 @@ class TensorBoardLogger(Callback):
         other ranks than zero, one that takes everything and writes nothing.
 
         Raises:
-            MisconfigurationError: No run has begun.
+            MisconfigurationError: No run has begun, or its directory cannot be written to.
         """
         if self._writer is None:
-            if self._trainer is None:
-                raise MisconfigurationError("TensorBoardLogger has no writer yet: no run has begun.")
-            if not self._writes(self._trainer):
+            trainer = self._running()
+            if not self._writes(trainer):
                 return cast("SummaryWriter", SilentWriter())
-            from torch.utils.tensorboard import SummaryWriter  # when used: it takes seconds to import
-
-            self._writer = SummaryWriter(str(self.run_dir))
+            # The values up to here are the checkpoint's, those from the next one on are to be written again.
+            purge_step = self._place(trainer) + 1 if self._resumed else None
+            with runs.refusing_bad_places("TensorBoardLogger", "log_dir"):
+                self._writer = runs.open_writer(self.run_dir, "TensorBoardLogger", purge_step)
         return self._writer
 
     @property
@@ -112,55 +151,71 @@ class TensorBoardLogger(Callback):
             MisconfigurationError: No run has begun.
         """
         if self._run_dir is None:
-            raise MisconfigurationError("TensorBoardLogger has no directory yet: no run has begun.")
+            trainer = self._running()
+            parent = Path(trainer.default_root_dir) / self.log_dir / (self.name or type(trainer.module).__name__)
+            self._run_dir = runs.new_version(parent) if self._writes(trainer) else runs.next_version(parent)
         return self._run_dir
+
+    def _running(self) -> Trainer:
+        if self._trainer is None:
+            raise MisconfigurationError("TensorBoardLogger has no writer and no directory yet: no run has begun.")
+        return self._trainer
+
+    def _writes(self, trainer: Trainer) -> bool:
+        return trainer.is_global_zero and not trainer.fast_dev_run
 
     # ------------------------------------------------------------------ events
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         self._trainer = trainer
-        if event.stage == "fit" or self._run_dir is None:
-            # An evaluation after a fit goes on in the fit's directory.
-            parent = Path(trainer.default_root_dir) / self.log_dir / (self.name or type(trainer.module).__name__)
-            self._run_dir = next_version(parent)
-            self._samples = 0
+        if event.stage == "fit":
+            self._run_dir = None  # made when it is used first: a checkpoint may bring another
+            self._resumed = False
+            self._last_x = self._samples = 0
             self._seconds_before = self._began = 0.0
+        elif event.stage != "predict":
+            _ = self.writer  # a bad directory is found now; an evaluation after a fit goes on in the fit's
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._began = time.monotonic()
-        module = trainer.module
         if self.x_axis == "samples":
             trainer.signals.train_batch_start.connect(self.count_samples)
         if not self._writes(trainer):
             return
-        assert self.writer is not None  # opened now: a directory that can't be written is found before training
-        if module.hparams and getattr(module, "_log_hyperparams", True):
+        if self.histograms is not None:
+            trainer.signals.before_optimizer_step.connect(self.keep_gradients)
+            trainer.signals.after_update.connect(self.write_histograms)
+        module, x = trainer.module, self._x(trainer)
+        self.writer.add_text("run/environment", runs.table(runs.environment(trainer)), x)
+        self.writer.add_text("run/configuration", runs.table(runs.configuration(trainer)), x)
+        self.writer.add_text("run/module", runs.module_text(module), x)
+        if self._logs_hyperparams(trainer):
             self.log_hyperparams(module.hparams)
+        if self.log_graph and not self._resumed:  # else it is there
+            runs.draw_graph(self.writer, module)
+        self.writer.flush()
 
     def count_samples(self, trainer: Trainer, event: TrainBatchStart) -> None:
         """Connected to ``train_batch_start`` where values are drawn against samples."""
         self._samples += infer_batch_size(event.batch) * trainer.world_size
 
-    def on_after_optimizer_step(self, trainer: Trainer, event: AfterOptimizerStep) -> None:
-        # The update is counted after this event, and schedulers step then: now the rates are those that it used.
-        if self.is_due(trainer.progress.global_step + 1):
-            self._rates.update(learning_rates(event.optimizer, trainer.optimizers))
-
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
-        if event.scope == "step" and not self.is_due(event.step):
+        scope = event.scope
+        if scope == "step" and not self.is_due(event.step):
             return
         if not self._writes(trainer):
             return
-        if event.scope == "step":
-            self.log_scalars({**event.metrics, **self._rates}, self._x(trainer))
-            self._rates.clear()
-            return
         scalars = dict(event.metrics)
-        if event.stage == "train" and event.scope == "epoch":
+        if scope == "epoch" and event.stage == "train":
             scalars["epoch"] = trainer.current_epoch
         if scalars:
             self.log_scalars(scalars, self._x(trainer))
+        if scope == "epoch":
             self.writer.flush()
+
+    def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
+        if self._writes(trainer) and self._logs_hyperparams(trainer):
+            self._add_summary(runs.session_end())
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
         if self._writer is not None:
@@ -168,9 +223,42 @@ class TensorBoardLogger(Callback):
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         trainer.signals.train_batch_start.disconnect(self.count_samples)
+        trainer.signals.before_optimizer_step.disconnect(self.keep_gradients)
+        trainer.signals.after_update.disconnect(self.write_histograms)
+        self._gradients.clear()
+        self._close()
+        self._resumed = False
+
+    def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None  # the next use opens another file in the same directory
+
+    # ------------------------------------------------------------------ histograms
+
+    def keep_gradients(self, trainer: Trainer, event: BeforeOptimizerStep) -> None:
+        """Connected to ``before_optimizer_step`` where histograms are asked for. Copies, because clipping comes next; they
+        are written once the update is counted, which a veto would prevent."""
+        assert self.histograms is not None
+        if event.evaluation > 1 or (trainer.progress.global_step + 1) % self.histograms:
+            return
+        names = {parameter: name for name, parameter in trainer.module.named_parameters()}
+        for group in event.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter in names:
+                    self._gradients[f"gradients/{names[parameter]}"] = finite_values(parameter.grad)
+
+    def write_histograms(self, trainer: Trainer, event: AfterUpdate) -> None:
+        """Connected to ``after_update`` where histograms are asked for."""
+        assert self.histograms is not None
+        if event.global_step % self.histograms:
+            return
+        x = self._x(trainer)
+        parameters = {f"parameters/{name}": finite_values(p) for name, p in trainer.module.named_parameters()}
+        for name, values in {**parameters, **self._gradients}.items():
+            if values.numel():
+                self.writer.add_histogram(name, values, x)
+        self._gradients.clear()
 
     # ------------------------------------------------------------------ writing
 
@@ -185,42 +273,52 @@ class TensorBoardLogger(Callback):
             self.writer.add_scalar(name, float(value), x)
 
     def log_hyperparams(self, hparams: Mapping[str, Any]) -> None:
-        """Writes hyperparameters, for TensorBoard's HParams page.
+        """Writes hyperparameters, for TensorBoard's HParams page, which shows the first that a run writes.
 
         Args:
             hparams: Their values by name; what is no number, string or bool is written as text.
         """
-        from torch.utils.tensorboard.summary import hparams as summaries
+        self._add_summary(runs.session_start(hparams))
 
-        plain = {name: v if isinstance(v, (bool, int, float, str)) else repr(v) for name, v in flat(hparams).items()}
-        # SummaryWriter.add_hparams would open a run of its own beside this one.
-        writer: Any = self.writer
-        for summary in summaries(plain, {"epoch": 0}):  # type: ignore[no-untyped-call]
+    def _logs_hyperparams(self, trainer: Trainer) -> bool:
+        return bool(trainer.module.hparams) and getattr(trainer.module, "_log_hyperparams", True)
+
+    def _add_summary(self, summary: Any) -> None:
+        writer: Any = self.writer  # SummaryWriter.add_hparams would open a run of its own beside this one
+        if not isinstance(writer, SilentWriter):
             writer.file_writer.add_summary(summary)
 
-    def _writes(self, trainer: Trainer) -> bool:
-        return trainer.is_global_zero and not trainer.fast_dev_run
-
     def _x(self, trainer: Trainer) -> int:
+        """Where values logged now stand on the x-axis: never before those that stand there already."""
+        self._last_x = max(self._last_x, self._place(trainer))
+        return self._last_x
+
+    def _place(self, trainer: Trainer) -> int:
         if self.x_axis == "global_step":
             return trainer.global_step
         if self.x_axis == "batches":
             return trainer.total_batch_idx + 1
-        if self.x_axis == "samples":
-            return self._samples
-        return round(self._seconds())
+        return self._samples if self.x_axis == "samples" else int(self._seconds())
 
     def _seconds(self) -> float:
         """Seconds of fitting in the run so far, those before a resume included."""
         return self._seconds_before + (time.monotonic() - self._began if self._began else 0.0)
 
+    # ------------------------------------------------------------------ state
+
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self._samples, "seconds": self._seconds()}
+        run_dir = runs.portable(self._run_dir, self._running().default_root_dir) if self._run_dir else None
+        return {"run_dir": run_dir, "x_axis": self.x_axis, "samples": self._samples, "seconds": self._seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples = state["samples"]
         self._seconds_before = state["seconds"]
         self._began = 0.0
+        run_dir = state["run_dir"] and Path(self._running().default_root_dir) / state["run_dir"]
+        if run_dir and run_dir.is_dir() and self.resume == "same" and state["x_axis"] == self.x_axis:
+            self._close()  # where the new run's directory was used before
+            self._run_dir = run_dir
+            self._resumed = True
 
 
 class SilentWriter:
@@ -232,34 +330,10 @@ class SilentWriter:
         return lambda *args, **kwargs: None
 
 
-def learning_rates(optimizer: LightningOptimizer, optimizers: list[LightningOptimizer]) -> dict[str, float]:
-    """The rates of an optimizer's parameter groups, as ``lr-<class>``, numbered where there are several.
-
-    Args:
-        optimizer: The optimizer.
-        optimizers: All of the run's, among which it is.
-    """
-    kind = type(optimizer.optimizer).__name__
-    alike = [other for other in optimizers if type(other.optimizer).__name__ == kind]
-    number = f"-{next(i for i, other in enumerate(alike) if other is optimizer)}" if len(alike) > 1 else ""
-    rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-    if len(rates) == 1:
-        return {f"lr-{kind}{number}": rates[0]}
-    return {f"lr-{kind}{number}/group_{i}": rate for i, rate in enumerate(rates)}
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with names joined by slashes."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            result.update(flat(value, f"{prefix}{name}/"))
-        else:
-            result[f"{prefix}{name}"] = value
-    return result
-
-
-def next_version(parent: Path) -> Path:
-    """The first ``version_<n>`` in a directory that is free, after the largest that is taken."""
-    taken = [int(m.group(1)) for child in parent.glob("version_*") if (m := re.fullmatch(r"version_(\d+)", child.name))]
-    return parent / f"version_{max(taken, default=-1) + 1}"
+def finite_values(tensor: Tensor) -> Tensor:
+    """A copy on the CPU of a tensor's finite values, of a sparse one those that it stores."""
+    values = tensor.detach()
+    if values.is_sparse:
+        values = values.coalesce().values()
+    values = values.to("cpu", torch.float32, copy=True)
+    return values[values.isfinite()]

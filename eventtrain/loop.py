@@ -126,6 +126,7 @@ class TrainLoop:
         """Trains one epoch, or what the run's end leaves of it."""
         epoch = self.progress.current_epoch
         self.stop.epoch_reason = None
+        self.progress.batch_idx = -1
         self.metrics.enter("train", "epoch")
         self.signals.train_epoch_start.publish(TrainEpochStart(epoch))
         batches = self.open_epoch()
@@ -165,6 +166,7 @@ class TrainLoop:
         if signals.train_batch_start.listeners and self.gate(batch, batch_idx, is_last):
             metrics.moment = "epoch"
             self.validate_if_due(batch_idx, True)
+            progress.batch_idx -= 1  # it was not trained
             return True
         if (closure := self.closure) is None:
             self.step_manually(state)

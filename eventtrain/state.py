@@ -21,7 +21,7 @@ class Progress:
         current_epoch: Epochs of training completed. Counted after an epoch's ``safe_point``.
         global_step: Batches of the run in which at least one optimizer updated. Counted once a batch's
             optimization is over, right before ``after_update``.
-        batch_idx: The index in its epoch of the batch at hand, or of the last one.
+        batch_idx: The index in its epoch of the batch at hand, or of the last one; -1 before an epoch's first.
         total_batch_idx: Batches of the run whose training began, the one at hand included, less one.
         validations: Validations of the run completed, sanity checks not counted.
         epoch_is_over: The epoch at hand has ended and is about to be counted: so it is at its ``safe_point``.
@@ -29,7 +29,7 @@ class Progress:
 
     current_epoch: int = 0
     global_step: int = 0
-    batch_idx: int = 0
+    batch_idx: int = -1
     total_batch_idx: int = -1
     validations: int = 0
     epoch_is_over: bool = False

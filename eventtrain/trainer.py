@@ -26,7 +26,7 @@ from eventtrain.closure import Closure
 from eventtrain.compiled import Model, Steps
 from eventtrain.configure import LRSchedulerConfig
 from eventtrain.data import Limit, check_limit, check_train_loader, resolve_device
-from eventtrain.describe import describe
+from eventtrain.describe import describe, overview
 from eventtrain.distributed import SingleProcess
 from eventtrain.errors import MisconfigurationError
 from eventtrain.evaluation import EvaluationLoop, EvaluationStage, step_arguments
@@ -297,9 +297,13 @@ class Trainer(RunView):
             storage.write(content, path)
             self.signals.checkpoint_saved.publish(CheckpointSaved(os.fspath(path)))
 
-    def describe(self) -> str:
-        """The loop map with what is attached at each event, in order."""
-        return describe(self.signals)
+    def describe(self, *, all_events: bool = True) -> str:
+        """The loop as a tree, with what is attached at each event in the order in which it is called.
+
+        Args:
+            all_events: Whether events that nobody listens to, and the core's own work, are shown too.
+        """
+        return f"{overview(self)}\n\n{describe(self.signals, all_events=all_events)}"
 
     def callback(self, kind: type[T]) -> T:
         """The attached callback of a class.

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from eventtrain import LightningModule, Trainer, seed_everything
-from eventtrain.callbacks import GradientClipping, TensorBoardLogger
+from eventtrain.callbacks import GradientClipping, LearningRateMonitor, TensorBoardLogger
 
 ALPHABET = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 
@@ -147,7 +147,11 @@ def main() -> None:
         max_epochs=args.epochs,
         limit_train_batches=args.steps,
         limit_val_batches=20,
-        callbacks=[GradientClipping(1.0), TensorBoardLogger(args.log_dir, name="char_lm", log_every_n_steps=10)],
+        callbacks=[
+            GradientClipping(1.0),
+            LearningRateMonitor(),
+            TensorBoardLogger(args.log_dir, name="char_lm", log_every_n_steps=10),
+        ],
     )
     # Every tenth module is for validation.
     train = [text for i, text in enumerate(texts) if i % 10]

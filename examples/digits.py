@@ -17,7 +17,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from eventtrain import LightningModule, Trainer, seed_everything
-from eventtrain.callbacks import GradientAccumulation, GradientClipping, MixedPrecision, TensorBoardLogger
+from eventtrain.callbacks import (
+    GradientAccumulation,
+    GradientClipping,
+    LearningRateMonitor,
+    MixedPrecision,
+    TensorBoardLogger,
+)
 
 
 class DigitClassifier(LightningModule):
@@ -76,6 +82,16 @@ class DigitClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def loaders(batch_size: int) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """Loaders for training, validation and the test."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels count from 0 to 16
+    dataset = TensorDataset(images, torch.tensor(digits.target))
+    # The split has a seed of its own: another --seed trains anew on the same pictures.
+    train, val, test = random_split(dataset, [0.7, 0.1, 0.2], torch.Generator().manual_seed(0))
+    return DataLoader(train, batch_size, shuffle=True), DataLoader(val, 256), DataLoader(test, 256)
+
+
 def main() -> None:
     """Trains, then tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,24 +103,20 @@ def main() -> None:
 
     seed_everything(args.seed)  # before the model is built, for its first weights too
     torch.set_num_threads(1)  # a network this small would have more threads wait for each other
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels count from 0 to 16
-    dataset = TensorDataset(images, torch.tensor(digits.target))
-    # The split has a seed of its own: another --seed trains anew on the same pictures.
-    train, val, test = random_split(dataset, [0.7, 0.1, 0.2], torch.Generator().manual_seed(0))
-
+    train, val, test = loaders(args.batch_size)
     trainer = Trainer(
         max_epochs=args.epochs,
         callbacks=[
             MixedPrecision("bf16"),
             GradientAccumulation({0: 1, 10: 2}),  # from the epoch with index 10: fewer updates, less noise
             GradientClipping({0: 2.0, 5: 1.0}),  # tighter by the time the learning rate peaks
+            LearningRateMonitor(),
             TensorBoardLogger(args.log_dir, name="digits", log_every_n_steps=10),
         ],
     )
     model = DigitClassifier()
-    trainer.fit(model, DataLoader(train, args.batch_size, shuffle=True), DataLoader(val, 256))
-    (metrics,) = trainer.test(model, DataLoader(test, 256))
+    trainer.fit(model, train, val)
+    (metrics,) = trainer.test(model, test)
 
     print(f"Look at the run: tensorboard --logdir {args.log_dir}")
     print(f"test accuracy {metrics['accuracy/test']:.3f}")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from eventtrain import LightningModule, Trainer, seed_everything
-from eventtrain.callbacks import TensorBoardLogger
+from eventtrain.callbacks import LearningRateMonitor, TensorBoardLogger
 
 
 class DigitGAN(LightningModule):
@@ -132,7 +132,7 @@ def main() -> None:
     images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16  # pixels count from 0 to 16
     loader = DataLoader(TensorDataset(images), batch_size=32, shuffle=True, drop_last=True)
 
-    trainer = Trainer(max_epochs=args.epochs, callbacks=[TensorBoardLogger(args.log_dir, name="gan")])
+    trainer = Trainer(max_epochs=args.epochs, callbacks=[LearningRateMonitor(), TensorBoardLogger(args.log_dir, name="gan")])
     trainer.fit(DigitGAN(draw_every=min(10, args.epochs)), loader)
 
     losses = trainer.callback_metrics

@@ -630,7 +630,7 @@ def test_describe_lists_listeners_at_their_event_in_order() -> None:
     @trainer.signals.after_update.connect
     def report(sender: Trainer, event: Any) -> None: ...
 
-    lines = [line.strip() for line in trainer.describe().splitlines()]
+    lines = [line.lstrip("│├└─ ") for line in trainer.describe().splitlines()]
     place = next(index for index, line in enumerate(lines) if line.startswith("after_update "))
     assert lines[place + 1] == "-> First.on_after_update"
     assert lines[place + 2].startswith("-> ") and lines[place + 2].endswith("report")

@@ -41,7 +41,7 @@ def entered(*setting_names: str) -> list[Any]:
     return [
         pytest.param(name, setting, id=f"{name}: {setting}", marks=WARNINGS.get(name.partition(",")[0], []))
         for name in REGISTRY
-        for setting in TAKES_PART.get(name, tuple(SETTINGS))
+        for setting in TAKES_PART[name]
         if name != BASELINE and setting in setting_names
     ]
 
@@ -63,7 +63,7 @@ def outcome(name: str, setting_name: str) -> Outcome:
     setting = SETTINGS[setting_name]
     setting = replace(setting, warm_up=ACCUMULATE, batches=(LOG_EVERY - 2) * ACCUMULATE if setting.extras else 1)
     train = contestant(name)
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as folder:
         network = train(setting, Batches(setting), Path(folder))
         return Outcome(parameters(network), *written(Path(folder)))
 

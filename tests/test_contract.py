@@ -26,6 +26,8 @@ CALLBACKS = sorted((ROOT / "callbacks").glob("*.py"))
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "GradientAccumulation": {"batches": 2},
     "GradientClipping": {"gradient_clip_val": 0.5},
+    "JSONLinesLogger": {"path": "metrics.jsonl"},
+    "LambdaCallback": {"on_train_epoch_end": lambda trainer, event: None},
     "MixedPrecision": {"precision": "fp16"},
 }
 

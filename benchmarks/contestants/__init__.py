@@ -30,10 +30,17 @@ REGISTRY: dict[str, str] = {
 """Where each contestant stands, as ``module:function``, by its name in the tables."""
 
 TAKES_PART: dict[str, tuple[str, ...]] = {
+    "hand-written": ("bare", "standard", "monitored", "transformer"),
+    "hand-written, again": ("bare", "standard", "monitored", "transformer"),
     "hand-written step(closure)": ("bare", "transformer"),
+    "eventtrain": ("bare", "standard", "monitored", "transformer"),
+    "Ignite": ("bare", "standard", "transformer"),
+    "Accelerate": ("bare", "standard", "transformer"),
+    "Lightning": ("bare", "standard", "transformer"),
     "Lightning, barebones": ("bare", "transformer"),
+    "HF Trainer": ("bare", "standard", "transformer"),
 }
-"""The settings that a contestant takes part in, where it is not all of them."""
+"""The settings that each contestant takes part in."""
 
 
 def contestant(name: str) -> Contestant:

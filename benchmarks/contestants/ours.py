@@ -9,7 +9,21 @@ from torch import Tensor, nn
 
 from benchmarks.work import CLIP, LOG_EVERY, Batches, Setting, make_loss, make_model, make_optimizer, make_scheduler
 from eventtrain import LightningModule, Trainer
-from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, ProgressBar, TensorBoardLogger
+from eventtrain.callbacks import (
+    EventTimeline,
+    GradientAccumulation,
+    GradientClipping,
+    GradientNormMonitor,
+    JSONLinesLogger,
+    LearningRateMonitor,
+    LRSchedulerStepping,
+    ModelSummary,
+    Profiler,
+    ProgressBar,
+    SystemMonitor,
+    TensorBoardLogger,
+    TorchProfiler,
+)
 
 
 class Module(LightningModule):
@@ -55,17 +69,30 @@ class LoggingModule(Module):
 
 def train(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
     """Bare: no callbacks at all. Standard: GradientAccumulation(4), GradientClipping(0.25), LRSchedulerStepping(),
-    TensorBoardLogger(log_every_n_steps=50), ProgressBar(), self.log(prog_bar=True)."""
+    LearningRateMonitor(), TensorBoardLogger(log_every_n_steps=50), ProgressBar(), self.log(prog_bar=True). Monitored: those
+    and GradientNormMonitor(), SystemMonitor(), Profiler(), TorchProfiler(), EventTimeline(), ModelSummary() and
+    JSONLinesLogger(), each as it comes."""
     callbacks: list[Any] = []
     if setting.extras:
         callbacks = [
             GradientAccumulation(setting.accumulate),
             GradientClipping(CLIP),
             LRSchedulerStepping(),
+            LearningRateMonitor(),
             TensorBoardLogger(folder, log_every_n_steps=LOG_EVERY),
             ProgressBar(),
         ]
+    if setting.monitors:
+        callbacks += [
+            GradientNormMonitor(),
+            SystemMonitor(),
+            Profiler(),
+            TorchProfiler(),
+            EventTimeline(),
+            ModelSummary(),
+            JSONLinesLogger(folder / "metrics.jsonl"),
+        ]
     module = (LoggingModule if setting.extras else Module)(setting)
-    trainer = Trainer(max_epochs=1, callbacks=callbacks, default_callbacks=False, device="cpu")
+    trainer = Trainer(max_epochs=1, callbacks=callbacks, default_callbacks=False, device="cpu", default_root_dir=folder)
     trainer.fit(module, batches)
     return module.network

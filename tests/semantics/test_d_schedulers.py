@@ -16,7 +16,13 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from eventtrain import MisconfigurationError, Trainer
-from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision, TensorBoardLogger
+from eventtrain.callbacks import (
+    GradientAccumulation,
+    LearningRateMonitor,
+    LRSchedulerStepping,
+    MixedPrecision,
+    TensorBoardLogger,
+)
 
 
 class Halving(LambdaLR):
@@ -869,7 +875,7 @@ def test_d9_logged_rates_are_those_the_step_used(tmp_path: Any, logger_first: bo
     module = Probe(configure=scheduled(interval=interval, frequency=frequency))
     logger = Kept(tmp_path, log_every_n_steps=1)
     logger.written = []
-    callbacks: list[Any] = [logger, LRSchedulerStepping()]
+    callbacks: list[Any] = [logger, LearningRateMonitor(), LRSchedulerStepping()]
     train(module, 4, GradientAccumulation(window), *(callbacks if logger_first else reversed(callbacks)), max_epochs=2)
     assert logger.written == list(enumerate(module.rates, start=1))
     assert module.rates == [0.5**count for count in range(8 // window)]

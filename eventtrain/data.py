@@ -172,9 +172,10 @@ class Batches:
         self._fetched += 1
         signals = self._signals
         if signals.before_batch_fetch.listeners:
-            with BeforeBatchFetch(self._stage) as phase:
+            with BeforeBatchFetch(self._stage, self._transfer) as phase:
                 signals.before_batch_fetch.publish(phase)
-                batch = self._transfer(self._read())
+                batch = self._read()
+                batch = phase.transfer(batch)
         else:
             batch = self._transfer(self._read())
         self.is_last = self._fetched == self._end or self._ahead is END

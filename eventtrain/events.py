@@ -169,9 +169,12 @@ class BeforeBatchFetch(Phase):
 
     Attributes:
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        transfer: How the batch that the loader gives is moved to its device: ``transfer(batch)``. A listener may put
+            its own here, around the one that it finds.
     """
 
     stage: Stage
+    transfer: Callable[[Any], Any] = _writable()
 
 
 @dataclass(slots=True)

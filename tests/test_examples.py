@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -31,6 +32,7 @@ SHORT = {
     "digits": ("--epochs", "2"),
     "gan": ("--epochs", "3"),
     "lbfgs": ("--steps", "5"),
+    "monitoring": ("--epochs", "2"),
 }
 WITHOUT_LOGS = ("custom_schedule", "lbfgs")
 
@@ -231,3 +233,28 @@ def test_char_lm_sees_no_later_character() -> None:
         before, after = model(characters), model(changed)
     torch.testing.assert_close(before[:, :10], after[:, :10])
     assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+# ------------------------------------------------------------------ monitoring
+
+
+def test_monitoring_shows_a_run_from_every_side(short_run: Callable[[str], Run]) -> None:
+    run = short_run("monitoring")
+    assert number(r"validation accuracy (\d\.\d{3})", run.lines[-1]) > 0.5
+    scalars = set(run.events.Tags()["scalars"])
+    assert {"loss/train", "accuracy/val", "lr-AdamW", "grad_norm", "grad_norm_clipped_fraction", "time/forward_ms"} <= scalars
+    assert {"system/process_rss_bytes", "system/cpu_percent"} <= scalars
+    assert any(tag.startswith("gradients/") for tag in run.events.Tags()["histograms"])
+    assert "mistaken" in run.events.Tags()["images"] or run.scalars("accuracy/val")[40] == 1.0
+    assert run.events.Graph().node
+    text = "\n".join(run.lines)
+    assert "-> EventTimeline.on_safe_point" in text, "describe()"
+    assert "29,258 parameters" in text, "the summary"
+    assert "a step, by itself" in text and "aten::convolution_backward" in text, "both profiles"
+    records = [json.loads(line) for line in (run.directory / "logs/monitoring/metrics.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["loss/train"] for record in records if record["scope"] == "step"}
+    assert losses == run.scalars("loss/train")
+    (page,) = run.directory.glob("logs/monitoring/timeline/*.html")
+    assert "train_batch_start" in page.read_text()
+    (trace,) = run.directory.glob("logs/monitoring/torch/*.json")
+    assert "eventtrain/backward" in trace.read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -190,7 +192,7 @@ class OptimizerNorms:
         if self._total is not None:
             values[self._name] = self._total
         if self._clipping is not None:
-            values[self._fraction_name] = self.fraction.value()
+            values[self._fraction_name] = self.fraction  # computed by those who write it
         values.update(self._layer_norms)
 
     def layers(self) -> dict[str, list[Tensor]]:
@@ -208,18 +210,19 @@ class OptimizerNorms:
 
 
 class ClippedFraction:
-    """Of the last updates that were clipped by norm, the fraction whose norm was above the threshold: on the device.
+    """Of the last updates that were clipped by norm, the fraction whose norm was above the threshold.
+
+    Loggers are given this object and compute by ``float(fraction)`` where they write: an update keeps its norm and
+    nothing more, since a single comparison on the device would cost more than all else that the monitor does.
 
     Args:
         window: How many updates.
-        device: Where they are kept.
+        device: Where norms are compared.
     """
 
     def __init__(self, window: int, device: torch.device) -> None:
-        self.window = window
         self.device = device
-        self._above: Tensor | None = None  # a ring of ones and zeros
-        self._updates = 0
+        self._kept: deque[tuple[Tensor, float]] = deque(maxlen=window)
 
     def add(self, total_norm: Tensor, threshold: float) -> None:
         """Counts an update.
@@ -228,17 +231,17 @@ class ClippedFraction:
             total_norm: The norm, a scalar tensor.
             threshold: What it was clipped to.
         """
-        if self._above is None:
-            self._above = torch.zeros(self.window, device=self.device)
-        # That of an optimizer without a single gradient is on the host.
-        total_norm = total_norm.to(self.device, non_blocking=True)
-        torch.gt(total_norm, threshold, out=self._above[self._updates % self.window])
-        self._updates += 1
+        self._kept.append((total_norm, threshold))
 
     def value(self) -> Tensor:
-        """The fraction, a scalar tensor."""
-        assert self._above is not None
-        return self._above[: self._updates].mean()
+        """The fraction, a scalar tensor; nan where no update was clipped by norm."""
+        # The norm of an optimizer without a single gradient is on the host.
+        above = [norm.to(self.device, non_blocking=True) > threshold for norm, threshold in self._kept]
+        return torch.stack(above).float().mean() if above else torch.tensor(math.nan)
+
+    def __float__(self) -> float:
+        """The fraction; waits for the device."""
+        return float(self.value())
 
 
 def norm(parameters: Iterable[Tensor], norm_type: float) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsFloat, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ class Phase(Event):
             stack = self._entered = ExitStack()
         return stack.enter_context(context_manager)
 
-    def __enter__(self) -> Phase:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -702,8 +702,8 @@ class MetricsLogged(Event):
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         scope: ``"step"``, of which loggers write a part; ``"epoch"`` or ``"monitor"``, of which they write all.
         step: ``global_step``.
-        metrics: What was logged with ``logger=True``, by name: scalar tensors on their device, or
-            numbers. The mapping is the core's own: copy what outlives the event.
+        metrics: What was logged with ``logger=True``, by name: scalar tensors on their device,
+            numbers, or what else ``float()`` takes. Read what you write during the event.
         epoch_complete: The data of the epoch was used to its end. False for an epoch that was ended
             early or that the run stopped inside of: nothing that counts epochs steps for it.
     """
@@ -711,7 +711,7 @@ class MetricsLogged(Event):
     stage: Stage
     scope: Literal["step", "epoch", "monitor"]
     step: int
-    metrics: Mapping[str, Tensor | float]
+    metrics: Mapping[str, SupportsFloat]
     epoch_complete: bool = True
 
 

@@ -252,7 +252,7 @@ class Trainer(RunView):
         callbacks; a module has ``self.log``.
 
         Args:
-            values: Numbers or scalar tensors by name; tensors are kept as they are and read where they are written.
+            values: By name numbers, scalar tensors, or what else ``float()`` takes; it is called where they are written.
         """
         self.metrics.fresh.update(values)
 

@@ -335,5 +335,5 @@ def finite_values(tensor: Tensor) -> Tensor:
     values = tensor.detach()
     if values.is_sparse:
         values = values.coalesce().values()
-    values = values.to("cpu", torch.float32, copy=True)
-    return values[values.isfinite()]
+    values = values.to("cpu", torch.float32)
+    return values[values.isfinite()]  # indexed by a mask, so a copy

@@ -62,7 +62,7 @@ class EventSignal(blinker.Signal):
         try:
             for listener in self.listeners:
                 listener(sender, event=event)
-        except Exception as error:
+        except BaseException as error:
             self._add_note(error, listener)
             for observer in self._observers:
                 observer.event_ends(self.name, event)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from eventtrain.events import Event
+from eventtrain.events import BeforeBatchFetch, Event
 from eventtrain.signals import Listener, Observer, describe_listener
 
 Clock = Callable[[], float]
@@ -143,7 +143,7 @@ class Spans(Observer):
         phase = self.opens.get(name)
         if phase is not None:
             self.begin(phase, phase)
-            if phase is FETCH:
+            if isinstance(event, BeforeBatchFetch):
                 self._observe_transfer(event)
         self.resume()
         after = self.after.get(name)
@@ -165,11 +165,9 @@ class Spans(Observer):
         self.pause()
         self.end(listener)
 
-    def _observe_transfer(self, event: Any) -> None:
+    def _observe_transfer(self, event: BeforeBatchFetch) -> None:
         """Lets the batch's way to its device be a span inside of the fetch's."""
-        transfer = getattr(event, "transfer", None)
-        if transfer is None:
-            return
+        transfer = event.transfer
 
         def observed(batch: Any) -> Any:
             self.pause()

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
-from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
-from eventtrain.callbacks.event_timeline import CATEGORIES, CATEGORY_OF, SPANS, EventTimeline, json_in_html
+from eventtrain.callbacks import EventTimeline, GradientAccumulation, GradientClipping, LRSchedulerStepping
 from eventtrain.distributed import SingleProcess
 from eventtrain.events import EVENTS
+from eventtrain.timeline import CATEGORIES, CATEGORY_OF, SPANS, json_in_html
 
 US = 1_000  # nanoseconds
 MS = 1_000_000

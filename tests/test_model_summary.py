@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -361,6 +362,14 @@ def test_it_measures_the_example_of_the_module_and_changes_nothing_of_the_run(ca
     assert torch.equal(*weights)
     out = capsys.readouterr().out
     assert out.startswith("Net: [5, 4] -> [5, 2]\n") and "body.3" in out
+
+
+def test_the_example_is_moved_to_the_device_of_the_run() -> None:
+    module = Net().to("meta")
+    module.example_input_array = (torch.ones(5, 4),)
+    run: Any = SimpleNamespace(module=module, device=torch.device("meta"))
+    assert ModelSummary().summary(run).sizes == ("[5, 4]", "[5, 2]")
+    assert module.example_input_array[0].device.type == "cpu"
 
 
 def test_other_ranks_measure_too_and_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:

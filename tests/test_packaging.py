@@ -49,7 +49,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shipped() -> set[str]:
     core = {f"eventtrain/{path.name}" for path in (ROOT / "eventtrain").glob("*.py*") if path.suffix in (".py", ".pyi")}
-    return core | {"eventtrain/py.typed"} | {f"eventtrain/callbacks/{path.name}" for path in (ROOT / "callbacks").glob("*.py")}
+    return (
+        core
+        | {"eventtrain/py.typed", "eventtrain/timeline.html"}
+        | {f"eventtrain/callbacks/{path.name}" for path in (ROOT / "callbacks").glob("*.py")}
+    )
 
 
 @pytest.mark.slow

@@ -680,6 +680,7 @@ def test_two_fits_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tqdm, "monitor", None)  # a bar of another test may have started tqdm's own
+    module_of_the_bar.bar_class.cache_clear()
     before = threading.active_count()
     shown(monkeypatch, Terminal(), ProgressBar(interval=0.0))
     assert threading.active_count() == before

@@ -269,7 +269,14 @@ def test_a_sensor_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.Monkey
     for thread in threading.enumerate():
         if isinstance(thread, SamplingThread):
             thread.join(WAIT)
-    assert written == [], "a sample that comes after the run belongs to none"
+
+    class FailsBeforeSetup(Model):
+        def setup(self, stage: str) -> None:
+            raise RuntimeError("before the monitor begins")
+
+    with pytest.raises(RuntimeError, match="before the monitor begins"):
+        trainer.fit(FailsBeforeSetup(), BATCHES)
+    assert written == [], "a sample that comes after its run belongs to no other"
 
 
 def test_other_ranks_than_zero_are_not_sampled() -> None:

@@ -77,7 +77,7 @@ class Profiler(Callback):
     def __init__(
         self,
         *,
-        every: int = 10,
+        every: int = 20,
         first: int = 20,
         layers: bool | int = False,
         print_summary: bool = True,

@@ -17,7 +17,6 @@ from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     AfterUpdate,
     BeforeOptimizerStep,
-    ExceptionRaised,
     FitEnd,
     FitStart,
     MetricsLogged,
@@ -38,8 +37,8 @@ X_AXES = ("global_step", "batches", "samples", "wall_time")
 class TensorBoardLogger(Callback):
     """Writes metrics, hyperparameters, and what the run is, to a directory of the run's own.
 
-    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end``, ``exception`` and ``teardown``; where they are
-    asked for, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update``
+    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end`` and ``teardown``; where they are asked
+    for, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update``
     for histograms. Writes the scalars that were logged under their names, of those logged on step those of the updates
     that are due, and ``epoch``; the text ``run/environment``, ``run/configuration`` and ``run/module``; the module's
     ``hparams`` for the HParams page, whose columns are the hyperparameters and the scalars of all runs below TensorBoard's
@@ -217,16 +216,12 @@ class TensorBoardLogger(Callback):
         if self._writes(trainer) and self._logs_hyperparams(trainer):
             self._add_summary(runs.session_end())
 
-    def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        if self._writer is not None:
-            self._writer.flush()
-
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         trainer.signals.train_batch_start.disconnect(self.count_samples)
         trainer.signals.before_optimizer_step.disconnect(self.keep_gradients)
         trainer.signals.after_update.disconnect(self.write_histograms)
         self._gradients.clear()
-        self._close()
+        self._close()  # after an error too
         self._resumed = False
 
     def _close(self) -> None:

@@ -165,8 +165,8 @@ class TrainLoop:
         state.skipped = state.updated = False
         if signals.train_batch_start.listeners and self.gate(batch, batch_idx, is_last):
             metrics.moment = "epoch"
-            self.validate_if_due(batch_idx, True)
             progress.batch_idx -= 1  # it was not trained
+            self.validate_if_due(batch_idx, True)
             return True
         if (closure := self.closure) is None:
             self.step_manually(state)

@@ -15,7 +15,6 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,10 +239,18 @@ def test_each_run_has_a_directory_of_its_own(tmp_path: Path) -> None:
     assert logger.run_dir == tmp_path / "logs" / "named" / "version_0"
 
 
-def test_runs_that_begin_at_once_do_not_share_one(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: runs.new_version(tmp_path / "parent"), range(40)))
-    assert sorted(made) == sorted(tmp_path / "parent" / f"version_{i}" for i in range(40))
+def test_runs_that_begin_at_once_do_not_share_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes the first free number after it was looked up."""
+    looked_up = runs.next_version
+
+    def look_up(parent: Path) -> Path:
+        found = looked_up(parent)
+        if found.name == "version_0":
+            found.mkdir()
+        return found
+
+    monkeypatch.setattr(runs, "next_version", look_up)
+    assert runs.new_version(tmp_path / "parent") == tmp_path / "parent" / "version_1"
 
 
 def test_a_second_fit_is_another_run_and_an_evaluation_goes_on_in_the_last(tmp_path: Path) -> None:
@@ -302,6 +309,15 @@ def test_a_run_can_be_resumed_twice(tmp_path: Path) -> None:
     logger, _, _ = fit(root, max_epochs=3, ckpt_path=root / "epoch_1.ckpt")
     assert points(logger, "loss") == points(whole, "loss")
     assert logger.run_dir.name == "version_0"
+
+
+def test_an_evaluation_after_a_resumed_fit_purges_nothing(tmp_path: Path) -> None:
+    """Not even by a trainer whose counters are at zero."""
+    fit(tmp_path, fails_at=7)
+    logger, model, _ = fit(tmp_path, ckpt_path=tmp_path / "epoch_0.ckpt")
+    other = Trainer(device="cpu", max_epochs=1, default_callbacks=False, callbacks=[logger], default_root_dir=tmp_path)
+    other.validate(model, BATCHES[1:2])
+    assert points(logger, "val") == [(4, 1.0), (8, 1.0), (8, 2.0)]
 
 
 def test_a_tree_that_was_moved_is_gone_on_with(tmp_path: Path) -> None:
@@ -514,6 +530,20 @@ def test_histograms_of_several_optimizers(tmp_path: Path) -> None:
     logger, _, _ = fit(tmp_path, model=Model(optimizers=2), max_epochs=1, logger={"histograms": 2})
     for layer in (0, 1):
         assert list(histograms(logger, f"gradients/layers.{layer}.weight")) == [2, 4]
+
+
+def test_an_optimizer_that_did_not_step_has_no_histogram_of_gradients(tmp_path: Path) -> None:
+    class Alternates(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for index, optimizer in enumerate(self.optimizers()):
+                if index == 0 or batch_idx < 2:
+                    optimizer.zero_grad()
+                    self.manual_backward(self.layers[index](batch).pow(2).mean())
+                    optimizer.step()
+
+    logger, _, _ = fit(tmp_path, model=Alternates(optimizers=2), max_epochs=1, logger={"histograms": 2})
+    steps = {layer: list(histograms(logger, f"gradients/layers.{layer}.weight")) for layer in (0, 1)}
+    assert steps == {0: [2, 4], 1: [2]}
 
 
 def test_histograms_leave_out_what_is_not_finite() -> None:

@@ -102,10 +102,10 @@ class Metrics:
     def __init__(self, distributed: SingleProcess) -> None:
         self.distributed = distributed
         self.callback_metrics: dict[str, Tensor] = {}
-        self.logged_metrics: dict[str, Tensor] = {}
+        self.logged_metrics: dict[str, Any] = {}
         self.progress_bar_metrics: dict[str, Tensor] = {}
         self.renewals: defaultdict[str, int] = defaultdict(int)
-        self.fresh: dict[str, Tensor] = {}
+        self.fresh: dict[str, Any] = {}
         self.stage: Stage = "train"
         self.moment: Moment | None = None
         self.suffix = ""
@@ -178,7 +178,7 @@ class Metrics:
         if entry.prog_bar:
             self.progress_bar_metrics[step_name] = value
 
-    def take_fresh(self) -> dict[str, Tensor]:
+    def take_fresh(self) -> dict[str, Any]:
         """The values logged on step for loggers since this was last called."""
         fresh = self.fresh
         self.logged_metrics.update(fresh)

@@ -96,7 +96,7 @@ class Spans(Observer):
         self.open: list[Span] = []
         self.before: dict[str, Callable[[], None]] = {}
         self.after: dict[str, Callable[[Any], None]] = {}
-        self._labels: dict[int, tuple[Listener, Label]] = {}
+        self._labels: dict[int, tuple[Listener, Label]] = {}  # by id, which is the listener's own while it is held here
 
     def pause(self) -> None:
         """The run has come to an event or to the end of a listener; what follows is the observer's and the signal's own."""
@@ -153,7 +153,7 @@ class Spans(Observer):
     def listener_begins(self, listener: Listener) -> None:
         """Begins a listener's span."""
         known = self._labels.get(id(listener))
-        if known is None or known[0] is not listener:
+        if known is None:
             if len(self._labels) >= MOST_LABELS:  # listeners that come and go
                 self._labels.clear()
             known = self._labels[id(listener)] = listener, Label("callback", describe_listener(listener))

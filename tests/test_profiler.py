@@ -1280,6 +1280,20 @@ def test_self_times_nest_and_forgive() -> None:
     assert times.open == []
 
 
+def test_what_comes_while_the_clock_is_stopped_counts_nowhere() -> None:
+    clock = Clock()
+    times = SelfTimes(clock)
+    times.start()
+    clock.spend(1)
+    times.suspend()
+    clock.spend(10)
+    times.listener_ends(print)  # of an event that began before, and ends after
+    clock.spend(100)
+    times.go_on()
+    clock.spend(2)
+    assert sum(times.take().values()) == 3
+
+
 def test_partial_runs_are_dropped_by_the_next_start() -> None:
     clock = Clock()
     times = SelfTimes(clock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
@@ -155,6 +156,34 @@ def test_a_veto_ends_the_ranges_that_it_leaves(tmp_path: Path) -> None:
     trainer.fit(Model(), batches(8))
     assert ranges(profiler.traces[0])["eventtrain/update"] == 3
     assert_nothing_is_left(trainer, profiler)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_range_that_is_entered_is_left(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of a clipping that clips nothing, whose end never comes, and those that an error leaves."""
+    entered: list[str] = []
+    left: list[str] = []
+
+    class Recorded(torch.profiler.record_function):
+        def __enter__(self) -> Any:
+            entered.append(self.name)
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            left.append(self.name)
+            super().__exit__(*error)
+
+    class Fails(Callback):
+        def on_before_backward(self, trainer: Trainer, event: Any) -> None:
+            if fails and trainer.batch_idx == 3:
+                raise ValueError("in the middle")
+
+    monkeypatch.setattr(torch.profiler, "record_function", Recorded)
+    trainer = trainer_of(quiet(wait=0, warmup=1, active=4), tmp_path, GradientClipping(None), Fails())
+    with pytest.raises(ValueError, match="in the middle") if fails else contextlib.nullcontext():
+        trainer.fit(Model(), batches(8))
+    assert Counter(entered) == Counter(left)
+    assert entered.count("eventtrain/clipping") == (3 if fails else 5)
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

@@ -7,7 +7,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -1303,8 +1302,3 @@ def test_partial_runs_are_dropped_by_the_next_start() -> None:
     times.start()
     clock.spend(1)
     assert sum(times.take().values()) == 1
-
-
-def test_the_profiler_is_light_to_construct() -> None:
-    """So that it can stand in any list of callbacks."""
-    assert partial(Profiler)().summary()

@@ -23,7 +23,7 @@ from eventtrain.events import (
     Teardown,
 )
 from eventtrain.module import LightningModule
-from eventtrain.optimizer import LightningOptimizer
+from eventtrain.optimizer import LightningOptimizer, numbered
 from eventtrain.trainer import Trainer
 
 
@@ -78,10 +78,9 @@ class GradientNormMonitor(Callback):
         return global_step % self.every_n_steps == 0
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
-        kinds = [type(optimizer.optimizer).__name__ for optimizer in trainer.optimizers]
-        for index, (optimizer, kind) in enumerate(zip(trainer.optimizers, kinds, strict=True)):
-            number = f"-{kinds[:index].count(kind)}" if kinds.count(kind) > 1 else ""
-            suffix = f"-{kind}{number}" if len(kinds) > 1 else ""
+        names = numbered(type(optimizer.optimizer).__name__ for optimizer in trainer.optimizers)
+        for optimizer, name in zip(trainer.optimizers, names, strict=True):
+            suffix = f"-{name}" if len(names) > 1 else ""
             fraction = ClippedFraction(self.window, trainer.device)
             self._norms[optimizer] = OptimizerNorms(optimizer, trainer.module, suffix, self.norm_type, fraction)
         trainer.signals.gradients_ready.connect(self.begin)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from eventtrain.callback import Callback
 from eventtrain.events import AfterOptimizerStep, Teardown
-from eventtrain.optimizer import LightningOptimizer
+from eventtrain.optimizer import LightningOptimizer, numbered
 from eventtrain.trainer import Trainer
 
 
@@ -72,14 +71,3 @@ class LearningRateMonitor(Callback):
                 keys["weight_decay"] = "-weight_decay"
             # Some optimizers find their own rate, and have None.
             yield [(f"lr-{kind}{end}{suffix}", key) for key, suffix in keys.items() if group.get(key) is not None]
-
-
-def numbered(names: Iterable[str]) -> list[str]:
-    """Numbers the names that occur several times: ``a, b, a`` becomes ``a-0, b, a-1``."""
-    names = list(names)
-    total, seen = Counter(names), Counter[str]()
-    result = []
-    for name in names:
-        result.append(f"{name}-{seen[name]}" if total[name] > 1 else name)
-        seen[name] += 1
-    return result

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -302,3 +303,14 @@ def evaluates_often(optimizer: Optimizer) -> bool:
     """Whether an optimizer is known to evaluate its closure more than once a step."""
     wrapped = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
     return isinstance(wrapped, torch.optim.LBFGS)
+
+
+def numbered(names: Iterable[str]) -> list[str]:
+    """Numbers the names that occur several times: ``a, b, a`` becomes ``a-0, b, a-1``."""
+    names = list(names)
+    total, seen = Counter(names), Counter[str]()
+    result = []
+    for name in names:
+        result.append(f"{name}-{seen[name]}" if total[name] > 1 else name)
+        seen[name] += 1
+    return result

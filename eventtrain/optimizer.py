@@ -90,13 +90,6 @@ class LightningOptimizer(Optimizer):
         result, run.result = run.result, None
         return result
 
-    def complete_gradients(self) -> None:
-        """Publishes the three gradient events, once for the gradients at hand: after it they are the true
-        ones. Part of a step; harmless to ask for twice, and outside of a run."""
-        run = self._run
-        if run is not None and not run.ready:
-            run.complete_gradients()
-
     def clip_gradients(
         self, gradient_clip_val: float | None, gradient_clip_algorithm: str | None = None, norm_type: float | None = None
     ) -> Tensor | None:

@@ -30,6 +30,10 @@ class StepSkipped(BaseException):
         self.reason = reason
 
 
+class EvaluationInterrupted(BaseException):
+    """Leaves an evaluation inside of a fit that is to end at once. Private to the core, for the same reason."""
+
+
 def nearest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
     """A hint for an unknown name.
 

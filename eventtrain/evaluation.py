@@ -13,7 +13,7 @@ from torch import nn
 from eventtrain import events
 from eventtrain.closure import forward
 from eventtrain.data import END, Batches
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import AfterForward, MetricsLogged
 from eventtrain.metrics import Metrics
 from eventtrain.module import LightningModule, overridden
@@ -37,6 +37,7 @@ class EvaluationLoop:
         open_loaders: Begins a pass over each loader, when it is its turn.
         within_fit: Whether training goes on afterwards: then without ``inference_mode``, whose tensors
             training could not use, and without touching training's random numbers.
+        is_interrupted: Asked before each batch inside of a fit: whether the evaluation is to be left.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class EvaluationLoop:
         progress: Progress,
         open_loaders: list[Callable[[], Batches]],
         within_fit: bool,
+        is_interrupted: Callable[[], bool],
     ) -> None:
         self.stage = stage
         self.signals = signals
@@ -58,6 +60,7 @@ class EvaluationLoop:
         self.progress = progress
         self.open_loaders = open_loaders
         self.within_fit = within_fit
+        self.is_interrupted = is_interrupted
         self.step = step
         self.arguments = step_arguments(step, len(open_loaders))
         # The stage's own event classes, in the order in which they come.
@@ -75,6 +78,9 @@ class EvaluationLoop:
 
         Returns:
             What the steps returned, per loader, for prediction; else empty lists.
+
+        Raises:
+            EvaluationInterrupted: It was left between two batches; nothing of it was published as logged.
         """
         no_grad: AbstractContextManager[Any] = torch.no_grad() if self.within_fit else torch.inference_mode()
         with isolated_rng() if self.within_fit else nullcontext(), no_grad, self.evaluation_mode():
@@ -89,19 +95,20 @@ class EvaluationLoop:
 
     def _run(self, silent: bool) -> list[list[Any]]:
         self.metrics.enter(self.stage, None)
-        self._publish("start", "Start")
-        self.metrics.enter(self.stage, "epoch")
-        self._publish("epoch_start", "EpochStart")
-        outputs = [self.run_loader(index, opened()) for index, opened in enumerate(self.open_loaders)]
-        self.metrics.enter(self.stage, "epoch")
-        self.metrics.show_epoch()
-        self._publish("epoch_end", "EpochEnd")
-        self.metrics.enter(self.stage, None)
-        values = self.metrics.end_epoch()
-        if not silent and self.stage != "predict":
-            event = MetricsLogged(self.stage, "epoch", self.progress.global_step, values)
-            self.signals.metrics_logged.publish(event)
-        self._publish("end", "End")
+        with self._events["Start"]() as phase:
+            self.signals[f"{self.stage}_start"].publish(phase)
+            self.metrics.enter(self.stage, "epoch")
+            self._publish("epoch_start", "EpochStart")
+            outputs = [self.run_loader(index, opened()) for index, opened in enumerate(self.open_loaders)]
+            self.metrics.enter(self.stage, "epoch")
+            self.metrics.show_epoch()
+            self._publish("epoch_end", "EpochEnd")
+            self.metrics.enter(self.stage, None)
+            values = self.metrics.end_epoch()
+            if not silent and self.stage != "predict":
+                event = MetricsLogged(self.stage, "epoch", self.progress.global_step, values)
+                self.signals.metrics_logged.publish(event)
+            self._publish("end", "End")
         return outputs
 
     def run_loader(self, dataloader_idx: int, batches: Batches) -> list[Any]:
@@ -113,6 +120,8 @@ class EvaluationLoop:
         kept: list[Any] = []
         batch_idx = 0
         while (batch := batches.fetch()) is not END:
+            if self.within_fit and self.is_interrupted():
+                raise EvaluationInterrupted
             metrics.batch, metrics.moment = batch, "batch"
             if start.listeners:
                 start.publish(self._events["BatchStart"](batch, batch_idx, dataloader_idx))

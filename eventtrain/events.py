@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsFloat, TypeVar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from eventtrain.configure import LRSchedulerConfig
@@ -121,6 +123,28 @@ class EstimateSteppingBatches(Event):
 
 
 @dataclass(slots=True)
+class FindCheckpoint(Event):
+    """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are.
+
+    Attributes:
+        which: ``"last"`` or ``"best"``.
+        paths: The answers, each listener's own in the order in which they are to be tried: a damaged file is passed
+            over. None where no listener keeps checkpoints; of several listeners' ``"last"`` the newest file comes first.
+    """
+
+    which: Literal["last", "best"]
+    paths: list[Path] | None = _written()
+
+    def offer(self, *paths: Path) -> None:
+        """Adds answers.
+
+        Args:
+            *paths: The files, none where there is none yet.
+        """
+        self.paths = [*(self.paths or ()), *paths]
+
+
+@dataclass(slots=True)
 class LoadCheckpoint(Event):
     """A checkpoint has been read; module, optimizers, counters and callbacks are restored from it
     right after this event.
@@ -153,14 +177,16 @@ class TrainStart(Event):
 
 @dataclass(slots=True)
 class TrainEpochStart(Event):
-    """An epoch of training begins.
+    """An epoch of training begins, or goes on where a checkpoint was written inside of it.
 
     Attributes:
         epoch: The epoch's index, from 0.
+        batches_done: Batches of it that were trained before the checkpoint; 0 where it begins.
     """
 
     module_arguments: ClassVar = ()
     epoch: int
+    batches_done: int = 0
 
 
 @dataclass(slots=True)
@@ -556,8 +582,9 @@ class TrainBatchEnd(Event):
 
 
 @dataclass(slots=True)
-class ValidationStart(Event):
-    """A validation begins; the module is in evaluation mode."""
+class ValidationStart(Phase):
+    """A validation begins; the module is in evaluation mode. What is entered here is left after ``validation_end``, and
+    also where an error, or an interruption inside of a fit, ends it without that event."""
 
     module_arguments: ClassVar = ()
 
@@ -619,7 +646,7 @@ class ValidationEnd(Event):
 
 @dataclass(slots=True)
 class TestStart(ValidationStart):
-    """A test begins; the module is in evaluation mode."""
+    """A test begins; the module is in evaluation mode. A phase, as for validation."""
 
 
 @dataclass(slots=True)
@@ -649,7 +676,7 @@ class TestEnd(ValidationEnd):
 
 @dataclass(slots=True)
 class PredictStart(ValidationStart):
-    """Prediction begins; the module is in evaluation mode."""
+    """Prediction begins; the module is in evaluation mode. A phase, as for validation."""
 
 
 @dataclass(slots=True)
@@ -727,6 +754,19 @@ class SafePoint(Event):
 
     epoch_end: bool
     window_open: bool
+
+
+@dataclass(slots=True)
+class KeepCheckpoint(Event):
+    """``trainer.keep_checkpoint`` asks those who keep checkpoints to write one now: the run is about to end early.
+
+    Attributes:
+        reason: Why, in a few words.
+        path: Where it was written. The first listener that writes one says so; the others do nothing.
+    """
+
+    reason: str
+    path: str | None = _written()
 
 
 @dataclass(slots=True)

@@ -14,6 +14,8 @@ class CallbackHooks:
         """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders and optimizers do not exist yet. The place to wrap or shard the module."""
     def on_estimate_stepping_batches(self, trainer: Trainer, event: events.EstimateSteppingBatches) -> None:
         """Asks how many batches of the whole run will update something; published whenever ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``."""
+    def on_find_checkpoint(self, trainer: Trainer, event: events.FindCheckpoint) -> None:
+        """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are."""
     def on_load_checkpoint(self, trainer: Trainer, event: events.LoadCheckpoint) -> None:
         """A checkpoint has been read; module, optimizers, counters and callbacks are restored from it right after this event."""
     def on_fit_start(self, trainer: Trainer, event: events.FitStart) -> None:
@@ -21,7 +23,7 @@ class CallbackHooks:
     def on_train_start(self, trainer: Trainer, event: events.TrainStart) -> None:
         """Training begins, after the sanity check."""
     def on_train_epoch_start(self, trainer: Trainer, event: events.TrainEpochStart) -> None:
-        """An epoch of training begins."""
+        """An epoch of training begins, or goes on where a checkpoint was written inside of it."""
     def on_before_batch_fetch(self, trainer: Trainer, event: events.BeforeBatchFetch) -> None:
         """The next batch is about to be waited for and moved to the device. All stages."""
     def on_after_batch_fetch(self, trainer: Trainer, event: events.AfterBatchFetch) -> None:
@@ -69,7 +71,7 @@ class CallbackHooks:
     def on_train_batch_end(self, trainer: Trainer, event: events.TrainBatchEnd) -> None:
         """A batch has been trained."""
     def on_validation_start(self, trainer: Trainer, event: events.ValidationStart) -> None:
-        """A validation begins; the module is in evaluation mode."""
+        """A validation begins; the module is in evaluation mode. What is entered here is left after ``validation_end``, and also where an error, or an interruption inside of a fit, ends it without that event."""
     def on_validation_epoch_start(self, trainer: Trainer, event: events.ValidationEpochStart) -> None:
         """The pass over the validation loaders begins."""
     def on_validation_batch_start(self, trainer: Trainer, event: events.ValidationBatchStart) -> None:
@@ -81,7 +83,7 @@ class CallbackHooks:
     def on_validation_end(self, trainer: Trainer, event: events.ValidationEnd) -> None:
         """A validation is over and its metrics are final."""
     def on_test_start(self, trainer: Trainer, event: events.TestStart) -> None:
-        """A test begins; the module is in evaluation mode."""
+        """A test begins; the module is in evaluation mode. A phase, as for validation."""
     def on_test_epoch_start(self, trainer: Trainer, event: events.TestEpochStart) -> None:
         """The pass over the test loaders begins."""
     def on_test_batch_start(self, trainer: Trainer, event: events.TestBatchStart) -> None:
@@ -93,7 +95,7 @@ class CallbackHooks:
     def on_test_end(self, trainer: Trainer, event: events.TestEnd) -> None:
         """A test is over and its metrics are final."""
     def on_predict_start(self, trainer: Trainer, event: events.PredictStart) -> None:
-        """Prediction begins; the module is in evaluation mode."""
+        """Prediction begins; the module is in evaluation mode. A phase, as for validation."""
     def on_predict_epoch_start(self, trainer: Trainer, event: events.PredictEpochStart) -> None:
         """The pass over the prediction loaders begins."""
     def on_predict_batch_start(self, trainer: Trainer, event: events.PredictBatchStart) -> None:
@@ -110,6 +112,8 @@ class CallbackHooks:
         """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
     def on_safe_point(self, trainer: Trainer, event: events.SafePoint) -> None:
         """Nothing is under way: checkpoints, preemption and time limits live here. The last event of each batch; for an epoch's last batch, the last event of the epoch."""
+    def on_keep_checkpoint(self, trainer: Trainer, event: events.KeepCheckpoint) -> None:
+        """``trainer.keep_checkpoint`` asks those who keep checkpoints to write one now: the run is about to end early."""
     def on_save_checkpoint(self, trainer: Trainer, event: events.SaveCheckpoint) -> None:
         """A checkpoint has been gathered and is about to be written."""
     def on_checkpoint_saved(self, trainer: Trainer, event: events.CheckpointSaved) -> None:
@@ -128,6 +132,8 @@ class ModuleHooks:
         """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders and optimizers do not exist yet. The place to wrap or shard the module."""
     def on_estimate_stepping_batches(self, event: events.EstimateSteppingBatches) -> None:
         """Asks how many batches of the whole run will update something; published whenever ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``."""
+    def on_find_checkpoint(self, event: events.FindCheckpoint) -> None:
+        """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are."""
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint has been read; module, optimizers, counters and callbacks are restored from it right after this event."""
     def on_fit_start(self) -> None:
@@ -135,7 +141,7 @@ class ModuleHooks:
     def on_train_start(self) -> None:
         """Training begins, after the sanity check."""
     def on_train_epoch_start(self) -> None:
-        """An epoch of training begins."""
+        """An epoch of training begins, or goes on where a checkpoint was written inside of it."""
     def on_before_batch_fetch(self, event: events.BeforeBatchFetch) -> None:
         """The next batch is about to be waited for and moved to the device. All stages."""
     def on_after_batch_fetch(self, event: events.AfterBatchFetch) -> None:
@@ -183,7 +189,7 @@ class ModuleHooks:
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A batch has been trained."""
     def on_validation_start(self) -> None:
-        """A validation begins; the module is in evaluation mode."""
+        """A validation begins; the module is in evaluation mode. What is entered here is left after ``validation_end``, and also where an error, or an interruption inside of a fit, ends it without that event."""
     def on_validation_epoch_start(self) -> None:
         """The pass over the validation loaders begins."""
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -195,7 +201,7 @@ class ModuleHooks:
     def on_validation_end(self) -> None:
         """A validation is over and its metrics are final."""
     def on_test_start(self) -> None:
-        """A test begins; the module is in evaluation mode."""
+        """A test begins; the module is in evaluation mode. A phase, as for validation."""
     def on_test_epoch_start(self) -> None:
         """The pass over the test loaders begins."""
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -207,7 +213,7 @@ class ModuleHooks:
     def on_test_end(self) -> None:
         """A test is over and its metrics are final."""
     def on_predict_start(self) -> None:
-        """Prediction begins; the module is in evaluation mode."""
+        """Prediction begins; the module is in evaluation mode. A phase, as for validation."""
     def on_predict_epoch_start(self) -> None:
         """The pass over the prediction loaders begins."""
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -224,6 +230,8 @@ class ModuleHooks:
         """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
     def on_safe_point(self, event: events.SafePoint) -> None:
         """Nothing is under way: checkpoints, preemption and time limits live here. The last event of each batch; for an epoch's last batch, the last event of the epoch."""
+    def on_keep_checkpoint(self, event: events.KeepCheckpoint) -> None:
+        """``trainer.keep_checkpoint`` asks those who keep checkpoints to write one now: the run is about to end early."""
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint has been gathered and is about to be written."""
     def on_checkpoint_saved(self, event: events.CheckpointSaved) -> None:

@@ -114,11 +114,13 @@ class StopRequest:
     Attributes:
         reason: Why the run is to stop; None where it is not.
         force: The request does not wait for ``min_epochs`` and ``min_steps``.
+        at_once: An evaluation inside of a fit is left at its next batch.
         epoch_reason: Why the epoch at hand is to end; None where it is not.
     """
 
     reason: str | None = None
     force: bool = False
+    at_once: bool = False
     epoch_reason: str | None = None
 
 

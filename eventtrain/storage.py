@@ -6,8 +6,9 @@ import inspect
 import os
 import pickle
 import tempfile
+import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,31 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, An
     if not isinstance(content, dict) or "state_dict" not in content:
         raise MisconfigurationError(f"{os.fspath(path)} is no checkpoint: it holds no 'state_dict'.")
     return content
+
+
+def read_first(paths: Sequence[Path], map_location: Any = None) -> dict[str, Any] | None:
+    """Reads the first checkpoint that is whole; damaged ones are named in a warning and passed over.
+
+    Args:
+        paths: The files, in the order in which they are tried; one that has vanished is passed over too.
+        map_location: As for :func:`read`.
+
+    Returns:
+        The checkpoint; None where there are no files.
+
+    Raises:
+        MisconfigurationError: There are files, and none can be read.
+    """
+    last: MisconfigurationError | OSError | None = None
+    for path in paths:
+        try:
+            return read(path, map_location)
+        except (MisconfigurationError, OSError) as error:
+            warnings.warn(f"passed over a checkpoint: {error}", stacklevel=2)
+            last = error
+    if last is not None:
+        raise MisconfigurationError(f"None of the {len(paths)} checkpoints can be read; the last error was: {last}") from last
+    return None
 
 
 def check_loadable(value: Any, where: str = "checkpoint") -> None:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -35,8 +36,10 @@ from eventtrain.events import (
     BeforeLRSchedulerStep,
     CheckpointSaved,
     ExceptionRaised,
+    FindCheckpoint,
     FitEnd,
     FitStart,
+    KeepCheckpoint,
     MetricsLogged,
     Setup,
     Stage,
@@ -227,16 +230,20 @@ class Trainer(RunView):
 
     # ------------------------------------------------------------------ verbs
 
-    def stop(self, reason: str, *, force: bool = False) -> None:
+    def stop(self, reason: str, *, force: bool = False, at_once: bool = False) -> None:
         """Ends the run after the batch at hand.
 
         Args:
             reason: Why, in a few words.
             force: Also before ``min_epochs`` and ``min_steps``, which hold off other requests.
+            at_once: Also out of an evaluation, which is left at its next batch as if it had not begun; a run that is
+                resumed from the safe point after it evaluates anew. Implies ``force``. May be called by a signal handler.
         """
-        if self.stop_request.reason is None or force:
-            self.stop_request.reason = reason
-        self.stop_request.force |= force
+        request = self.stop_request
+        if request.reason is None or force or at_once:
+            request.reason = reason
+        request.force |= force or at_once
+        request.at_once |= at_once
 
     def end_epoch(self, reason: str) -> None:
         """Ends the training epoch after the batch at hand. Validation still runs; nothing that counts
@@ -296,6 +303,26 @@ class Trainer(RunView):
         if self.is_global_zero:
             storage.write(content, path)
             self.signals.checkpoint_saved.publish(CheckpointSaved(os.fspath(path)))
+
+    def keep_checkpoint(self, reason: str) -> str | None:
+        """Has a checkpoint written because the run is about to end early: by those that keep checkpoints, or where nobody
+        does as ``checkpoints/interrupted.ckpt`` under ``default_root_dir``. ``fit(ckpt_path="last")`` finds it. Exact when
+        called at a safe point.
+
+        Args:
+            reason: Why, in a few words.
+
+        Returns:
+            The file; None in a ``fast_dev_run``, which keeps nothing.
+        """
+        if self.fast_dev_run:
+            return None
+        event = KeepCheckpoint(reason)
+        self.signals.keep_checkpoint.publish(event)
+        if event.path is None:
+            event.path = os.fspath(self._kept_by_nobody)
+            self.save_checkpoint(event.path)
+        return event.path
 
     def describe(self, *, all_events: bool = True) -> str:
         """The loop as a tree, with what is attached at each event in the order in which it is called.
@@ -416,8 +443,8 @@ class Trainer(RunView):
         self._configure_optimizers(module)
         validation = self._validation(module)
         self._loop = loop = self._train_loop(module, loader, validation)
-        if ckpt_path is not None:
-            checkpoints.restore(self, storage.read(self._checkpoint_path(ckpt_path)), training=True)
+        if ckpt_path is not None and (checkpoint := self._read_checkpoint(ckpt_path)) is not None:
+            checkpoints.restore(self, checkpoint, training=True)
         with torch.enable_grad():
             signals.fit_start.publish(FitStart())
             if validation is not None and self.num_sanity_val_steps:
@@ -529,8 +556,8 @@ class Trainer(RunView):
                     f"There is nothing to {run} on. Give {run}(model, dataloaders=...), a datamodule, or define "
                     f"{LOADER_HOOKS[stage]} in the module."
                 )
-            if ckpt_path is not None:
-                checkpoints.restore(self, storage.read(self._checkpoint_path(ckpt_path)), training=False)
+            if ckpt_path is not None and (checkpoint := self._read_checkpoint(ckpt_path)) is not None:
+                checkpoints.restore(self, checkpoint, training=False)
             outputs = self._evaluation_loop(module, stage, within_fit=False).run()
             return self.metrics.results(stage, len(passes)), outputs
 
@@ -550,16 +577,34 @@ class Trainer(RunView):
             progress=self.progress,
             open_loaders=self._data.passes(stage, most=most),
             within_fit=within_fit,
+            is_interrupted=self._is_interrupted,
         )
 
-    def _checkpoint_path(self, given: Any) -> Any:
-        """The file that ``ckpt_path`` means."""
-        if given in ("last", "best"):
+    def _is_interrupted(self) -> bool:
+        """Whether an evaluation is to be left: on all ranks, where one is asked to."""
+        return self.distributed.any(self.stop_request.at_once)
+
+    @property
+    def _kept_by_nobody(self) -> Path:
+        """Where an interrupted run is kept that no callback keeps checkpoints of."""
+        return Path(self.default_root_dir) / "checkpoints" / "interrupted.ckpt"
+
+    def _read_checkpoint(self, given: Any) -> dict[str, Any] | None:
+        """The checkpoint that ``ckpt_path`` means; None for a fresh start, where there is none yet."""
+        if given not in ("last", "best"):
+            return storage.read(given)
+        event = FindCheckpoint(given)
+        self.signals.find_checkpoint.publish(event)
+        if event.paths is None and given == "last" and self._kept_by_nobody.exists():
+            event.offer(self._kept_by_nobody)
+        if event.paths is None:
             raise MisconfigurationError(
-                f"ckpt_path={given!r}: nothing attached keeps checkpoints. Give the path of a file that "
-                "trainer.save_checkpoint wrote."
+                f"ckpt_path={given!r}: nothing attached keeps checkpoints. Attach a ModelCheckpoint, or give the path of a "
+                "file that trainer.save_checkpoint wrote."
             )
-        return given
+        if not event.paths and (given == "best" or self.stage != "fit"):
+            raise MisconfigurationError(f"ckpt_path={given!r}: there is no checkpoint yet. Give the path of one, or None.")
+        return storage.read_first(event.paths)
 
     def _shorten(self, batches: int) -> None:
         """Makes this a ``fast_dev_run``."""

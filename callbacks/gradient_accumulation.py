@@ -102,7 +102,7 @@ class GradientAccumulation(Callback):
         self._position = 0 if trainer.total_batch_idx < 0 else self._position
 
     def on_train_epoch_start(self, trainer: Trainer, event: TrainEpochStart) -> None:
-        if self.remainder != "carry":
+        if self.remainder != "carry" and not event.batches_done:
             self._position = 0
 
     def on_train_batch_start(self, trainer: Trainer, event: TrainBatchStart) -> None:
@@ -216,7 +216,7 @@ class GradientAccumulation(Callback):
         return {"position": self._position, "window": self._window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._position = state["position"]
+        self._position = self._position_before = state["position"]
         self._window = state["window"]
         self._loss_scale = 1.0 / self._window
 

@@ -129,9 +129,8 @@ class LRSchedulerStepping(Callback):
             warnings.warn(message, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_update": dict(self._last_update)}
+        return {"last_update": dict(self._last_update), "seen": dict(self._seen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Renewals are counted anew in each process: what is logged after a resume is fresh.
-        self._seen.clear()
         self._last_update = dict(state["last_update"])
+        self._seen = dict(state.get("seen", {}))  # older checkpoints kept neither this nor the metrics' renewals

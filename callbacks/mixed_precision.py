@@ -25,6 +25,7 @@ from eventtrain.events import (
 from eventtrain.optimizer import LightningOptimizer, evaluates_often, has_gradients
 from eventtrain.trainer import Trainer
 
+HOLDINGS = ("scaled", "plain", "mixed")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,6 +69,7 @@ class MixedPrecision(Callback):
         self._manual = False
         self._overflows = 0
         self._loaded: dict[str, Any] = {"scaler": {}, "overflows": 0}
+        self._optimizers: list[LightningOptimizer] = []
         # Optimizers that hold scaled gradients; a scale may change only while there are none.
         self._scaled: set[LightningOptimizer] = set()
         # Optimizers whose gradients were unscaled and not zeroed since; those that scaled ones were added to as well.
@@ -90,12 +92,15 @@ class MixedPrecision(Callback):
         self._unscaled.clear()
         self._since_update.clear()
         self._overflows = 0
+        self._loaded = {name: value for name, value in self._loaded.items() if name not in HOLDINGS}
         if self.precision == "fp16" and self.scaler is None:
             self.scaler = GradScaler(device=trainer.device.type)
             self.load_state_dict(self._loaded)
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._manual = not trainer.module.automatic_optimization
+        self._optimizers = trainer.optimizers
+        self._hold_again(trainer.device)
         for optimizer in trainer.optimizers:
             if self.scaler is not None and evaluates_often(optimizer):
                 raise MisconfigurationError(
@@ -184,7 +189,9 @@ class MixedPrecision(Callback):
     def _finite(self, optimizer: LightningOptimizer) -> bool:
         """Whether an optimizer's unscaled gradients are finite: one host synchronisation, torch's own."""
         assert self.scaler is not None
-        return bool(self.scaler.step(self._unscaled.pop(optimizer)))  # type: ignore[arg-type]
+        gradients = self._unscaled.pop(optimizer)
+        gradients.asked = True
+        return bool(self.scaler.step(gradients))  # type: ignore[arg-type]
 
     def _update_scale(self) -> None:
         if self._since_update and not self._scaled:
@@ -202,13 +209,33 @@ class MixedPrecision(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         scaler = self.scaler.state_dict() if self.scaler is not None else self._loaded["scaler"]
-        return {"scaler": scaler, "overflows": self._overflows}
+        # What optimizers hold where a checkpoint is written inside of a window, by their places in configure_optimizers.
+        held = zip(HOLDINGS, (self._scaled, self._plain, self._mixed), strict=True)
+        places = {name: [at for at, each in enumerate(self._optimizers) if each in kept] for name, kept in held}
+        waiting = [
+            (self._optimizers.index(each.optimizer), each.overflowed(), self._unscaled.get(each.optimizer) is each)
+            for each in self._since_update
+        ]
+        return {"scaler": scaler, "overflows": self._overflows, **places, "awaiting_update": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loaded = state  # before the first run there is no scaler yet
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self._overflows = state["overflows"]
+
+    def _hold_again(self, device: torch.device) -> None:
+        """Takes up what the optimizers held at the checkpoint."""
+        for name, kept in zip(HOLDINGS, (self._scaled, self._plain, self._mixed), strict=True):
+            kept.update(self._optimizers[at] for at in self._loaded.get(name, ()))
+        for at, overflowed, unstepped in self._loaded.get("awaiting_update", ()):
+            assert self.scaler is not None
+            self.scaler.scale(torch.zeros((), device=device))  # builds the scale, which the scaler does at its first use
+            gradients = UnscaledGradients(self._optimizers[at])
+            gradients.unscale_again(self.scaler, overflowed, device)
+            self._since_update.append(gradients)
+            if unstepped:
+                self._unscaled[gradients.optimizer] = gradients
 
 
 def versions(optimizer: LightningOptimizer) -> list[Any]:
@@ -231,6 +258,30 @@ class UnscaledGradients:
         self.optimizer = optimizer
         self.param_groups = optimizer.param_groups
 
+        self.asked = self._finite = False
+
     def step(self) -> bool:
         """Called by ``GradScaler.step`` where every gradient is finite."""
+        self._finite = True
         return True
+
+    def overflowed(self) -> bool:
+        """Whether a gradient is not finite: as the scaler found, or where it was not asked yet by the gradients."""
+        if self.asked:
+            return not self._finite
+        gradients = (parameter.grad for parameter in self.optimizer.parameters() if parameter.grad is not None)
+        return not all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+    def unscale_again(self, scaler: GradScaler, overflowed: bool, device: torch.device) -> None:
+        """Lets a new scaler know what an old one found when it unscaled these gradients.
+
+        Args:
+            scaler: The new one.
+            overflowed: What the old one found.
+            device: Where it looked.
+        """
+        witness = torch.zeros((), device=device)
+        witness.grad = torch.full_like(witness, torch.inf if overflowed else 0.0)
+        self.param_groups, kept = [{"params": [witness]}], self.param_groups
+        scaler.unscale_(self)  # type: ignore[arg-type]
+        self.param_groups = kept

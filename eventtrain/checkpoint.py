@@ -3,45 +3,91 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from eventtrain.callback import has_state, state_key
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import LoadCheckpoint, SaveCheckpoint
+from eventtrain.loop import Resumption
+from eventtrain.metrics import on_device
+from eventtrain.rng import rng_state, set_rng_state
+from eventtrain.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from eventtrain.trainer import Trainer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def gather(trainer: Trainer) -> dict[str, Any]:
-    """The state of a run, as it is written.
-
-    The keys: ``schema_version``; ``state_dict`` of the module; ``optimizer_states`` and ``lr_schedulers``, lists in
-    the order of ``configure_optimizers``; ``progress``, the counters; ``epoch`` and ``global_step``, copies of two of
-    them under Lightning's names; ``callbacks``, each callback's state by its key; ``datamodule``; ``weight_reference``;
-    ``hyper_parameters``.
+    """The state of a run, as it is written; listeners of ``save_checkpoint`` may have added to it.
 
     Args:
         trainer: The trainer, in a run or after one.
     """
-    module = trainer.module
-    checkpoint: dict[str, Any] = {
+    checkpoint = state_of(trainer)
+    trainer.signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
+    return checkpoint
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """The state of a run. Its keys are the schema, which ``docs/resume.md`` describes:
+
+    - ``schema_version``, ``versions`` of what wrote it, ``hyper_parameters``;
+    - ``state_dict`` of the module; ``optimizer_states`` and ``lr_schedulers``, lists in the order of
+      ``configure_optimizers``; ``num_steps``, each optimizer's count;
+    - ``progress``, the counters; ``epoch`` and ``global_step``, copies of two of them under Lightning's names;
+    - ``window``, the accumulation window at hand, with the gradients that are held;
+    - ``metrics``, what was logged, and the unfinished epoch's reductions;
+    - ``rng``, the generators; ``data``, the position in the training data and the loaders' own generators;
+    - ``callbacks``, each callback's state by its key; ``datamodule``.
+
+    Args:
+        trainer: The trainer, in a run or after one.
+    """
+    module, batch, loop = trainer.module, trainer.batch, trainer._loop
+    position = None if loop is None or loop.batches is None else loop.batches.position()
+    return {
         "schema_version": SCHEMA_VERSION,
+        "versions": {"eventtrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "hyper_parameters": dict(module.hparams),
         "state_dict": dict(module.state_dict()),
         "optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "num_steps": [optimizer.num_steps for optimizer in trainer.optimizers],
         "progress": dataclasses.asdict(trainer.progress),
         "epoch": trainer.progress.current_epoch,
         "global_step": trainer.progress.global_step,
+        "window": {
+            "open": batch.window_open,
+            "contributions": batch.contributions,
+            "weight": batch.weight,
+            "weight_reference": batch.weight_reference,
+            # In manual optimization nobody knows whether a window is open but the module.
+            "gradients": gradients(trainer) if batch.window_open or not batch.automatic else {},
+        },
+        "metrics": trainer.metrics.state_dict(module),
+        "rng": rng_state(),
+        "data": {
+            "seed": trainer._data.seed,
+            "position": position,
+            "epoch_reason": trainer.stop_request.epoch_reason if position is not None else None,
+            "generators": trainer._data.generator_states(),
+        },
         "callbacks": {state_key(each): each.state_dict() for each in trainer.callbacks if has_state(each)},
         "datamodule": trainer.datamodule.state_dict() if trainer.datamodule is not None else {},
-        "weight_reference": trainer.batch.weight_reference,
-        "hyper_parameters": dict(module.hparams),
     }
-    trainer.signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
-    return checkpoint
+
+
+def gradients(trainer: Trainer) -> dict[str, Any]:
+    """The gradients that the module's parameters hold, by the parameters' names."""
+    named = trainer.module.named_parameters()
+    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
 
 def restore(trainer: Trainer, checkpoint: dict[str, Any], *, training: bool) -> None:
@@ -57,9 +103,8 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], *, training: bool) -> 
             schedulers.
     """
     trainer.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
-    version = checkpoint.get("schema_version")
-    if version != SCHEMA_VERSION and (training or version is not None):
-        raise MisconfigurationError(f"The checkpoint has schema version {version!r}; this is version {SCHEMA_VERSION}.")
+    if training:
+        checkpoint = migrated(checkpoint)
     trainer.module.load_state_dict(checkpoint["state_dict"])
     if not training:
         return
@@ -73,13 +118,83 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], *, training: bool) -> 
             )
         for part, state in zip(parts, states, strict=True):
             part.load_state_dict(state)
+    for optimizer, steps in zip(trainer.optimizers, checkpoint["num_steps"], strict=True):
+        assert optimizer.run is not None
+        optimizer.run.num_steps = steps
     for name, value in checkpoint["progress"].items():
         setattr(trainer.progress, name, value)
     if trainer.progress.epoch_is_over:
         trainer.progress.count_epoch()  # written at the epoch's last safe point: it is not to be trained again
-    trainer.batch.weight_reference = checkpoint["weight_reference"]
+    restore_window(trainer, checkpoint["window"])
+    if checkpoint["metrics"] is not None:
+        trainer.metrics.load_state_dict(checkpoint["metrics"], trainer.module, trainer.device)
     if trainer.datamodule is not None:
         trainer.datamodule.load_state_dict(checkpoint["datamodule"])
     for callback in trainer.callbacks:
         if has_state(callback) and state_key(callback) in checkpoint["callbacks"]:
             callback.load_state_dict(checkpoint["callbacks"][state_key(callback)])
+    restore_position(trainer, checkpoint)
+
+
+def restore_window(trainer: Trainer, window: dict[str, Any]) -> None:
+    """Opens the accumulation window again that the checkpoint was written in."""
+    batch = trainer.batch
+    batch.window_open = window["open"]
+    batch.contributions = window["contributions"]
+    batch.weight = on_device(window["weight"], trainer.device)
+    batch.weight_reference = on_device(window["weight_reference"], trainer.device)
+    for name, parameter in trainer.module.named_parameters():
+        if name in window["gradients"]:
+            parameter.grad = window["gradients"][name].to(parameter.device)
+
+
+def restore_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Has the loop go on at the checkpoint's batch, with the checkpoint's random numbers."""
+    data, sources, loop = checkpoint["data"], trainer._data, trainer._loop
+    assert loop is not None
+    if data is None:  # of a version that kept no position: an epoch begins anew
+        return
+    sources.seed = data["seed"]
+
+    def put_generators_back() -> None:
+        set_rng_state(checkpoint["rng"])
+        sources.set_generator_states(data["generators"])
+
+    loop.resumption = Resumption(data["position"], data["epoch_reason"], put_generators_back)
+
+
+# ------------------------------------------------------------------ older schemas
+
+
+def migrated(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint in today's schema.
+
+    Args:
+        checkpoint: Of any schema from 1 on.
+
+    Raises:
+        MisconfigurationError: It has a schema that is not known, such as a later one.
+    """
+    version = checkpoint.get("schema_version")
+    while version != SCHEMA_VERSION:
+        if version not in MIGRATIONS:
+            raise MisconfigurationError(
+                f"The checkpoint has schema version {version!r}; this eventtrain {__version__} reads 1 to {SCHEMA_VERSION}. A "
+                "run goes on only from a file that trainer.save_checkpoint wrote; the weights alone of another are loaded by "
+                "load_from_checkpoint, or by validate, test and predict."
+            )
+        checkpoint = MIGRATIONS[version](checkpoint)
+        version = checkpoint["schema_version"]
+    return checkpoint
+
+
+def _from_1(old: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew neither generators nor a position in the data: exact at the end of an epoch where nothing is random."""
+    window = {"open": False, "contributions": 0, "weight": None, "weight_reference": old["weight_reference"], "gradients": {}}
+    steps = [old["global_step"]] * len(old["optimizer_states"])
+    progress = old["progress"] | {"validated_at": old["progress"]["total_batch_idx"]}
+    added = {"window": window, "num_steps": steps, "progress": progress, "metrics": None, "rng": None, "data": None}
+    return {**old, **added, "schema_version": 2, "versions": {}}
+
+
+MIGRATIONS: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}

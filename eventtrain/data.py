@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import AfterBatchFetch, BeforeBatchFetch, Stage
+from eventtrain.position import Source, describe_loader, generator_states, set_generator_states
+from eventtrain.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from eventtrain.signals import SignalTable
@@ -135,29 +138,49 @@ class Batches:
     looking ahead would change the order of random draws.
 
     Args:
-        loader: The loader.
+        source: The loader.
+        number: The pass's number, for the seeds of the loader's workers.
         limit: The number of batches to read at most; None for all.
         stage: For the events.
         signals: Where ``before_batch_fetch`` and ``after_batch_fetch`` are published.
         transfer: Moves a batch to its device.
+        position: What :meth:`position` gave, where a pass goes on that a checkpoint was written in. All generators are
+            to be put into the checkpoint's states then.
 
     Attributes:
         is_last: The batch that was fetched last is the last of the pass.
     """
 
     def __init__(
-        self, loader: Any, limit: int | None, stage: Stage, signals: SignalTable, transfer: Callable[[Any], Any]
+        self,
+        source: Source,
+        number: int,
+        limit: int | None,
+        stage: Stage,
+        signals: SignalTable,
+        transfer: Callable[[Any], Any],
+        position: Mapping[str, Any] | None = None,
     ) -> None:
-        self.loader = loader
-        self.length = known_length(loader)
+        self.loader = source.loader
+        self.length = known_length(self.loader)
         self.is_last = False
+        self._source = source
         self._end = self.length if limit is None else limit
         self._stage = stage
         self._signals = signals
         self._transfer = transfer
         self._fetched = 0
-        self._iterator: Iterator[Any] = iter(loader) if limit != 0 else iter(())
-        self._ahead: Any = self._next() if self.length is None and limit != 0 else None
+        # What a resumed pass begins from, and what it reads ahead from: kept where a checkpoint may ask for it.
+        self._began: Mapping[str, Any] | None = self._mark() if stage == "train" else None
+        self._before_ahead: dict[str, Any] | None = None
+        self._iterator: Iterator[Any] = iter(())
+        if position is not None:
+            self._go_on(number, position)
+        elif limit != 0:
+            self._iterator = source.begin(number)
+        self._ahead: Any = self._next_ahead() if self.length is None and limit != 0 else None
+        if position is not None:
+            self.is_last = self._fetched == self._end or self._ahead is END
         # Past the end of a sized loader lies an error. A chain, because its `next` is no Python call.
         self._read = self._read_ahead if self.length is None else chain(self._iterator, self._too_short()).__next__
 
@@ -188,8 +211,14 @@ class Batches:
     def _read_ahead(self) -> Any:
         """The batch that was read ahead, after reading another."""
         batch = self._ahead
-        self._ahead = END if self._fetched == self._end else self._next()
+        self._ahead = END if self._fetched == self._end else self._next_ahead()
         return batch
+
+    def _next_ahead(self) -> Any:
+        if self._began is not None and self._source.is_exact:
+            state = self.loader.state_dict() if self._source.is_stateful else None
+            self._before_ahead = self._mark() | {"state": state}
+        return self._next()
 
     def _next(self) -> Any:
         try:
@@ -213,6 +242,52 @@ class Batches:
                 f"{type(self.loader).__name__} says that it has {self.length} batches and has more. Correct its __len__, or "
                 f"set limit_{self._stage}_batches={self.length}."
             )
+
+    # ------------------------------------------------------------------ position
+
+    def position(self) -> dict[str, Any]:
+        """Where in the pass the batch lies that was fetched last, in values that a checkpoint gives back. For training."""
+        state = None
+        if self._source.is_stateful:
+            state = self.loader.state_dict() if self._before_ahead is None else self._before_ahead["state"]
+        return {
+            "batches": self._fetched,
+            "length": self.length,
+            "began": self._began,
+            "before_ahead": self._before_ahead,
+            "state": state,
+        }
+
+    def release(self) -> None:
+        """Lets the loader's workers go; the position stays."""
+        self._iterator = iter(())
+        self._read = self._iterator.__next__
+
+    def _mark(self) -> dict[str, Any]:
+        """The states of the generators that the pass draws from."""
+        return {"rng": rng_state(), "generators": generator_states(self.loader)}
+
+    def _put_back(self, mark: Mapping[str, Any]) -> None:
+        set_rng_state(mark["rng"])
+        set_generator_states(self.loader, mark["generators"])
+
+    def _go_on(self, number: int, position: Mapping[str, Any]) -> None:
+        """Begins the pass after the batches that are done."""
+        self._fetched = position["batches"]
+        if self.length != position["length"]:
+            warnings.warn(
+                f"The checkpoint was written after {self._fetched} of {position['length']} batches of an epoch; the training "
+                f"loader ({describe_loader(self.loader)}) has {self.length} now. The run goes on with the next, which cannot "
+                "be exact: resume with the data and the batch size that the run had.",
+                stacklevel=2,
+            )
+        if self._end is not None:
+            self._end = max(self._end, self._fetched)
+        self._began = position["began"]
+        self._put_back(position["began"])
+        self._iterator = self._source.begin_at(number, self._fetched, position["state"])
+        if position["before_ahead"] is not None:
+            self._put_back(position["before_ahead"])
 
     def _too_short(self) -> Iterator[Any]:
         yield from ()

@@ -873,9 +873,10 @@ LOOP_MAP = """\
 setup
     configure_optimizers()
 estimate_stepping_batches                   when trainer.estimated_stepping_batches is read
+find_checkpoint                             with ckpt_path="last" or "best"
 load_checkpoint                             with ckpt_path
 fit_start
-    sanity check: validation of a few batches
+    sanity check: validation of a few batches, not where a checkpoint is resumed
 train_start
 for epoch in epochs:
     train_epoch_start
@@ -917,6 +918,7 @@ for epoch in epochs:
             train_epoch_end
             metrics_logged                  scope="epoch"
         safe_point
+        keep_checkpoint                     when trainer.keep_checkpoint is called: the run is about to end early
         save_checkpoint                     when trainer.save_checkpoint is called
         checkpoint_saved
 train_end

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eventtrain.closure import Closure, forward, parse_outputs
 from eventtrain.data import END, Batches
-from eventtrain.errors import MisconfigurationError, StepSkipped
+from eventtrain.errors import EvaluationInterrupted, MisconfigurationError, StepSkipped
 from eventtrain.events import (
     AfterForward,
     AfterUpdate,
@@ -59,6 +59,21 @@ class Extent:
     check_val_every_n_epoch: int | None = 1
 
 
+@dataclass(slots=True)
+class Resumption:
+    """Where a checkpoint left a run, as far as it is the loop's to find it again.
+
+    Attributes:
+        position: Where in its epoch, see :meth:`~eventtrain.data.Batches.position`; None between two epochs.
+        epoch_reason: Why the epoch was about to end, None where it was not.
+        put_generators_back: Puts all random number generators into the checkpoint's states.
+    """
+
+    position: Mapping[str, Any] | None
+    epoch_reason: str | None
+    put_generators_back: Callable[[], None]
+
+
 class TrainLoop:
     """Trains a module, automatically or manually.
 
@@ -69,7 +84,7 @@ class TrainLoop:
         stop: Requests to stop.
         metrics: What is logged.
         extent: How long the run is.
-        open_epoch: Begins a pass over the training data.
+        open_epoch: Begins the pass over the training data with a number, at a position.
         training_step: The module's, called as ``training_step(batch, batch_idx)``.
         takes_index: Whether ``training_step`` takes ``batch_idx``.
         closure: The closure of the run; None in manual optimization and without an optimizer.
@@ -87,7 +102,7 @@ class TrainLoop:
         stop: StopRequest,
         metrics: Metrics,
         extent: Extent,
-        open_epoch: Callable[[], Batches],
+        open_epoch: Callable[[int, Mapping[str, Any] | None], Batches],
         training_step: Callable[..., Any],
         takes_index: bool,
         closure: Closure | None,
@@ -109,7 +124,8 @@ class TrainLoop:
         self.optimizer_step = optimizer_step
         self.validate = validate
         self.is_last_batch = False
-        self.validated_at = -1
+        self.batches: Batches | None = None  # of the epoch at hand, or of the one that the run has ended inside of
+        self.resumption: Resumption | None = None
 
     # ------------------------------------------------------------------ run, epoch, batch
 
@@ -118,37 +134,46 @@ class TrainLoop:
         signals = self.signals
         self.metrics.enter("train", None)
         signals.train_start.publish(TrainStart())
+        if self.resumption is not None:
+            self.resumption.put_generators_back()
         while not self.is_complete() and not self.is_stopping():
             self.train_epoch()
         signals.train_end.publish(TrainEnd())
 
     def train_epoch(self) -> None:
-        """Trains one epoch, or what the run's end leaves of it."""
-        epoch = self.progress.current_epoch
-        self.stop.epoch_reason = None
-        self.progress.batch_idx = -1
+        """Trains one epoch, or what a checkpoint written inside of it or the run's end leave of it."""
+        progress, stop, resumption = self.progress, self.stop, self.resumption
+        self.resumption = None
+        position = None if resumption is None else resumption.position
+        if position is None:
+            progress.batch_idx = -1
+        batch_idx = progress.batch_idx
+        stop.epoch_reason = None
         self.metrics.enter("train", "epoch")
-        self.signals.train_epoch_start.publish(TrainEpochStart(epoch))
-        batches = self.open_epoch()
-        stop = self.stop
-        batch_idx = -1
+        self.signals.train_epoch_start.publish(TrainEpochStart(progress.current_epoch, batch_idx + 1))
+        batches = self.batches = self.open_epoch(progress.current_epoch, position)
+        if resumption is not None and position is not None:
+            resumption.put_generators_back()
+            stop.epoch_reason = resumption.epoch_reason
+            self.is_last_batch = batches.is_last
+            # What is left to do for the last batch: a validation that was interrupted, and so the epoch's end.
+            if self.validate_if_due(batch_idx, batches.is_last or stop.epoch_reason is not None):
+                self.end_epoch()
+                return
         max_steps = self.extent.max_steps
-        while (max_steps is None or self.progress.global_step < max_steps) and (stop.reason is None or not self.is_stopping()):
-            if stop.epoch_reason is not None:  # requested at a safe point
-                self.validate_if_due(batch_idx, True)
-                self.end_epoch(complete=False)
-                return
-            batch = batches.fetch()
-            if batch is END:
-                self.warn_of_no_data(batches)
-                self.end_epoch(complete=True)
-                return
-            batch_idx += 1
-            ends_epoch = self.train_batch(batch, batch_idx, batches.is_last)
-            if batches.is_last:
-                batches.finish()
+        while (max_steps is None or progress.global_step < max_steps) and (stop.reason is None or not self.is_stopping()):
+            if stop.epoch_reason is None:
+                batch = batches.fetch()
+                if batch is END:
+                    self.warn_of_no_data(batches)
+                    ends_epoch = True
+                else:
+                    batch_idx += 1
+                    ends_epoch = self.train_batch(batch, batch_idx, batches.is_last)
+            else:  # requested at a safe point
+                ends_epoch = self.validate_if_due(batch_idx, True)
             if ends_epoch:
-                self.end_epoch(complete=batches.is_last and stop.epoch_reason is None)
+                self.end_epoch()
                 return
             if self.signals.safe_point.listeners:
                 self.signals.safe_point.publish(IN_WINDOW if self.batch.window_open else BETWEEN_WINDOWS)
@@ -166,8 +191,7 @@ class TrainLoop:
         if signals.train_batch_start.listeners and self.gate(batch, batch_idx, is_last):
             metrics.moment = "epoch"
             progress.batch_idx -= 1  # it was not trained
-            self.validate_if_due(batch_idx, True)
-            return True
+            return self.validate_if_due(batch_idx, True)
         if (closure := self.closure) is None:
             self.step_manually(state)
         elif state.plan.step:
@@ -190,9 +214,7 @@ class TrainLoop:
         if state.updated and signals.metrics_logged.listeners:
             signals.metrics_logged.publish(MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
         ends_epoch = is_last or self.stop.epoch_reason is not None
-        if self.validate is not None:
-            self.validate_if_due(batch_idx, ends_epoch)
-        return ends_epoch
+        return ends_epoch if self.validate is None else self.validate_if_due(batch_idx, ends_epoch)
 
     def gate(self, batch: Any, batch_idx: int, is_last: bool) -> bool:
         """Lets listeners write the batch's plan; returns whether they end the epoch before it."""
@@ -250,14 +272,30 @@ class TrainLoop:
 
     # ------------------------------------------------------------------ metrics and validation
 
-    def validate_if_due(self, batch_idx: int, ends_epoch: bool) -> None:
-        """Validates after a batch, once, where interval and epoch say so."""
-        at = self.progress.total_batch_idx
-        if self.validate is not None and at != self.validated_at and self.validation_is_due(batch_idx, ends_epoch):
-            self.validated_at = at
+    def validate_if_due(self, batch_idx: int, ends_epoch: bool) -> bool:
+        """Validates after a batch, once, where interval and epoch say so.
+
+        Args:
+            batch_idx: The batch's index.
+            ends_epoch: Whether the epoch ends with it.
+
+        Returns:
+            Whether the epoch ends now: not where the validation was interrupted, which is to be run again before.
+        """
+        progress = self.progress
+        at, before = progress.total_batch_idx, progress.validated_at
+        if self.validate is None or at == before or not self.validation_is_due(batch_idx, ends_epoch):
+            return ends_epoch
+        progress.validated_at = at
+        try:
             self.validate()
-            self.progress.validations += 1
+        except EvaluationInterrupted:
+            progress.validated_at = before
+            return False
+        finally:
             self.metrics.enter("train", "epoch")
+        progress.validations += 1
+        return ends_epoch
 
     def validation_is_due(self, batch_idx: int, ends_epoch: bool) -> bool:
         """Whether a validation follows a batch. A run that ``max_steps`` ends inside of an epoch gets the one
@@ -278,9 +316,14 @@ class TrainLoop:
 
     # ------------------------------------------------------------------ ends
 
-    def end_epoch(self, complete: bool) -> None:
+    def end_epoch(self) -> None:
         """Ends an epoch after its last batch, or after the one at which it was asked to end."""
+        assert self.batches is not None
+        complete = self.stop.epoch_reason is None
+        if self.batches.is_last:
+            self.batches.finish()
         self.close_metrics(complete)
+        self.batches = None
         self.progress.epoch_is_over = True  # what a checkpoint written at the safe point says
         self.signals.safe_point.publish(SafePoint(True, self.batch.window_open))
         self.progress.count_epoch()
@@ -317,7 +360,10 @@ class TrainLoop:
     def is_complete(self) -> bool:
         """Whether the run has trained all it was to train."""
         max_epochs = self.extent.max_epochs
-        return self.has_all_steps() or (max_epochs is not None and self.progress.current_epoch >= max_epochs)
+        if max_epochs is not None and self.progress.current_epoch >= max_epochs:
+            return True
+        # A checkpoint of the last step's safe point lies before the end of that step's epoch, which is still to come.
+        return self.has_all_steps() and (self.resumption is None or self.resumption.position is None)
 
     def is_stopping(self) -> bool:
         """Whether a request to stop holds now."""

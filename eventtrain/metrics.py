@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eventtrain.distributed import SingleProcess
 from eventtrain.errors import MisconfigurationError
@@ -32,11 +32,12 @@ class Entry:
 
     __slots__ = (
         "epoch_name", "logger", "metric", "name", "on_epoch", "on_step", "options", "prog_bar", "reduction",
-        "step_name", "sync_dist", "total", "weight",
+        "step_name", "suffix", "sync_dist", "total", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, suffix: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool) -> None:
         self.name = name + suffix
+        self.suffix = suffix
         self.options = options
         self.prog_bar, self.logger, _, _, reduction, self.sync_dist = options
         self.reduction: Any = reduction_name(reduction)
@@ -75,6 +76,25 @@ class Entry:
             total = distributed.reduce(total.clone(), "sum" if self.reduction == "mean" else self.reduction)
             weight = float(distributed.reduce(torch.tensor(weight), "sum"))
         return total / weight if self.reduction == "mean" else total.clone()
+
+    def accepts(self, options: tuple[Any, ...]) -> bool:
+        """Whether options are the same as its own, but for the form of ``reduce_fx``: of a checkpoint it is a name."""
+        mine, others = list(self.options), list(options)
+        mine[4], others[4] = self.reduction, reduction_name(options[4])
+        return mine == others
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: a metric object's own state is kept with the module's."""
+        options = list(self.options)
+        options[4] = self.reduction
+        kept = {
+            "name": self.name,
+            "suffix": self.suffix,
+            "options": options,
+            "on_step": self.on_step,
+            "on_epoch": self.on_epoch,
+        }
+        return kept | {"total": self.total, "weight": self.weight}
 
     def reset(self) -> None:
         """Starts the next epoch."""
@@ -142,7 +162,9 @@ class Metrics:
         if entry is None:
             entry = self._new_entry(name, suffix, options)
         elif entry.options != options or (entry.on_step and self.moment == "epoch"):
-            self._refuse_options(entry, options)
+            if not entry.accepts(options) or (entry.on_step and self.moment == "epoch"):
+                self._refuse_options(entry, options)
+            entry.options = options
         if not isinstance(value, Tensor):
             value = self._as_tensor(entry, value)
             if value is None:
@@ -242,6 +264,49 @@ class Metrics:
                 results[at][name] = number
         return results
 
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """What a checkpoint keeps: the epoch's reductions so far, and the latest values.
+
+        Args:
+            module: The module, among whose submodules the metric objects are.
+        """
+        paths = {id(part): path for path, part in module.named_modules()}
+        entries = []
+        for entry in self._entries["train"].values():
+            metric = None if entry.metric is None else paths.get(id(entry.metric))
+            entries.append(entry.state_dict() | {"metric": metric})
+        return {
+            "entries": entries,
+            "metric_objects": metric_states(module),
+            "callback_metrics": dict(self.callback_metrics),
+            "progress_bar_metrics": dict(self.progress_bar_metrics),
+            "logged_metrics": {name: plain(value) for name, value in self.logged_metrics.items()},
+            "fresh": {name: plain(value) for name, value in self.fresh.items()},
+            "renewals": dict(self.renewals),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module, device: torch.device) -> None:
+        """Restores what :meth:`state_dict` gave.
+
+        Args:
+            state: The kept state.
+            module: The module.
+            device: Where the values were, or are to be.
+        """
+        for kept in state["entries"]:
+            name = kept["name"].removesuffix(kept["suffix"])
+            entry = Entry(name, kept["suffix"], tuple(kept["options"]), kept["on_step"], kept["on_epoch"])
+            entry.total, entry.weight = on_device(kept["total"], device), kept["weight"]
+            if kept["metric"] is not None:
+                entry.metric = module.get_submodule(kept["metric"])
+            self._entries["train"][entry.name] = entry
+        load_metric_states(module, state["metric_objects"])
+        for name in ("callback_metrics", "progress_bar_metrics", "logged_metrics", "fresh"):
+            setattr(self, name, {key: on_device(value, device) for key, value in state[name].items()})
+        self.renewals.update(state["renewals"])
+
     def _set(self, name: str, value: Tensor) -> None:
         self.callback_metrics[name] = value
         self.renewals[name] += 1
@@ -308,6 +373,47 @@ class Metrics:
             f"self.log({entry.name!r}, ...) in {calling_hook()}: the name is logged with different options ({difference}). "
             "Use the same options for one name, or another name."
         )
+
+
+def plain(value: Any) -> Any:
+    """A logged value as a checkpoint can give it back: itself, or the number that it stands for."""
+    return value if isinstance(value, (Tensor, int, float)) else float(value)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A tensor on a device, and moved no more; anything else as it is."""
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def metric_states(module: nn.Module) -> dict[str, Any]:
+    """What the torchmetrics objects among a module's submodules have accumulated, by their paths.
+
+    They keep it out of ``state_dict``, unless asked to.
+    """
+    for part in module.modules():
+        if hasattr(part, "compute_groups") and callable(items := getattr(part, "items", None)):
+            items()  # a collection lets the metrics of a group share the state of the first when it is asked for them
+    return {
+        path: {"states": {name: getattr(part, name) for name in part._defaults}, "updates": part._update_count}
+        for path, part in module.named_modules()
+        if is_metric(part)
+    }
+
+
+def load_metric_states(module: nn.Module, states: Mapping[str, Any]) -> None:
+    """Restores what :func:`metric_states` gave, to the metrics that are there still."""
+    for path, part in module.named_modules():
+        if path in states and is_metric(part):
+            for name, value in states[path]["states"].items():
+                moved = [each.to(part.device) for each in value] if isinstance(value, list) else value.to(part.device)
+                setattr(part, name, moved)
+            part._update_count = states[path]["updates"]
+            part._computed = None
+
+
+def is_metric(part: Any) -> bool:
+    """Whether a module is a torchmetrics object, which the core does not import."""
+    return all(hasattr(part, name) for name in ("_defaults", "_update_count", "compute", "update"))
 
 
 def reduction_name(reduction: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from eventtrain.data import Batches, Limit, as_loaders, known_length, limited_le
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 from eventtrain.module import DataHooks, LightningDataModule, LightningModule, overridden
+from eventtrain.position import Source, generator_states, set_generator_states
 from eventtrain.signals import SignalTable
 
 LOADER_HOOKS: dict[Stage, str] = {
@@ -33,6 +34,9 @@ class DataSources:
         limits: How many batches of each stage are used.
         signals: Where fetching is published.
         device: Where batches go.
+
+    Attributes:
+        seed: What loaders' workers are seeded from, besides stage, pass and batch.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class DataSources:
         self._limits = limits
         self._signals = signals
         self._device = device
+        self.seed = torch.initial_seed()
+        self._sources: dict[tuple[Stage, int], Source] = {}
         self._loaders = {stage: loader for stage, loader in given.items() if loader is not None}
 
     def loader(self, stage: Stage) -> Any:
@@ -68,16 +74,38 @@ class DataSources:
         """
         return limited_length(known_length(loader), self._limits[stage], limit_name(stage))
 
-    def open(self, stage: Stage, loader: Any, limit: int | None, dataloader_idx: int = 0) -> Batches:
-        """Begins a pass over a loader."""
-        return Batches(loader, limit, stage, self._signals, self._transfer(dataloader_idx))
+    def open(
+        self,
+        stage: Stage,
+        loader: Any,
+        limit: int | None,
+        number: int,
+        position: Mapping[str, Any] | None = None,
+        *,
+        dataloader_idx: int = 0,
+    ) -> Batches:
+        """Begins a pass over a loader.
 
-    def passes(self, stage: Stage, *, most: int | None = None) -> list[Callable[[], Batches]]:
+        Args:
+            stage: The stage.
+            loader: The loader.
+            limit: Batches at most; None for all.
+            number: The pass's number, for the seeds of the loader's workers.
+            position: Where it goes on, see :meth:`Batches.position`; None for its beginning.
+            dataloader_idx: The loader's index among those of the stage.
+        """
+        source = self._sources.get((stage, dataloader_idx))
+        if source is None:
+            source = self._sources[stage, dataloader_idx] = Source(loader, (self.seed, stage, dataloader_idx))
+        return Batches(source, number, limit, stage, self._signals, self._transfer(dataloader_idx), position)
+
+    def passes(self, stage: Stage, *, most: int | None = None, number: int = 0) -> list[Callable[[], Batches]]:
         """What begins a pass over each loader of an evaluation.
 
         Args:
             stage: The stage.
             most: Batches of each loader at most; None for the stage's limit alone.
+            number: The passes' number, for the seeds of the loaders' workers.
         """
         loaders = as_loaders(self.loader(stage))
         for loader in loaders:
@@ -86,7 +114,25 @@ class DataSources:
                     f"The {stage} loader is {loader!r} ({type(loader).__name__}), which cannot be iterated. Give a DataLoader."
                 )
         limits = self.lengths(stage, most=most)
-        return [partial(self.open, stage, *pair, index) for index, pair in enumerate(zip(loaders, limits, strict=True))]
+        pairs = zip(loaders, limits, strict=True)
+        return [partial(self.open, stage, *pair, number, dataloader_idx=index) for index, pair in enumerate(pairs)]
+
+    def generator_states(self) -> dict[str, list[dict[str, Any]]]:
+        """The states of the generators that the run's training and validation loaders hold, for a checkpoint."""
+        return {stage: [generator_states(loader) for loader in self._all(stage)] for stage in ("train", "validation")}
+
+    def set_generator_states(self, states: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Puts the loaders' generators into states that :meth:`generator_states` gave."""
+        for stage in ("train", "validation"):
+            for loader, kept in zip(self._all(stage), states[stage], strict=False):
+                set_generator_states(loader, kept)
+
+    def release(self) -> None:
+        """Lets the loaders' workers go."""
+        self._sources.clear()
+
+    def _all(self, stage: Stage) -> list[Any]:
+        return [self.loader(stage)] if stage == "train" else as_loaders(self.loader(stage))
 
     def lengths(self, stage: Stage, *, most: int | None = None) -> list[int | None]:
         """How many batches of each loader of an evaluation are used; None for all of one of unknown length."""

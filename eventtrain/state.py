@@ -24,6 +24,7 @@ class Progress:
         batch_idx: The index in its epoch of the batch at hand, or of the last one; -1 before an epoch's first.
         total_batch_idx: Batches of the run whose training began, the one at hand included, less one.
         validations: Validations of the run completed, sanity checks not counted.
+        validated_at: ``total_batch_idx`` of the batch after which the last validation ran, or runs.
         epoch_is_over: The epoch at hand has ended and is about to be counted: so it is at its ``safe_point``.
     """
 
@@ -32,6 +33,7 @@ class Progress:
     batch_idx: int = -1
     total_batch_idx: int = -1
     validations: int = 0
+    validated_at: int = -1
     epoch_is_over: bool = False
 
     def count_epoch(self) -> None:

@@ -29,7 +29,7 @@ from eventtrain.configure import LRSchedulerConfig
 from eventtrain.data import Limit, check_limit, check_train_loader, resolve_device
 from eventtrain.describe import describe, overview
 from eventtrain.distributed import SingleProcess
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.evaluation import EvaluationLoop, EvaluationStage, step_arguments
 from eventtrain.events import (
     AfterLRSchedulerStep,
@@ -172,8 +172,9 @@ class Trainer(RunView):
             train_dataloaders: The training loader; the module's or datamodule's where None.
             val_dataloaders: A validation loader, or a list of them; the module's or datamodule's where None.
             datamodule: Brings the loaders.
-            ckpt_path: A checkpoint to resume from: exactly, where it was written at the end of an epoch; else from
-                the start of the epoch that it was written in.
+            ckpt_path: A checkpoint to resume from, exactly where it was written at a safe point: its path; ``"last"``, the
+                newest whole one of those that an attached callback keeps, or a fresh start where there is none yet;
+                ``"best"``, by the callback's monitored metric.
 
         Raises:
             MisconfigurationError: Something was put together in a way that cannot work. Checked before
@@ -420,6 +421,9 @@ class Trainer(RunView):
                 detach(callback, self.signals, self.callbacks)
             for optimizer in self.optimizers:
                 optimizer.leave_run()
+            if self._loop is not None and self._loop.batches is not None:
+                self._loop.batches.release()
+            self._data.release()
             self.metrics.enter("train", None)
             self.sanity_checking = False
             self.stage = None
@@ -443,11 +447,13 @@ class Trainer(RunView):
         self._configure_optimizers(module)
         validation = self._validation(module)
         self._loop = loop = self._train_loop(module, loader, validation)
-        if ckpt_path is not None and (checkpoint := self._read_checkpoint(ckpt_path)) is not None:
+        checkpoint = None if ckpt_path is None else self._read_checkpoint(ckpt_path)
+        if checkpoint is not None:
             checkpoints.restore(self, checkpoint, training=True)
         with torch.enable_grad():
             signals.fit_start.publish(FitStart())
-            if validation is not None and self.num_sanity_val_steps:
+            # A resumed run had its check when it began.
+            if validation is not None and self.num_sanity_val_steps and checkpoint is None:
                 self._sanity_check(module)
             if self.extent.batches_per_epoch != 0:
                 loop.run()
@@ -539,6 +545,8 @@ class Trainer(RunView):
         try:
             most = None if self.num_sanity_val_steps == -1 else self.num_sanity_val_steps
             self._evaluation_loop(module, "validation", within_fit=True, most=most).run(silent=True)
+        except EvaluationInterrupted:
+            pass  # nothing was trained yet: the loop sees the request to stop
         finally:
             self.sanity_checking = False
 
@@ -575,7 +583,7 @@ class Trainer(RunView):
             step=self._steps[f"{stage}_step"],
             metrics=self.metrics,
             progress=self.progress,
-            open_loaders=self._data.passes(stage, most=most),
+            open_loaders=self._data.passes(stage, most=most, number=self.progress.total_batch_idx + 1),
             within_fit=within_fit,
             is_interrupted=self._is_interrupted,
         )

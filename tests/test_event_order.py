@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
 from eventtrain.describe import event_of
-from eventtrain.events import EVENTS, LOOP_MAP, evaluation_map
+from eventtrain.events import EVENTS, LOOP_MAP, FindCheckpoint, KeepCheckpoint, SafePoint, evaluation_map
 
 # ------------------------------------------------------------------ the pieces of the expected lists
 
@@ -108,12 +109,22 @@ class Scheduled(Automatic):
         return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps)
 
 
-class SaveAtSafePoint(Callback):
-    def __init__(self, path: Any) -> None:
+class Keeper(Callback):
+    """Keeps one checkpoint, and asks for it at each epoch's end."""
+
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_safe_point(self, trainer: Trainer, event: Any) -> None:
+    def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
+        if event.epoch_end:
+            trainer.keep_checkpoint("the epoch is over")
+
+    def on_keep_checkpoint(self, trainer: Trainer, event: KeepCheckpoint) -> None:
         trainer.save_checkpoint(self.path)
+        event.path = str(self.path)
+
+    def on_find_checkpoint(self, trainer: Trainer, event: FindCheckpoint) -> None:
+        event.offer(self.path)
 
 
 def trainer_with(*callbacks: Any, **options: Any) -> Trainer:
@@ -434,13 +445,10 @@ def map_events(text: str) -> list[str]:
 
 def resumed_epoch(tmp_path: Any) -> list[str]:
     """An epoch of one batch in which every event of fit comes that does not exclude another."""
-    path = tmp_path / "checkpoint.pt"
-    callbacks = (GradientClipping(0.1), LRSchedulerStepping(), SaveAtSafePoint(tmp_path / "second.pt"))
-    first_epoch = trainer_with(*callbacks)
-    first_epoch.fit(Scheduled(), BATCHES[:1])
-    first_epoch.save_checkpoint(path)
+    callbacks = (GradientClipping(0.1), LRSchedulerStepping(), Keeper(tmp_path / "checkpoint.pt"))
+    trainer_with(*callbacks).fit(Scheduled(), BATCHES[:1])
     trainer = trainer_with(*callbacks, max_epochs=2)
-    run = recorded(trainer, lambda: trainer.fit(Scheduled(), BATCHES[:1], BATCHES[:1], ckpt_path=path))
+    run = recorded(trainer, lambda: trainer.fit(Scheduled(), BATCHES[:1], BATCHES[:1], ckpt_path="last"))
     return plain(run)
 
 

@@ -307,8 +307,8 @@ def test_j2_it_counts_as_no_validation() -> None:
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 1
 
 
-def test_j2_it_steps_no_scheduler_of_a_resumed_run(tmp_path: Any) -> None:
-    """Updates were made since the scheduler stepped last, and no validation."""
+def test_j2_a_resumed_run_has_none_and_steps_no_scheduler_for_it(tmp_path: Any) -> None:
+    """The run had its check when it began; updates were made since the scheduler stepped last, and no validation."""
 
     def configure(sgd: Any) -> Any:
         return [sgd], [{"scheduler": LambdaLR(sgd, lambda n: 0.5**n), "interval": "validation"}]
@@ -321,7 +321,7 @@ def test_j2_it_steps_no_scheduler_of_a_resumed_run(tmp_path: Any) -> None:
     module = Sane(configure=configure)
     trainer = new_trainer(LRSchedulerStepping(), look, num_sanity_val_steps=1)
     trainer.fit(module, batches(2), batches(1), ckpt_path=path)
-    assert module.checks == [1.0]
+    assert module.checks == []
     assert steps == [0]
     assert scheduler_steps(trainer) == 1
 

@@ -1,0 +1,158 @@
+"""What the tests of resuming share: a run that keeps a checkpoint of each safe point, and the comparison of a run that goes
+on from one with the run that was never interrupted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from eventtrain import Callback, LightningModule, Trainer
+from eventtrain.events import AfterLRSchedulerStep, MetricsLogged, SafePoint
+
+
+class Model(LightningModule):
+    """Draws from every generator, logs in every way, and steps a schedule."""
+
+    def __init__(self, lr: float = 0.05, steps: int = 200) -> None:
+        super().__init__()
+        self.lr, self.steps = lr, steps
+        generator = torch.Generator().manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        self.inputs: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.inputs.append(batch.detach().clone())
+        noise = random.random() + numpy.random.random()
+        loss = (self.net(batch) + 0.01 * noise).pow(2).mean()
+        self.log("loss", loss, prog_bar=True)
+        self.log("both", loss * 2, on_step=True, on_epoch=True)
+        self.log("least", loss, on_step=False, on_epoch=True, reduce_fx=torch.min)
+        if batch_idx == 0:
+            self.log("first", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.net(batch).pow(2).mean() + torch.rand(()) * 0.01)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=self.steps)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}, {"scheduler": plateau, "monitor": "both"}]
+
+
+class KeepAll(Callback):
+    """Writes a checkpoint at each safe point, and remembers how much was recorded until then."""
+
+    def __init__(self, folder: Path, record: Record) -> None:
+        self.folder, self.record = folder, record
+        self.kept: list[tuple[Path, int, int]] = []
+
+    def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
+        path = self.folder / f"{len(self.kept)}.ckpt"
+        trainer.save_checkpoint(path)
+        self.kept.append((path, len(self.record.logged), len(self.record.rates)))
+
+
+class Record(Callback):
+    """What a run logs, and its learning rates."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[Any, ...]] = []
+        self.rates: list[list[float]] = []
+
+    def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
+        values = {name: float(value) for name, value in event.metrics.items()}
+        self.logged.append((event.stage, event.scope, event.step, trainer.current_epoch, values))
+
+    def on_after_lr_scheduler_step(self, trainer: Trainer, event: AfterLRSchedulerStep) -> None:
+        self.rates.append(list(event.learning_rates))
+
+
+Build = Callable[[], tuple[Any, Any, Any, list[Any], dict[str, Any]]]
+"""Makes module, training loader, validation loader, callbacks, and the trainer's other arguments: anew for each run."""
+
+
+def run(build: Build, *more: Any, ckpt_path: Any = None) -> Trainer:
+    """Trains what ``build`` makes, from generators in a known state."""
+    torch.manual_seed(7)
+    random.seed(7)
+    numpy.random.seed(7)
+    module, train, val, callbacks, options = build()
+    trainer = Trainer(
+        callbacks=[*callbacks, *more], device="cpu", **{"default_callbacks": False, "num_sanity_val_steps": 1, **options}
+    )
+    if ckpt_path is not None:  # nothing of a resumed run may come from the process that it happens to be in
+        torch.manual_seed(99)
+        random.seed(99)
+        numpy.random.seed(99)
+    trainer.fit(module, train, val, ckpt_path=ckpt_path)
+    return trainer
+
+
+def check_all_safe_points(build: Build, folder: Path, *, every: int = 1) -> int:
+    """Goes on from each safe point of a run and compares with the run itself.
+
+    Returns:
+        How many safe points there were.
+    """
+    record = Record()
+    keep = KeepAll(folder, record)
+    straight = run(build, record, keep)
+    after = draws()
+    assert keep.kept
+    for path, logged, rates in keep.kept[::every]:
+        again = Record()
+        resumed = run(build, again, ckpt_path=path)
+        assert_same(draws(), after, f"{path.name}: generators")
+        assert record.logged[logged:] == again.logged, path.name
+        assert record.rates[rates:] == again.rates, path.name
+        assert_same_run(resumed, straight, path.name)
+    return len(keep.kept)
+
+
+def assert_same_run(resumed: Trainer, straight: Trainer, what: str) -> None:
+    """Parameters, buffers, optimizers, schedulers, counters, callbacks and metrics, bit for bit."""
+    assert_same(resumed.module.state_dict(), straight.module.state_dict(), f"{what}: module")
+    for mine, expected in zip(resumed.optimizers, straight.optimizers, strict=True):
+        assert_same(mine.state_dict(), expected.state_dict(), f"{what}: optimizer")
+        assert mine.num_steps == expected.num_steps
+    for mine, expected in zip(resumed.lr_scheduler_configs, straight.lr_scheduler_configs, strict=True):
+        assert_same(mine.scheduler.state_dict(), expected.scheduler.state_dict(), f"{what}: scheduler")
+    assert resumed.progress == straight.progress, what
+    assert_same(dict(resumed.callback_metrics), dict(straight.callback_metrics), f"{what}: callback_metrics")
+    for mine, expected in zip(resumed.callbacks, straight.callbacks, strict=False):
+        if isinstance(mine, Callback) and not isinstance(mine, (Record, KeepAll)):
+            assert_same(mine.state_dict(), expected.state_dict(), f"{what}: {type(mine).__name__}")
+
+
+def draws() -> list[Any]:
+    """What each of the process's generators would give next."""
+    return [torch.rand(2), random.random(), float(numpy.random.random())]
+
+
+def assert_same(mine: Any, expected: Any, what: str) -> None:
+    """Equal values, tensors by ``torch.equal``, NaN equal to itself."""
+    assert type(mine) is type(expected), f"{what}: {mine!r} and {expected!r}"
+    if isinstance(mine, Tensor):
+        assert torch.equal(mine, expected) or (torch.isnan(mine) & torch.isnan(expected)).any(), (
+            f"{what}: {mine} and {expected}"
+        )
+    elif isinstance(mine, dict):
+        assert list(mine) == list(expected), f"{what}: {list(mine)} and {list(expected)}"
+        for key in mine:
+            assert_same(mine[key], expected[key], f"{what}[{key!r}]")
+    elif isinstance(mine, (list, tuple)):
+        assert len(mine) == len(expected), what
+        for index, pair in enumerate(zip(mine, expected, strict=True)):
+            assert_same(*pair, f"{what}[{index}]")
+    else:
+        assert mine == expected or (mine != mine and expected != expected), f"{what}: {mine!r} and {expected!r}"

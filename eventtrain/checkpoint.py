@@ -45,6 +45,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     - ``window``, the accumulation window at hand, with the gradients that are held;
     - ``metrics``, what was logged, and the unfinished epoch's reductions;
     - ``rng``, the generators; ``data``, the position in the training data and the loaders' own generators;
+      ``epoch_reason``, why the epoch was about to end, if it was;
     - ``callbacks``, each callback's state by its key; ``datamodule``.
 
     Args:
@@ -73,12 +74,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         },
         "metrics": trainer.metrics.state_dict(module),
         "rng": rng_state(),
-        "data": {
-            "seed": trainer._data.seed,
-            "position": position,
-            "epoch_reason": trainer.stop_request.epoch_reason if position is not None else None,
-            "generators": trainer._data.generator_states(),
-        },
+        "data": trainer._data.state_dict(inside_epoch=position is not None) | {"position": position},
+        "epoch_reason": trainer.stop_request.epoch_reason if position is not None else None,
         "callbacks": {state_key(each): each.state_dict() for each in trainer.callbacks if has_state(each)},
         "datamodule": trainer.datamodule.state_dict() if trainer.datamodule is not None else {},
     }
@@ -154,13 +151,13 @@ def restore_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     assert loop is not None
     if data is None:  # of a version that kept no position: an epoch begins anew
         return
-    sources.seed = data["seed"]
+    sources.load_state_dict(data)
 
     def put_generators_back() -> None:
         set_rng_state(checkpoint["rng"])
-        sources.set_generator_states(data["generators"])
+        sources.put_generators_back(data)
 
-    loop.resumption = Resumption(data["position"], data["epoch_reason"], put_generators_back)
+    loop.resumption = Resumption(data["position"], checkpoint["epoch_reason"], put_generators_back)
 
 
 # ------------------------------------------------------------------ older schemas

@@ -28,12 +28,17 @@ class Source:
     Args:
         loader: The loader.
         key: What its workers are seeded from, besides the pass and the batch: the run's seed, the stage, the loader's index.
+        passes: How many passes over it the run has begun before, in another process.
+
+    Attributes:
+        passes: How many passes over it the run has begun.
     """
 
-    def __init__(self, loader: Any, key: tuple[Any, ...]) -> None:
+    def __init__(self, loader: Any, key: tuple[Any, ...], passes: int = 0) -> None:
         self.loader = loader
+        self.passes = passes
         self.key = key
-        self.is_stateful = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+        self.is_stateful = is_stateful(loader)
         self.has_sampler = isinstance(loader, DataLoader) and has_plain_sampler(loader)
         self._copy: tuple[Any, Indices] | None = None
         if self.has_sampler and loader.num_workers > 0:
@@ -51,10 +56,9 @@ class Source:
             number: The pass's, for the seeds of its workers.
         """
         if self._copy is None:
+            self.passes += 1
             return iter(self.loader)
-        loader, indices = self._copy
-        indices.skip, indices.key = 0, (*self.key, number)
-        return iter(loader)
+        return self._iterate(*self._copy, number, 0)
 
     def begin_at(self, number: int, batches: int, state: Any) -> Iterator[Any]:
         """Begins a pass after its first batches. The generators have to be where they were when it was begun first.
@@ -68,12 +72,12 @@ class Source:
             MisconfigurationError: The loader has fewer batches.
         """
         if self.is_stateful:
+            self.passes += 1
             self.loader.load_state_dict(state)
             return iter(self.loader)
         if self.has_sampler:
             loader, indices = self._copy or with_indices(self.loader)
-            indices.skip, indices.key = batches, (*self.key, number)
-            iterator = iter(loader)
+            iterator = self._iterate(loader, indices, number, batches)
             indices.drop_skipped()
             return iterator
         if not self.is_exact:
@@ -93,8 +97,26 @@ class Source:
                 )
         return iterator
 
+    def _iterate(self, loader: DataLoader[Any], indices: Indices, number: int, skip: int) -> Iterator[Any]:
+        if loader.persistent_workers and loader._iterator is None and self.passes:
+            # Such a loader draws its workers' seed in the run's first pass alone, which was in another process.
+            indices.is_closed = True
+            with torch.random.fork_rng(devices=()):
+                kept = generator_states(loader)
+                iter(loader)
+                set_generator_states(loader, kept)
+            indices.is_closed = False
+        self.passes += 1
+        indices.skip, indices.key = skip, (*self.key, number)
+        return iter(loader)
+
 
 _MISSING = object()
+
+
+def is_stateful(loader: Any) -> bool:
+    """Whether a loader keeps its own position, as torchdata's ``StatefulDataLoader`` does."""
+    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def has_plain_sampler(loader: DataLoader[Any]) -> bool:
@@ -124,16 +146,20 @@ class Indices:
     Attributes:
         skip: How many indices the next pass drops.
         key: What the next pass's workers are seeded from.
+        is_closed: Whether the next pass gives none, and asks for none.
     """
 
     def __init__(self, sampler: Any, *, numbered: bool) -> None:
         self._sampler = sampler
+        self.is_closed = False
         self._numbered = numbered
         self._iterator: _IndexIterator | None = None
         self.skip = 0
         self.key: tuple[Any, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
+        if self.is_closed:
+            return iter(())
         self._iterator = _IndexIterator(iter(self._sampler), self.skip, self.key if self._numbered else None)
         return self._iterator
 

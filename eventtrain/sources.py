@@ -13,7 +13,7 @@ from eventtrain.data import Batches, Limit, as_loaders, known_length, limited_le
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 from eventtrain.module import DataHooks, LightningDataModule, LightningModule, overridden
-from eventtrain.position import Source, generator_states, set_generator_states
+from eventtrain.position import Source, generator_states, is_stateful, set_generator_states
 from eventtrain.signals import SignalTable
 
 LOADER_HOOKS: dict[Stage, str] = {
@@ -22,6 +22,9 @@ LOADER_HOOKS: dict[Stage, str] = {
     "test": "test_dataloader",
     "predict": "predict_dataloader",
 }
+
+
+KEPT_STAGES: tuple[Stage, ...] = ("train", "validation")  # whose loaders a run inside of fit reads
 
 
 class DataSources:
@@ -55,6 +58,7 @@ class DataSources:
         self._device = device
         self.seed = torch.initial_seed()
         self._sources: dict[tuple[Stage, int], Source] = {}
+        self._passes: dict[str, int] = {}  # that the run has begun before, in another process
         self._loaders = {stage: loader for stage, loader in given.items() if loader is not None}
 
     def loader(self, stage: Stage) -> Any:
@@ -96,7 +100,8 @@ class DataSources:
         """
         source = self._sources.get((stage, dataloader_idx))
         if source is None:
-            source = self._sources[stage, dataloader_idx] = Source(loader, (self.seed, stage, dataloader_idx))
+            passes = self._passes.get(f"{stage}/{dataloader_idx}", 0)
+            source = self._sources[stage, dataloader_idx] = Source(loader, (self.seed, stage, dataloader_idx), passes)
         return Batches(source, number, limit, stage, self._signals, self._transfer(dataloader_idx), position)
 
     def passes(self, stage: Stage, *, most: int | None = None, number: int = 0) -> list[Callable[[], Batches]]:
@@ -117,14 +122,35 @@ class DataSources:
         pairs = zip(loaders, limits, strict=True)
         return [partial(self.open, stage, *pair, number, dataloader_idx=index) for index, pair in enumerate(pairs)]
 
-    def generator_states(self) -> dict[str, list[dict[str, Any]]]:
-        """The states of the generators that the run's training and validation loaders hold, for a checkpoint."""
-        return {stage: [generator_states(loader) for loader in self._all(stage)] for stage in ("train", "validation")}
+    def state_dict(self, *, inside_epoch: bool) -> dict[str, Any]:
+        """What a checkpoint keeps of the loaders, beside the position in the training epoch at hand.
 
-    def set_generator_states(self, states: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Puts the loaders' generators into states that :meth:`generator_states` gave."""
-        for stage in ("train", "validation"):
-            for loader, kept in zip(self._all(stage), states[stage], strict=False):
+        Args:
+            inside_epoch: Whether there is one.
+        """
+        passes = {f"{stage}/{index}": source.passes for (stage, index), source in self._sources.items()}
+        train = self.loader("train")
+        between = is_stateful(train) and not inside_epoch and passes.get("train/0", 0) > 0
+        if inside_epoch:
+            passes["train/0"] -= 1  # it is begun again
+        return {
+            "seed": self.seed,
+            "passes": passes,
+            "loader": train.state_dict() if between else None,
+            "generators": {stage: [generator_states(loader) for loader in self._all(stage)] for stage in KEPT_STAGES},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave, but for the generators, which the run puts back when it goes on."""
+        self.seed, self._passes = state["seed"], state["passes"]
+        if state["loader"] is not None and is_stateful(train := self.loader("train")):
+            train.load_state_dict(state["loader"])
+            iter(train)  # the pass that the state belongs to, which is over: the next begins anew
+
+    def put_generators_back(self, state: Mapping[str, Any]) -> None:
+        """Puts the loaders' generators into the states that :meth:`state_dict` kept."""
+        for stage in KEPT_STAGES:
+            for loader, kept in zip(self._all(stage), state["generators"][stage], strict=False):
                 set_generator_states(loader, kept)
 
     def release(self) -> None:

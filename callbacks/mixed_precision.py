@@ -92,7 +92,7 @@ class MixedPrecision(Callback):
         self._unscaled.clear()
         self._since_update.clear()
         self._overflows = 0
-        self._loaded = {name: value for name, value in self._loaded.items() if name not in HOLDINGS}
+        self._loaded = {name: self._loaded[name] for name in ("scaler", "overflows")}
         if self.precision == "fp16" and self.scaler is None:
             self.scaler = GradScaler(device=trainer.device.type)
             self.load_state_dict(self._loaded)
@@ -208,6 +208,8 @@ class MixedPrecision(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
+        if not self._optimizers:
+            return dict(self._loaded)
         scaler = self.scaler.state_dict() if self.scaler is not None else self._loaded["scaler"]
         # What optimizers hold where a checkpoint is written inside of a window, by their places in configure_optimizers.
         held = zip(HOLDINGS, (self._scaled, self._plain, self._mixed), strict=True)
@@ -219,7 +221,8 @@ class MixedPrecision(Callback):
         return {"scaler": scaler, "overflows": self._overflows, **places, "awaiting_update": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._loaded = state  # before the first run there is no scaler yet
+        self._loaded = state  # before fit_start there may be no scaler yet, and there are no optimizers
+        self._optimizers = []
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self._overflows = state["overflows"]

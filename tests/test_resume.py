@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from eventtrain import LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
-from tests.resuming import Model, check_all_safe_points
+from tests.resuming import KeepAll, Model, Record, assert_same, assert_same_run, check_all_safe_points, run
 
 
 class Samples(Dataset[Any]):
@@ -144,6 +146,7 @@ def test_a_run_that_ends_inside_of_an_epoch(tmp_path: Path, loader: Any, max_ste
 
 
 WORKERS: dict[str, Any] = {
+    "spawn": {"multiprocessing_context": "spawn"},
     "fork": {"multiprocessing_context": "fork"},
     "persistent": {"multiprocessing_context": "fork", "persistent_workers": True},
     "generator": {"multiprocessing_context": "fork", "generator": 3},
@@ -151,6 +154,11 @@ WORKERS: dict[str, Any] = {
 }
 
 
+# On a machine with one core torch advises against two workers.
+FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@FEW_CORES
 @pytest.mark.parametrize("options", WORKERS.values(), ids=WORKERS)
 def test_workers(tmp_path: Path, options: dict[str, Any]) -> None:
     def loader() -> Any:
@@ -162,4 +170,114 @@ def test_workers(tmp_path: Path, options: dict[str, Any]) -> None:
             dataset = [torch.randn(4, 3, generator=seeded(n)) for n in range(6)]
         return DataLoader(dataset, **given)
 
-    trained_with(loader, tmp_path, every=2)
+    # Each resumed run starts its workers anew, which takes a second where they are spawned.
+    trained_with(loader, tmp_path, every=4 if options["multiprocessing_context"] == "spawn" else 2)
+
+
+@FEW_CORES
+def test_workers_of_a_run_that_is_not_resumed_read_what_a_plain_loop_reads(tmp_path: Path) -> None:
+    """Seeding by batch changes what workers draw, and neither the order nor the process's own generators."""
+
+    class Plain(Samples):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return self.values[index]
+
+    def loader() -> Any:
+        return DataLoader(Plain(), batch_size=4, shuffle=True, num_workers=2, multiprocessing_context="fork")
+
+    torch.manual_seed(1)
+    expected = [batch for _ in range(2) for batch in loader()]
+    drawn = torch.rand(2)
+
+    class Reader(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[torch.Tensor] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.seen.append(batch.clone())
+
+        def configure_optimizers(self) -> None:
+            return None
+
+    module, given = Reader(), loader()
+    before = dict(given.__dict__)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="configure_optimizers"):
+        Trainer(max_epochs=2, default_callbacks=False, device="cpu").fit(module, given)
+    assert_same(module.seen, expected, "batches")
+    assert torch.equal(torch.rand(2), drawn)
+    assert given.__dict__ == before, "the given loader is never changed"
+
+
+def test_nothing_is_loaded_for_batches_that_are_done(tmp_path: Path) -> None:
+    loaded: list[Samples] = []
+
+    def build() -> Any:
+        loaded.append(Samples())
+        callbacks = [LRSchedulerStepping()]
+        return Model(), DataLoader(loaded[-1], batch_size=4, shuffle=True), None, callbacks, {"max_epochs": 1}
+
+    keep = KeepAll(tmp_path, Record())
+    run(build, keep)
+    run(build, ckpt_path=keep.kept[2][0])
+    assert loaded[1].loaded == loaded[0].loaded[12:]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(torch.randn(20, 3, generator=seeded()))
+
+
+def test_an_iterable_data_set_without_state_says_what_cannot_be_exact(tmp_path: Path) -> None:
+    def build() -> Any:
+        return Model(), DataLoader(Stream(), batch_size=4), None, [LRSchedulerStepping()], {"max_epochs": 2}
+
+    keep = KeepAll(tmp_path, Record())
+    straight = run(build, keep)
+    message = r"DataLoader over Stream\) keeps no position.*first 3 batches are dropped.*StatefulData"
+    with pytest.warns(UserWarning, match=message) as said:
+        resumed = run(build, ckpt_path=keep.kept[2][0])
+    assert len(said) == 1, "once"
+    # It gives the same batches each time and draws nothing, so that it is exact all the same.
+    assert_same_run(resumed, straight, "iterable")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(build, ckpt_path=keep.kept[4][0])  # between two epochs there is no position to keep
+
+
+def test_a_stateful_iterable_data_set_goes_on_from_the_last_batch_used(tmp_path: Path) -> None:
+    class Stateful(Stream):
+        def __init__(self) -> None:
+            self.at = 0
+
+        def __iter__(self) -> Any:
+            values = torch.randn(20, 3, generator=seeded())
+            while self.at < 20:
+                self.at += 1
+                yield values[self.at - 1] + 0.1 * torch.randn(3)
+            self.at = 0
+
+        def state_dict(self) -> dict[str, int]:
+            return {"at": self.at}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.at = state["at"]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        trained_with(lambda: StatefulDataLoader(Stateful(), batch_size=4), tmp_path)
+
+
+def test_other_data_is_said_to_be_other(tmp_path: Path) -> None:
+    length = 20
+
+    def build() -> Any:
+        return Model(), DataLoader(Samples(length), batch_size=4), None, [LRSchedulerStepping()], {"max_epochs": 1}
+
+    keep = KeepAll(tmp_path, Record())
+    run(build, keep)
+    length = 24
+    message = r"after 2 of 5 batches of an epoch; the training loader .DataLoader over Samples. has 6"
+    with pytest.warns(UserWarning, match=message):
+        run(build, ckpt_path=keep.kept[1][0])

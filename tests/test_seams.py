@@ -169,6 +169,12 @@ def test_a_batch_of_skipped_training_runs_nothing() -> None:
 
 
 PHASES = [name for name, event_type in EVENTS.items() if issubclass(event_type, Phase)]
+# The run that has one phase of a whole evaluation; those of a batch are looked at in a fit.
+EVALUATIONS = {"validation_start": "validate", "test_start": "test", "predict_start": "predict"}
+
+
+def run_through(phase: str, trainer: Trainer, module: LightningModule, batches: list[Tensor]) -> None:
+    getattr(trainer, EVALUATIONS.get(phase, "fit"))(module, batches)
 
 
 @contextmanager
@@ -193,8 +199,8 @@ def test_what_is_entered_is_left_in_reverse_order(phase: str) -> None:
     trainer = trainer_with()
     for name in ("first", "second"):
         trainer.signals[phase].connect(enters(notes, name))
-    trainer.fit(Module(), BATCHES[:2])
-    assert notes == ["enter first", "enter second", "leave second", "leave first"] * 2
+    run_through(phase, trainer, Module(), BATCHES[:2])
+    assert notes == ["enter first", "enter second", "leave second", "leave first"] * (1 if phase in EVALUATIONS else 2)
 
 
 def test_phases_nest_as_the_loop_map_shows() -> None:
@@ -235,6 +241,16 @@ def test_a_phase_is_over_before_its_counterpart_is_published() -> None:
 class FailsWhere(Module):
     """Fails inside of one phase."""
 
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.fail_in("validation_start")
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.fail_in("test_start")
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.fail_in("predict_start")
+        return batch
+
     def __init__(self, phase: str) -> None:
         super().__init__()
         self.phase = phase
@@ -269,7 +285,7 @@ def test_an_error_in_the_work_leaves_what_was_entered(phase: str) -> None:
     for name in ("first", "second"):
         trainer.signals[phase].connect(enters(notes, name))
     with pytest.raises(RuntimeError, match=phase):
-        trainer.fit(FailsWhere(phase), BATCHES)
+        run_through(phase, trainer, FailsWhere(phase), BATCHES)
     assert notes == ["enter first", "enter second", "leave second", "leave first"]
 
 
@@ -286,9 +302,20 @@ def test_an_error_in_a_later_listener_of_the_same_event_leaves_what_was_entered(
     trainer.signals[phase].connect(fail)
     module = Module()
     with pytest.raises(ValueError, match=phase):
-        trainer.fit(module, BATCHES)
+        run_through(phase, trainer, module, BATCHES)
     assert notes == ["enter first", "enter second", "leave second", "leave first"]
-    assert len(module.steps) == (0 if phase in ("before_batch_fetch", "optimizer_step", "before_forward") else 1)
+    assert len(module.steps) == (1 if phase in ("before_zero_grad", "before_backward") else 0)
+
+
+@pytest.mark.parametrize("phase", EVALUATIONS)
+def test_an_evaluation_is_left_after_its_end_is_published(phase: str) -> None:
+    """So that whoever listens to the end finds what the evaluation ran in, such as averaged weights."""
+    notes: list[str] = []
+    trainer = trainer_with()
+    trainer.signals[phase].connect(enters(notes, "evaluation"))
+    trainer.signals[phase.replace("start", "end")].connect(lambda _, event: notes.append("end"))
+    run_through(phase, trainer, Module(), BATCHES[:2])
+    assert notes == ["enter evaluation", "end", "leave evaluation"]
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

@@ -258,8 +258,9 @@ class Batches:
             "state": state,
         }
 
-    def release(self) -> None:
-        """Lets the loader's workers go; the position stays."""
+    def close(self) -> None:
+        """Lets the loader's workers go; the position stays. They are waited for here, where no one waits for garbage to be
+        collected, at which a queue may be closed before the word to end is in it: then each waits for its time-out of 5 s."""
         self._iterator = iter(())
         self._read = self._iterator.__next__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -99,7 +99,10 @@ class EvaluationLoop:
             self.signals[f"{self.stage}_start"].publish(phase)
             self.metrics.enter(self.stage, "epoch")
             self._publish("epoch_start", "EpochStart")
-            outputs = [self.run_loader(index, opened()) for index, opened in enumerate(self.open_loaders)]
+            outputs: list[list[Any]] = []
+            for index, opened in enumerate(self.open_loaders):
+                with closing(opened()) as batches:
+                    outputs.append(self.run_loader(index, batches))
             self.metrics.enter(self.stage, "epoch")
             self.metrics.show_epoch()
             self._publish("epoch_end", "EpochEnd")

@@ -323,6 +323,7 @@ class TrainLoop:
         if self.batches.is_last:
             self.batches.finish()
         self.close_metrics(complete)
+        self.batches.close()
         self.batches = None
         self.progress.epoch_is_over = True  # what a checkpoint written at the safe point says
         self.signals.safe_point.publish(SafePoint(True, self.batch.window_open))

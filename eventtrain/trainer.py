@@ -422,7 +422,7 @@ class Trainer(RunView):
             for optimizer in self.optimizers:
                 optimizer.leave_run()
             if self._loop is not None and self._loop.batches is not None:
-                self._loop.batches.release()
+                self._loop.batches.close()
             self._data.release()
             self.metrics.enter("train", None)
             self.sanity_checking = False

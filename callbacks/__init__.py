@@ -12,6 +12,7 @@ from eventtrain.callbacks.lambda_callback import LambdaCallback
 from eventtrain.callbacks.learning_rate_monitor import LearningRateMonitor
 from eventtrain.callbacks.lr_scheduler_stepping import LRSchedulerStepping
 from eventtrain.callbacks.mixed_precision import MixedPrecision
+from eventtrain.callbacks.model_checkpoint import ModelCheckpoint
 from eventtrain.callbacks.model_summary import ModelSummary
 from eventtrain.callbacks.profiler import Profiler
 from eventtrain.callbacks.progress_bar import ProgressBar
@@ -29,6 +30,7 @@ __all__ = [
     "LambdaCallback",
     "LearningRateMonitor",
     "MixedPrecision",
+    "ModelCheckpoint",
     "ModelSummary",
     "Profiler",
     "ProgressBar",

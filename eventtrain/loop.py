@@ -361,7 +361,7 @@ class TrainLoop:
     def is_complete(self) -> bool:
         """Whether the run has trained all it was to train."""
         max_epochs = self.extent.max_epochs
-        if max_epochs is not None and self.progress.current_epoch >= max_epochs:
+        if max_epochs is not None and self.progress.epochs_done >= max_epochs:
             return True
         # A checkpoint of the last step's safe point lies before the end of that step's epoch, which is still to come.
         return self.has_all_steps() and (self.resumption is None or self.resumption.position is None)
@@ -371,7 +371,7 @@ class TrainLoop:
         stop, progress = self.stop, self.progress
         if stop.reason is None:
             return False
-        early = progress.current_epoch < self.extent.min_epochs or progress.global_step < self.extent.min_steps
+        early = progress.epochs_done < self.extent.min_epochs or progress.global_step < self.extent.min_steps
         return stop.force or not early
 
 

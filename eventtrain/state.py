@@ -36,6 +36,11 @@ class Progress:
     validated_at: int = -1
     epoch_is_over: bool = False
 
+    @property
+    def epochs_done(self) -> int:
+        """Epochs of training completed, also at the safe point of the last of them."""
+        return self.current_epoch + self.epoch_is_over
+
     def count_epoch(self) -> None:
         """Counts the epoch that is over."""
         self.current_epoch += 1

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
-import tempfile
+import shutil
 import warnings
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from eventtrain.errors import MisconfigurationError
 
-LOADABLE = (torch.Tensor, torch.Size, torch.dtype, torch.device, bool, int, float, complex, str, bytes, type(None))
-"""What ``torch.load(weights_only=True)`` gives back; besides lists, tuples, sets and dicts of them."""
+LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, str, bytes, bytearray, type(None))
+"""What ``torch.load(weights_only=True)`` gives back; besides tensors, and lists, tuples, sets and dicts of them."""
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+TEMPORARY = ".tmp"
 
 
-def write(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write(content: Mapping[str, Any], path: str | os.PathLike[str], *, previous: Path | None = None) -> None:
     """Writes a checkpoint under its final name only once it is whole on disk.
 
     Args:
         content: The checkpoint.
         path: The file; its directory is made.
+        previous: What the file that was there before becomes; it is replaced where None.
 
     Raises:
         MisconfigurationError: Something in it could not be read back.
@@ -34,16 +38,53 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     check_loadable(content)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with renamed_to(target, previous) as temporary, crc32_computed(), open(temporary, "wb") as file:
+        try:
             torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
+        except RuntimeError as error:
+            # What went wrong is the file's error; torch then cannot end its archive, and complains of that instead.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def link(path: Path, new: Path, *, previous: Path | None = None) -> None:
+    """Gives a checkpoint a second name, without a second copy where the file system has hard links.
+
+    Args:
+        path: The file.
+        new: Its other name, in the same directory.
+        previous: As in :func:`write`.
+
+    Raises:
+        OSError: As in :func:`write`.
+    """
+    with renamed_to(new, previous) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            with open(path, "rb") as source, open(temporary, "wb") as file:
+                shutil.copyfileobj(source, file)
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def renamed_to(target: Path, previous: Path | None) -> Generator[Path, None, None]:
+    """Yields a temporary name beside a file, which becomes the file's once the ``with`` block has written it.
+
+    A process that is killed leaves the temporary file; the next writer of the same file writes over it.
+    """
+    temporary = target.with_name(f".{target.name}{TEMPORARY}")
+    try:
+        yield temporary
+        if previous is not None and target.exists():
+            os.replace(target, previous)
         os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        # After an error; and a rename to another name of the same file does nothing.
+        temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # the rename itself is on disk once its directory is; Windows has no such call
         directory = os.open(target.parent, os.O_DIRECTORY)
         try:
@@ -52,8 +93,19 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             os.close(directory)
 
 
+@contextmanager
+def crc32_computed() -> Generator[None, None, None]:
+    """Has :func:`torch.save` write the checksums that :func:`read` verifies, which it leaves out where told so."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, Any]:
-    """Reads a checkpoint; code in the file is refused, never run.
+    """Reads a checkpoint. Its checksums are verified; code in the file is refused, never run.
 
     Args:
         path: The file.
@@ -63,21 +115,40 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, An
         The checkpoint.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, or it cannot be opened.
         MisconfigurationError: It is no checkpoint, is damaged, or holds code.
     """
-    try:
-        content = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise  # the file could not be opened; seeking in a damaged one fails without its name
-        raise MisconfigurationError(
-            f"{os.fspath(path)} is no checkpoint that can be read safely: it is damaged, or holds more than tensors and plain "
-            "values. Give a file that trainer.save_checkpoint wrote."
-        ) from error
+    with open(path, "rb") as file:
+        try:
+            verify_checksums(file)
+            content = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:  # what a damaged file makes of its reader is anything
+            raise MisconfigurationError(
+                f"{os.fspath(path)} is no checkpoint that can be read safely: it is damaged, or holds more than tensors and "
+                f"plain values. Give a file that trainer.save_checkpoint wrote. ({first_line(error)})"
+            ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise MisconfigurationError(f"{os.fspath(path)} is no checkpoint: it holds no 'state_dict'.")
     return content
+
+
+def verify_checksums(file: BinaryIO) -> None:
+    """Reads a file and compares the checksum of each of its parts, which :func:`torch.load` does not do for tensors.
+
+    Raises:
+        ValueError: A part is damaged.
+    """
+    if zipfile.is_zipfile(file):  # else it is no file of today's torch.save, which torch.load tells apart
+        with zipfile.ZipFile(file) as parts:
+            damaged = parts.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} has another checksum than when it was written")
+    file.seek(0)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's class and the first line of its message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def read_first(paths: Sequence[Path], map_location: Any = None) -> dict[str, Any] | None:
@@ -111,9 +182,13 @@ def check_loadable(value: Any, where: str = "checkpoint") -> None:
     Raises:
         MisconfigurationError: Naming the key.
     """
-    if type(value) in LOADABLE or isinstance(value, torch.Tensor):
+    if type(value) in LOADABLE:
         return
-    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
+    if type(value) in TENSORS:
+        if vars(value):  # what somebody hung on to a tensor is written too
+            check_loadable(vars(value), f"vars({where})")
+        return
+    if type(value) in (dict, OrderedDict, Counter):
         for key, item in value.items():
             check_loadable(key, f"a key of {where}")
             check_loadable(item, f"{where}[{key!r}]")

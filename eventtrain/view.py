@@ -168,6 +168,11 @@ class RunView:
         return self.stop_request.reason is not None
 
     @property
+    def is_ending(self) -> bool:
+        """Whether the run ends at the safe point at hand: it is complete, or was asked to stop."""
+        return self._loop is not None and (self._loop.is_complete() or self._loop.is_stopping())
+
+    @property
     def world_size(self) -> int:
         """The number of processes that train together."""
         return self.distributed.world_size

@@ -1,0 +1,67 @@
+"""Copies of a run's state in the host's memory: what may be written while the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Snapshot:
+    """Copies checkpoints into memory that it uses again for the next one, since to allocate it takes longer than to copy.
+
+    What it copied last is valid until it copies again. Tensors that share memory, such as tied weights or views, share it in
+    the copy. Tensors of a GPU are copied by way of page-locked memory, all of them before the first is waited for.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, int, bool], Tensor] = {}  # by number, size in bytes, and whether it is page-locked
+        self._copied: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, address and size of what was copied
+
+    def copy(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint whose tensors and containers nobody else has.
+
+        Args:
+            content: The checkpoint: tensors and plain values in dicts, lists, tuples and sets.
+
+        Returns:
+            The same with tensors on the CPU.
+        """
+        self._copied.clear()
+        copied: dict[str, Any] = self._copy(dict(content))
+        for device in {device for device, *_ in self._copied if device.type != "cpu"}:
+            torch.cuda.synchronize(device)
+        used = {id(buffer) for buffer in self._copied.values()}
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if id(buffer) in used}
+        return copied
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._copy_tensor(value.detach())
+        if isinstance(value, Mapping):
+            return type(value)({self._copy(key): self._copy(item) for key, item in value.items()})  # type: ignore[call-arg]
+        if type(value) in (list, tuple, set):
+            return type(value)(self._copy(item) for item in value)
+        return value  # nothing that changes
+
+    def _copy_tensor(self, tensor: Tensor) -> Tensor:
+        plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        if not plain or tensor.device.type not in ("cpu", "cuda"):
+            return tensor.to("cpu", copy=True)
+        storage = tensor.untyped_storage()
+        source = (tensor.device, storage.data_ptr(), storage.nbytes())
+        buffer = self._copied.get(source)
+        if buffer is None:
+            buffer = self._copied[source] = self._buffer(storage.nbytes(), page_locked=tensor.is_cuda)
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            buffer.copy_(whole, non_blocking=True)
+        copied = torch.empty(0, dtype=tensor.dtype)
+        return copied.set_(buffer.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def _buffer(self, size: int, *, page_locked: bool) -> Tensor:
+        key = (len(self._copied), size, page_locked)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(size, dtype=torch.uint8, pin_memory=page_locked)
+        return self._buffers[key]

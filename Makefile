@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint examples slow bench clean
+.PHONY: demo test lint examples slow chaos bench clean
 
 demo: $(VENV)/examples.stamp  ## install, train a real model on real data, and say where to look at it
 	$(BIN)/python examples/digits.py
@@ -14,6 +14,9 @@ test: $(VENV)/dev.stamp  ## the tests, in a few minutes
 
 slow: $(VENV)/dev.stamp  ## what `make test` leaves out: the examples at full length, the packaging
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(VENV)/dev.stamp  ## kills a training process 200 times, and compares with one that never was: twenty minutes
+	CHAOS_KILLS=200 $(BIN)/python -m pytest -s tests/chaos
 
 lint: $(VENV)/dev.stamp  ## style, types, and whether the generated files are fresh
 	$(BIN)/ruff check .

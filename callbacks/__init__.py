@@ -3,7 +3,9 @@
 if __name__ != "eventtrain.callbacks":
     raise ImportError("This folder is the package eventtrain.callbacks: write `from eventtrain.callbacks import ...`.")
 
+from eventtrain.callbacks.early_stopping import EarlyStopping
 from eventtrain.callbacks.event_timeline import EventTimeline
+from eventtrain.callbacks.exponential_moving_average import ExponentialMovingAverage
 from eventtrain.callbacks.gradient_accumulation import GradientAccumulation
 from eventtrain.callbacks.gradient_clipping import GradientClipping
 from eventtrain.callbacks.gradient_norm_monitor import GradientNormMonitor
@@ -14,14 +16,19 @@ from eventtrain.callbacks.lr_scheduler_stepping import LRSchedulerStepping
 from eventtrain.callbacks.mixed_precision import MixedPrecision
 from eventtrain.callbacks.model_checkpoint import ModelCheckpoint
 from eventtrain.callbacks.model_summary import ModelSummary
+from eventtrain.callbacks.preemption import Preemption
 from eventtrain.callbacks.profiler import Profiler
 from eventtrain.callbacks.progress_bar import ProgressBar
 from eventtrain.callbacks.system_monitor import SystemMonitor
 from eventtrain.callbacks.tensorboard_logger import TensorBoardLogger
+from eventtrain.callbacks.terminate_on_nan import TerminateOnNaN
+from eventtrain.callbacks.timer import Timer
 from eventtrain.callbacks.torch_profiler import TorchProfiler
 
 __all__ = [
+    "EarlyStopping",
     "EventTimeline",
+    "ExponentialMovingAverage",
     "GradientAccumulation",
     "GradientClipping",
     "GradientNormMonitor",
@@ -32,9 +39,12 @@ __all__ = [
     "MixedPrecision",
     "ModelCheckpoint",
     "ModelSummary",
+    "Preemption",
     "Profiler",
     "ProgressBar",
     "SystemMonitor",
     "TensorBoardLogger",
+    "TerminateOnNaN",
+    "Timer",
     "TorchProfiler",
 ]

@@ -118,6 +118,8 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], *, training: bool) -> 
     for optimizer, steps in zip(trainer.optimizers, checkpoint["num_steps"], strict=True):
         assert optimizer.run is not None
         optimizer.run.num_steps = steps
+        # torch's schedulers look for it, and warn of their first step before the optimizer's: that was in another process.
+        optimizer.optimizer._opt_called = steps > 0  # type: ignore[attr-defined]
     for name, value in checkpoint["progress"].items():
         setattr(trainer.progress, name, value)
     if trainer.progress.epoch_is_over:

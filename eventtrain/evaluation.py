@@ -122,9 +122,11 @@ class EvaluationLoop:
         start, end = signals[f"{self.stage}_batch_start"], signals[f"{self.stage}_batch_end"]
         kept: list[Any] = []
         batch_idx = 0
-        while (batch := batches.fetch()) is not END:
+        while True:
             if self.within_fit and self.is_interrupted():
                 raise EvaluationInterrupted
+            if (batch := batches.fetch()) is END:
+                break
             metrics.batch, metrics.moment = batch, "batch"
             if start.listeners:
                 start.publish(self._events["BatchStart"](batch, batch_idx, dataloader_idx))

@@ -136,7 +136,8 @@ class TrainLoop:
         signals.train_start.publish(TrainStart())
         if self.resumption is not None:
             self.resumption.put_generators_back()
-        while not self.is_complete() and not self.is_stopping():
+        # A checkpoint of a run's last safe point, inside of an epoch, lies before the end of that epoch.
+        while self.resumes_inside() or not (self.is_complete() or self.is_stopping()):
             self.train_epoch()
         signals.train_end.publish(TrainEnd())
 
@@ -360,11 +361,15 @@ class TrainLoop:
 
     def is_complete(self) -> bool:
         """Whether the run has trained all it was to train."""
-        max_epochs = self.extent.max_epochs
-        if max_epochs is not None and self.progress.epochs_done >= max_epochs:
-            return True
-        # A checkpoint of the last step's safe point lies before the end of that step's epoch, which is still to come.
-        return self.has_all_steps() and (self.resumption is None or self.resumption.position is None)
+        return self.has_all_steps() or self.has_all_epochs()
+
+    def has_all_epochs(self) -> bool:
+        """Whether ``max_epochs`` is reached."""
+        return self.extent.max_epochs is not None and self.progress.epochs_done >= self.extent.max_epochs
+
+    def resumes_inside(self) -> bool:
+        """Whether there is an epoch to go on with."""
+        return self.resumption is not None and self.resumption.position is not None and not self.has_all_epochs()
 
     def is_stopping(self) -> bool:
         """Whether a request to stop holds now."""

@@ -364,6 +364,8 @@ class Trainer(RunView):
             raise MisconfigurationError(f"The trainer is running {self.stage}. Use another trainer for a run inside of it.")
         steps = self._steps if model is None else Steps(model)
         module = check_module(steps.module)
+        if self.seed is not None:
+            seed_everything(self.seed)
         connections: list[ConnectedHooks] = []
         brought: list[Any] = []
         self.stage, self._module, self.datamodule = stage, module, check_datamodule(datamodule)
@@ -383,8 +385,6 @@ class Trainer(RunView):
             self._even_so(first, partial(self._tear_down, module, stage, connections, brought))
 
     def _attach(self, module: LightningModule, connections: list[ConnectedHooks], brought: list[Any]) -> None:
-        if self.seed is not None:
-            seed_everything(self.seed)
         module.trainer = self
         if self.datamodule is not None:
             self.datamodule.trainer = self
@@ -603,7 +603,7 @@ class Trainer(RunView):
             return storage.read(given)
         event = FindCheckpoint(given)
         self.signals.find_checkpoint.publish(event)
-        if event.paths is None and given == "last" and self._kept_by_nobody.exists():
+        if not event.paths and given == "last" and self._kept_by_nobody.exists():
             event.offer(self._kept_by_nobody)
         if event.paths is None:
             raise MisconfigurationError(

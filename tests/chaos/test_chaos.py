@@ -1,0 +1,123 @@
+"""A training process is killed again and again, at the worst moments too, and ends with the bits of one that never was.
+
+``make chaos`` kills 200 times; the test suite 25 times.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eventtrain import storage
+from tests.chaos.train import RENAMING, TRAINING, VALIDATING, WINDOW, WRITING
+from tests.resuming import assert_same
+
+SCRIPT = Path(__file__).with_name("train.py")
+KILLS = int(os.environ.get("CHAOS_KILLS", "25"))
+PHASES = {WINDOW: "an open window", VALIDATING: "a validation", WRITING: "a write", RENAMING: "before a rename"}
+EPOCHS = 8 + KILLS // 2  # long enough for so many kills
+MOST_BATCHES = 12  # that a process trains before it is killed: more than there are between two checkpoints
+
+
+class Process:
+    """A training process, and what it says that it is doing.
+
+    Args:
+        root: Its directory.
+        in_background: Whether its checkpoints are written in the background.
+    """
+
+    def __init__(self, root: Path, *, in_background: bool) -> None:
+        marks = root / "marks"
+        marks.write_bytes(bytes(8))
+        with open(marks, "r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), 8)
+        command = [sys.executable, SCRIPT, root, str(EPOCHS), "--marks", marks]
+        self._log = open(root / "output.txt", "ab")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command + ["--in-background"] * in_background, stdout=self._log, stderr=self._log, start_new_session=True
+        )
+
+    @property
+    def phase(self) -> int:
+        return self._memory[0]
+
+    @property
+    def batches(self) -> int:
+        return int.from_bytes(self._memory[1:5], "little")
+
+    def kill_at(self, phase: int | None, batches: int, delay: float) -> int | None:
+        """Kills it.
+
+        Args:
+            phase: In what; None for whatever it is doing.
+            batches: Batches that it trains before.
+            delay: Seconds from then on.
+
+        Returns:
+            What it was killed in; None where it had ended before.
+        """
+        while self.process.poll() is None:
+            at = self.phase
+            if self.batches >= batches and (at in PHASES if phase is None else at == phase):
+                time.sleep(delay)
+                break
+            time.sleep(0)  # the shortest there is: a rename takes microseconds
+        self.process.kill()
+        status = self.process.wait()
+        self._log.close()
+        return self.phase if status == -signal.SIGKILL else None
+
+
+def logged(path: str) -> list[dict[str, Any]]:
+    """A log's lines, without the time of day."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    straight, chaos = tmp_path / "straight", tmp_path / "chaos"
+    straight.mkdir()
+    chaos.mkdir()
+    undisturbed = subprocess.Popen([sys.executable, SCRIPT, straight, str(EPOCHS)])
+    rng = random.Random(KILLS)
+    killed_in = Counter[int]()
+    wanted: list[int | None] = [None, *PHASES]
+    while killed_in.total() < KILLS:
+        number = killed_in.total()
+        process = Process(chaos, in_background=number % 2 == 1)
+        at = process.kill_at(wanted[number % len(wanted)], rng.randrange(MOST_BATCHES), rng.choice([0.0, 0.003 * rng.random()]))
+        assert at is not None, f"ended by itself after {number} kills: {(chaos / 'output.txt').read_text()[-3000:]}"
+        killed_in[at] += 1
+        for path in (chaos / "checkpoints").glob("*.ckpt"):
+            storage.read(path)  # is whole
+    last = subprocess.run([sys.executable, SCRIPT, chaos, str(EPOCHS)], capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr
+    assert undisturbed.wait() == 0
+
+    print({PHASES.get(phase, "training"): count for phase, count in killed_in.items()})
+    for phase, description in PHASES.items():
+        assert killed_in[phase] >= max(1, KILLS // 25), f"too few kills hit {description}: {killed_in}"
+    assert killed_in.keys() <= {TRAINING, *PHASES}
+
+    mine, expected = (torch.load(root / "final.pt", weights_only=True) for root in (chaos, straight))
+    assert expected["reason"].startswith("EarlyStopping"), "so that its count mattered"
+    mine_log, expected_log = logged(mine.pop("log")), logged(expected.pop("log"))
+    assert_same(mine, expected, "final")
+    assert mine_log == expected_log
+    steps = [line["step"] for line in mine_log if line["scope"] == "step"]
+    assert steps == sorted(set(steps)), "each step once"
+    assert len(steps) > 3 * MOST_BATCHES

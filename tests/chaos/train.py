@@ -1,0 +1,184 @@
+"""The training process that the chaos harness kills: a run with everything in it that draws, counts or holds something.
+
+    python tests/chaos/train.py ROOT EPOCHS [--marks FILE] [--in-background]
+
+It goes on from the newest checkpoint under ROOT, or begins, and writes ROOT/final.pt once it is complete. Into the file of
+marks, which the harness maps into its memory, it says what it is doing: so the harness knows in what it was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import mmap
+import os
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from eventtrain import Callback, LightningModule, Trainer
+from eventtrain.callbacks import (
+    EarlyStopping,
+    ExponentialMovingAverage,
+    GradientAccumulation,
+    GradientClipping,
+    JSONLinesLogger,
+    LearningRateMonitor,
+    LRSchedulerStepping,
+    MixedPrecision,
+    ModelCheckpoint,
+)
+
+STARTING, TRAINING, WINDOW, VALIDATING, WRITING, RENAMING, DONE = range(7)
+"""What the first byte of the marks says; the next four are the batches that this process has trained."""
+SAMPLES, BATCH = 96, 8
+
+
+class Noisy(Dataset[Any]):
+    """Samples that are drawn anew each time they are loaded, from every generator that a worker has."""
+
+    def __init__(self) -> None:
+        self.values = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(5))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = 0.1 * torch.randn(6) + 0.01 * random.random() + 0.01 * float(numpy.random.random())
+        return self.values[index] + noise, self.values[index].sum(0, keepdim=True).sin()
+
+
+class Model(LightningModule):
+    def __init__(self, epochs: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.epochs = epochs
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        inputs = inputs + 0.01 * random.random() + 0.01 * float(numpy.random.random())
+        loss = (self.net(inputs) - targets).pow(2).mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, targets = batch
+        self.log("val_loss", (self.net(inputs) - targets).pow(2).mean())
+        # Improves until the run is nearly over, so that early stopping has to remember how long it has waited.
+        self.log("stagnating", -float(min(self.trainer.current_epoch, self.epochs - 3)))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.003)
+        total = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=total)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Marks(Callback):
+    """Says what the process is doing."""
+
+    def __init__(self, path: str) -> None:
+        with open(path, "r+b") as file:
+            self.memory = mmap.mmap(file.fileno(), 8)
+        self.batches = 0
+        self.mark(STARTING)
+        save, replace = torch.save, os.replace
+
+        def marking_save(*args: Any) -> None:
+            self.before = self.memory[0]
+            self.mark(WRITING)
+            save(*args)
+            self.mark(RENAMING)
+
+        def marking_replace(*args: Any) -> None:
+            replace(*args)
+            if self.memory[0] == RENAMING:
+                self.mark(self.before)
+
+        torch.save, os.replace = marking_save, marking_replace  # type: ignore[assignment]
+
+    def mark(self, phase: int) -> None:
+        self.memory[0] = phase
+
+    def on_train_start(self, trainer: Trainer, event: Any) -> None:
+        self.mark(TRAINING)
+
+    def on_train_batch_start(self, trainer: Trainer, event: Any) -> None:
+        self.mark(WINDOW if trainer.batch.window_open else TRAINING)
+
+    def on_train_batch_end(self, trainer: Trainer, event: Any) -> None:
+        self.batches += 1
+        self.memory[1:5] = self.batches.to_bytes(4, "little")
+        self.mark(WINDOW if trainer.batch.window_open else TRAINING)
+
+    def on_validation_start(self, trainer: Trainer, event: Any) -> None:
+        if trainer.training or trainer.stage == "fit":
+            self.mark(VALIDATING)
+
+    def on_validation_end(self, trainer: Trainer, event: Any) -> None:
+        self.mark(TRAINING)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", type=Path)
+    parser.add_argument("epochs", type=int)
+    parser.add_argument("--marks")
+    parser.add_argument("--in-background", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # on a machine with one core
+    averages = ExponentialMovingAverage(0.9)
+    logger = JSONLinesLogger(log_every_n_steps=1)
+    trainer = Trainer(
+        callbacks=[
+            *([Marks(given.marks)] if given.marks else []),
+            GradientAccumulation(3),
+            MixedPrecision("fp16"),
+            GradientClipping(1.0),
+            LRSchedulerStepping(),
+            averages,
+            EarlyStopping("stagnating", patience=4),
+            LearningRateMonitor(),
+            logger,
+            ModelCheckpoint(every_n_steps=2, monitor="val_loss", in_background=given.in_background),
+        ],
+        default_callbacks=False,
+        device="cpu",
+        max_epochs=given.epochs,
+        val_check_interval=4,
+        default_root_dir=given.root,
+        seed=11,
+    )
+    train = DataLoader(Noisy(), BATCH, shuffle=True, num_workers=2, multiprocessing_context="fork")
+    validation = DataLoader(Noisy(), BATCH * 4)
+    trainer.fit(Model(given.epochs), train, validation, ckpt_path="last")
+    assert logger.run_path is not None
+    final = {
+        "state_dict": trainer.module.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "averages": averages.averages,
+        "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "draws": [torch.rand(3), random.random(), float(numpy.random.random())],
+        "reason": trainer.stop_request.reason,
+        "steps": trainer.global_step,
+        "log": str(logger.run_path),
+    }
+    assert math.isfinite(float(trainer.callback_metrics["loss"]))
+    torch.save(final, given.root / "final.tmp")
+    os.replace(given.root / "final.tmp", given.root / "final.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -177,7 +177,7 @@ class ModelCheckpoint(Callback):
 
     def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
         if self._writing is not None and self._writing[1].done():
-            self._finish(trainer)
+            self.wait(trainer)
         if trainer.fast_dev_run:
             return
         if self.is_due(trainer, event):
@@ -189,23 +189,23 @@ class ModelCheckpoint(Callback):
         if event.path is None:
             if self._place != place(trainer) or self._path is None:
                 self._save(trainer, ranked=False)
-            self._finish(trainer)
+            self.wait(trainer)
             event.path = None if self._path is None else os.fspath(self._path)
 
     def on_find_checkpoint(self, trainer: Trainer, event: FindCheckpoint) -> None:
         self._folder = CheckpointFolder(Path(trainer.default_root_dir) / self.dirpath)
-        self._finish(trainer)
+        self.wait(trainer)
         event.offer(*(self._folder.newest() if event.which == "last" else self._best()))
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
         held, self._held = self._held, None
         if held is not None and isinstance(event.exception, Exception) and trainer.is_global_zero:
-            self._finish(trainer)
+            self.wait(trainer)
             self._folder.write(held, [LAST], [])
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         try:
-            self._finish(trainer)
+            self.wait(trainer)
         finally:
             self._held = None
             if self._thread is not None:
@@ -221,7 +221,7 @@ class ModelCheckpoint(Callback):
             trainer: The trainer.
             ranked: Whether it may be one of those that are kept besides the last.
         """
-        self._finish(trainer)
+        self.wait(trainer)
         before = dict(self._ranking.scores)
         name = file_name(self.filename, {**trainer.callback_metrics, **self.file_name_values(trainer)})
         names = [name] if ranked and self._is_kept(trainer, name) else []
@@ -255,7 +255,7 @@ class ModelCheckpoint(Callback):
             self._warn_of_absence(trainer)
         return is_fresh and self._ranking.take(name, float(trainer.callback_metrics[self.monitor]))
 
-    def _finish(self, trainer: Trainer) -> None:
+    def wait(self, trainer: Trainer) -> None:
         """Waits for the thread, and says what became of its file."""
         if self._writing is not None:
             (before, future), self._writing = self._writing, None

@@ -20,6 +20,7 @@ from eventtrain.events import (
     FitEnd,
     FitStart,
     MetricsLogged,
+    SaveCheckpoint,
     Setup,
     Teardown,
     TrainBatchStart,
@@ -37,8 +38,8 @@ X_AXES = ("global_step", "batches", "samples", "wall_time")
 class TensorBoardLogger(Callback):
     """Writes metrics, hyperparameters, and what the run is, to a directory of the run's own.
 
-    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end`` and ``teardown``; where they are asked
-    for, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update``
+    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``save_checkpoint``, ``fit_end`` and ``teardown``; where they are
+    asked for, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update``
     for histograms. Writes the scalars that were logged under their names, of those logged on step those of the updates
     that are due, and ``epoch``; the text ``run/environment``, ``run/configuration`` and ``run/module``; the module's
     ``hparams`` for the HParams page, whose columns are the hyperparameters and the scalars of all runs below TensorBoard's
@@ -51,9 +52,9 @@ class TensorBoardLogger(Callback):
     after the checkpoint: its event file begins with the mark that ``SummaryWriter(purge_step=...)`` writes, so that each
     step is there once.
 
-    What is written is buffered, and on disk after each epoch, after an error, when the run is over, and every few
-    seconds. A directory that cannot be written to is an error before training; where it vanishes or the disk fills up
-    later, there is one warning, and the run goes on without it.
+    What is written is buffered, and on disk after each epoch, before a checkpoint, after an error, when the run is over,
+    and every few seconds. A directory that cannot be written to is an error before training; where it vanishes or the disk
+    fills up later, there is one warning, and the run goes on without it.
 
     Args:
         log_dir: Where runs are kept; relative to the trainer's ``default_root_dir``.
@@ -211,6 +212,10 @@ class TensorBoardLogger(Callback):
             self.log_scalars(scalars, self._x(trainer))
         if scope == "epoch":
             self.writer.flush()
+
+    def on_save_checkpoint(self, trainer: Trainer, event: SaveCheckpoint) -> None:
+        if self._writer is not None:
+            self._writer.flush()  # a run that goes on from the checkpoint does not write this again
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
         if self._writes(trainer) and self._logs_hyperparams(trainer):

@@ -58,7 +58,7 @@ class DataSources:
         self._device = device
         self.seed = torch.initial_seed()
         self._sources: dict[tuple[Stage, int], Source] = {}
-        self._passes: dict[str, int] = {}  # that the run has begun before, in another process
+        self._passes: dict[str, int] = {}  # that the run has begun before, in another process for example
         self._loaders = {stage: loader for stage, loader in given.items() if loader is not None}
 
     def loader(self, stage: Stage) -> Any:
@@ -128,7 +128,7 @@ class DataSources:
         Args:
             inside_epoch: Whether there is one.
         """
-        passes = {f"{stage}/{index}": source.passes for (stage, index), source in self._sources.items()}
+        passes = self._passes_begun()
         train = self.loader("train")
         between = is_stateful(train) and not inside_epoch and passes.get("train/0", 0) > 0
         if inside_epoch:
@@ -155,7 +155,11 @@ class DataSources:
 
     def release(self) -> None:
         """Lets the loaders' workers go."""
+        self._passes = self._passes_begun()
         self._sources.clear()
+
+    def _passes_begun(self) -> dict[str, int]:
+        return self._passes | {f"{stage}/{index}": source.passes for (stage, index), source in self._sources.items()}
 
     def _all(self, stage: Stage) -> list[Any]:
         return [self.loader(stage)] if stage == "train" else as_loaders(self.loader(stage))

@@ -8,8 +8,10 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +35,7 @@ SHORT = {
     "gan": ("--epochs", "3"),
     "lbfgs": ("--steps", "5"),
     "monitoring": ("--epochs", "2"),
+    "resume": ("--epochs", "2"),
 }
 WITHOUT_LOGS = ("custom_schedule", "lbfgs")
 
@@ -48,6 +51,7 @@ class Run:
         path = [str(Path(eventtrain.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *options]
+        directory.mkdir(exist_ok=True)
         done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}"
         self.lines = done.stdout.splitlines()
@@ -258,3 +262,42 @@ def test_monitoring_shows_a_run_from_every_side(short_run: Callable[[str], Run])
     assert "train_batch_start" in page.read_text()
     (trace,) = run.directory.glob("logs/monitoring/torch/*.json")
     assert "eventtrain/backward" in trace.read_text()
+
+
+# ------------------------------------------------------------------ resume
+
+
+def test_resume(short_run: Callable[[str], Run]) -> None:
+    run = short_run("resume")
+    assert run.lines[0] == "begins"
+    assert re.fullmatch(r"weights [0-9a-f]{16}", run.lines[-1])
+    assert (run.directory / "logs" / "resume" / "checkpoints" / "last.ckpt").exists()
+    assert list(run.scalars("loss/train")) == [10, 20, 30, 40]
+
+
+@pytest.mark.slow
+def test_resume_ends_alike_whether_it_is_killed_or_not(tmp_path: Path) -> None:
+    undisturbed = Run("resume", tmp_path / "straight", "--epochs", "25")
+    directory = tmp_path / "killed"
+    directory.mkdir()
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "resume.py"), "--epochs", "25", "--log-dir", "logs"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(eventtrain.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        with open(tmp_path / f"{how.name}.txt", "wb") as errors:
+            process = subprocess.Popen(
+                command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("begins" if how == signal.SIGKILL else "goes on at update ")
+        checkpoint = directory / "logs" / "resume" / "checkpoints" / "last.ckpt"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:  # until it has written another
+            assert process.poll() is None, (tmp_path / f"{how.name}.txt").read_text()
+            time.sleep(0.01)
+        process.send_signal(how)
+        process.stdout.close()
+        assert process.wait() == (-signal.SIGKILL if how == signal.SIGKILL else 128 + signal.SIGTERM)
+    last = Run("resume", directory, "--epochs", "25")
+    assert re.fullmatch(r"goes on at update \d+", last.lines[0])
+    assert last.lines[-1] == undisturbed.lines[-1]
+    assert last.scalars("loss/train") == undisturbed.scalars("loss/train")

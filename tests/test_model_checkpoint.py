@@ -260,7 +260,7 @@ class CopiesFolder(Callback):
     def on_safe_point(self, trainer: Trainer, event: Any) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint):
-                callback._finish(trainer)
+                callback.wait(trainer)
         self.copies.append(self.tmp_path / f"copy {len(self.copies)}")
         shutil.copytree(self.root, self.copies[-1])
 
@@ -407,12 +407,12 @@ def test_a_fault_leaves_what_there_was(tmp_path: Path, fault: str, on_error: Any
 
         def on_train_batch_start(self, trainer: Trainer, event: Any) -> None:
             if trainer.global_step == 3:
-                callback._finish(trainer)
+                callback.wait(trainer)
                 before.update({path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()})
                 patch.setattr(owner, name, failing, raising=False)
             if trainer.global_step == 4:
                 try:
-                    callback._finish(trainer)
+                    callback.wait(trainer)
                 finally:
                     patch.undo()
 

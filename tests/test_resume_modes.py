@@ -322,6 +322,21 @@ def test_an_interrupted_validation_runs_again(tmp_path: Path, options: Any, vali
         assert [line for line in first.logged + second.logged if line[0] == "validation"] == validated
 
 
+def test_a_checkpoint_after_an_error_inside_of_an_epoch(tmp_path: Path) -> None:
+    """What an error in a batch left is no safe point, but somebody may want to look at it."""
+
+    class Fails(Callback):
+        def on_before_backward(self, trainer: Trainer, event: Any) -> None:
+            if trainer.progress.total_batch_idx == 7:
+                raise RuntimeError("a bug")
+
+    trainer = Trainer(callbacks=[Fails(), LRSchedulerStepping()], default_callbacks=False, device="cpu", max_epochs=2)
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer.fit(Plain(), shuffled())
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert torch.load(tmp_path / "after.ckpt", weights_only=True)["data"]["passes"] == {"train/0": 1}
+
+
 # ------------------------------------------------------------------ other versions
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eventtrain import storage
 from tests.chaos.train import RENAMING, TRAINING, VALIDATING, WINDOW, WRITING
@@ -87,6 +88,12 @@ def logged(path: str) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
+def scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: each tag's values, in order."""
+    events = EventAccumulator(directory, size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     straight, chaos = tmp_path / "straight", tmp_path / "chaos"
@@ -115,9 +122,11 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: 
 
     mine, expected = (torch.load(root / "final.pt", weights_only=True) for root in (chaos, straight))
     assert expected["reason"].startswith("EarlyStopping"), "so that its count mattered"
+    mine_scalars, expected_scalars = scalars(mine.pop("board")), scalars(expected.pop("board"))
     mine_log, expected_log = logged(mine.pop("log")), logged(expected.pop("log"))
     assert_same(mine, expected, "final")
     assert mine_log == expected_log
     steps = [line["step"] for line in mine_log if line["scope"] == "step"]
     assert steps == sorted(set(steps)), "each step once"
     assert len(steps) > 3 * MOST_BATCHES
+    assert mine_scalars == expected_scalars

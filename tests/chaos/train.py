@@ -36,6 +36,7 @@ from eventtrain.callbacks import (
     LRSchedulerStepping,
     MixedPrecision,
     ModelCheckpoint,
+    TensorBoardLogger,
 )
 
 STARTING, TRAINING, WINDOW, VALIDATING, WRITING, RENAMING, DONE = range(7)
@@ -140,7 +141,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "This DataLoader will create")  # on a machine with one core
     averages = ExponentialMovingAverage(0.9)
-    logger = JSONLinesLogger(log_every_n_steps=1)
+    logger, board = JSONLinesLogger(log_every_n_steps=1), TensorBoardLogger(log_every_n_steps=1)
     trainer = Trainer(
         callbacks=[
             *([Marks(given.marks)] if given.marks else []),
@@ -152,6 +153,7 @@ def main() -> None:
             EarlyStopping("stagnating", patience=4),
             LearningRateMonitor(),
             logger,
+            board,
             ModelCheckpoint(every_n_steps=2, monitor="val_loss", in_background=given.in_background),
         ],
         default_callbacks=False,
@@ -174,6 +176,7 @@ def main() -> None:
         "reason": trainer.stop_request.reason,
         "steps": trainer.global_step,
         "log": str(logger.run_path),
+        "board": str(board.run_dir),
     }
     assert math.isfinite(float(trainer.callback_metrics["loss"]))
     torch.save(final, given.root / "final.tmp")

@@ -1,0 +1,160 @@
+"""What a checkpoint costs: of a model with 100 million parameters and its AdamW state, beside bare ``torch.save``.
+
+Inside of one run, at one safe point after another, in turn: ``torch.save`` of the same content; that, and then ``fsync``,
+without which a file may be lost with the machine's power; ``ModelCheckpoint``; and ``ModelCheckpoint(in_background=True)``,
+of which the time is measured that the loop waits::
+
+    python -m benchmarks.checkpoint                # about a minute; needs 5 GB of memory and as much disk
+    python -m benchmarks.checkpoint --parameters 10_000_000
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.overhead import quiet
+from benchmarks.report import environment, save
+from eventtrain import Callback, LightningModule, Trainer, checkpoint
+from eventtrain.callbacks import ModelCheckpoint
+from eventtrain.events import SafePoint
+
+WIDTH = 1000  # a layer of so many inputs and outputs has a million parameters
+BARE, SYNCED, OURS, BACKGROUND = "torch.save", "torch.save, fsync", "ModelCheckpoint", "ModelCheckpoint(in_background=True)"
+KINDS = (BARE, SYNCED, OURS, BACKGROUND)
+
+
+class Module(LightningModule):
+    """A stack of layers, all of which get a gradient and AdamW state.
+
+    Args:
+        parameters: How many, in whole millions.
+    """
+
+    def __init__(self, parameters: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(parameters // WIDTH**2))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        """One layer's output each, as deep as one, so that the step is short beside its checkpoint."""
+        return torch.stack([layer(batch).mean() for layer in self.layers]).sum()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, whose state is two values for each parameter."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class Turns(Callback):
+    """Takes the bare turns, and the time of all.
+
+    Args:
+        folder: Where the bare files go.
+        repetitions: Turns of each kind that are measured, after one that is not.
+    """
+
+    def __init__(self, folder: Path, repetitions: int) -> None:
+        self.folder = folder
+        self.repetitions = repetitions
+        self.times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+
+    def kind(self, trainer: Trainer) -> str:
+        """Whose turn it is."""
+        return KINDS[trainer.global_step % len(KINDS)]
+
+    def timed(self, kind: str, action: Callable[[], None]) -> None:
+        """Notes how long something takes, with the disk at rest before."""
+        os.sync()
+        begun = time.perf_counter()
+        action()
+        self.times[kind].append(time.perf_counter() - begun)
+
+    def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
+        """Saves as people do by hand."""
+        kind = self.kind(trainer)
+        if kind not in (BARE, SYNCED):
+            return
+        content, path = checkpoint.state_of(trainer), self.folder / f"{KINDS.index(kind)}.pt"
+
+        def bare() -> None:
+            torch.save(content, path)
+            if kind == SYNCED:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+
+        self.timed(kind, bare)
+
+
+class Timed(ModelCheckpoint):
+    """A ModelCheckpoint that takes its turn.
+
+    Args:
+        turns: Whose turn it is.
+        kind: Which turn is its own.
+        **options: As for ModelCheckpoint.
+    """
+
+    def __init__(self, turns: Turns, mine: str, **options: Any) -> None:
+        super().__init__(turns.folder / mine, filename=f"{{step}}-{KINDS.index(mine)}", save_top_k=0, **options)
+        self.turns, self.mine = turns, mine
+
+    def is_due(self, trainer: Trainer, event: SafePoint) -> bool:
+        """In its own turn."""
+        return self.turns.kind(trainer) == self.mine
+
+    def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
+        """Measured in its own turn, from the safe point's beginning until the loop goes on."""
+        if self.is_due(trainer, event):
+            super_ = super().on_safe_point
+            self.turns.timed(self.mine, lambda: super_(trainer, event))
+            self.wait(trainer)  # so that the next turn has the disk for itself
+
+
+def measure(parameters: int, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each turn, by kind."""
+    with tempfile.TemporaryDirectory(dir=".") as name, quiet():
+        turns = Turns(Path(name), repetitions)
+        callbacks = [turns, Timed(turns, OURS), Timed(turns, BACKGROUND, in_background=True)]
+        steps = len(KINDS) * (repetitions + 1)
+        trainer = Trainer(max_steps=steps, callbacks=callbacks, default_callbacks=False, device="cpu", default_root_dir=name)
+        trainer.fit(Module(parameters), [torch.randn(1, WIDTH)] * (steps + 1))
+    return {kind: times[1:] for kind, times in turns.times.items()}  # the first allocates
+
+
+def table(times: dict[str, list[float]]) -> str:
+    """The minima, as a Markdown table."""
+    least = {kind: min(values) for kind, values in times.items()}
+    lines = ["| | seconds, minimum | median | over torch.save, fsync | over ModelCheckpoint |", "|---|---|---|---|---|"]
+    for kind, values in times.items():
+        ratios = [f"{least[kind] / least[other]:.3f}" for other in (SYNCED, OURS)]
+        lines.append(f"| {kind} | {least[kind]:.3f} | {statistics.median(values):.3f} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=100_000_000)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--save", action="store_true", help="rewrite docs/performance.md and its JSON")
+    options = parser.parse_args(arguments)
+    facts = environment() | {"parameters": options.parameters, "repetitions": options.repetitions}
+    print(", ".join(f"{name}: {value}" for name, value in facts.items()), file=sys.stderr)
+    times = measure(options.parameters, options.repetitions)
+    text = table(times)
+    print(f"\n{text}")
+    if options.save:
+        save("checkpoint", text, facts, times)
+
+
+if __name__ == "__main__":
+    main()

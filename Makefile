@@ -28,7 +28,7 @@ examples: $(VENV)/examples.stamp  ## every example, at its full length
 	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example || exit 1; done
 
 bench: $(VENV)/bench.stamp  ## what a step costs beside the hand-written loop and the peers; rewrites docs/performance.md
-	for part in overhead dispatch memory imports; do $(BIN)/python -m benchmarks.$$part --save || exit 1; done
+	for part in overhead dispatch memory imports checkpoint; do $(BIN)/python -m benchmarks.$$part --save || exit 1; done
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -269,6 +269,18 @@ def test_a_stateful_iterable_data_set_goes_on_from_the_last_batch_used(tmp_path:
         trained_with(lambda: StatefulDataLoader(Stateful(), batch_size=4), tmp_path)
 
 
+@STATEFUL
+@FEW_CORES
+def test_a_stateful_loader_with_workers_goes_on_after_the_last_batch_used(tmp_path: Path) -> None:
+    """Not after the last that its workers have loaded ahead. What workers draw is their own affair."""
+    values = list(torch.randn(24, 3, generator=seeded()))
+
+    def loader() -> Any:
+        return StatefulDataLoader(values, batch_size=4, shuffle=True, num_workers=2, multiprocessing_context="fork")
+
+    trained_with(loader, tmp_path, every=2)
+
+
 def test_other_data_is_said_to_be_other(tmp_path: Path) -> None:
     length = 20
 

@@ -20,7 +20,6 @@ from eventtrain.events import (
     FitEnd,
     FitStart,
     MetricsLogged,
-    SaveCheckpoint,
     Setup,
     Teardown,
     TrainBatchStart,
@@ -38,8 +37,8 @@ X_AXES = ("global_step", "batches", "samples", "wall_time")
 class TensorBoardLogger(Callback):
     """Writes metrics, hyperparameters, and what the run is, to a directory of the run's own.
 
-    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``save_checkpoint``, ``fit_end`` and ``teardown``; where they are
-    asked for, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update``
+    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end`` and ``teardown``; where they are asked
+    for, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update``
     for histograms. Writes the scalars that were logged under their names, of those logged on step those of the updates
     that are due, and ``epoch``; the text ``run/environment``, ``run/configuration`` and ``run/module``; the module's
     ``hparams`` for the HParams page, whose columns are the hyperparameters and the scalars of all runs below TensorBoard's
@@ -48,9 +47,9 @@ class TensorBoardLogger(Callback):
 
     Values on the x-axis never fall: those of an evaluation after the fit stand where the fit ended, a batch in which
     several optimizers step is one update, and a run that resumes a checkpoint goes on where that was written. It does so
-    in the directory that the checkpoint's run had, as long as it is there, and has readers forget what that run wrote
-    after the checkpoint: its event file begins with the mark that ``SummaryWriter(purge_step=...)`` writes, so that each
-    step is there once.
+    in the directory that the checkpoint's run had, as long as it is there, and cuts off what was written there after the
+    checkpoint, so that each step is there once. Readers that have it forget it: the new event file begins with the mark that
+    ``SummaryWriter(purge_step=...)`` writes.
 
     What is written is buffered, and on disk after each epoch, before a checkpoint, after an error, when the run is over,
     and every few seconds. A directory that cannot be written to is an error before training; where it vanishes or the disk
@@ -100,6 +99,7 @@ class TensorBoardLogger(Callback):
         self.resume = resume
         self._trainer: Trainer | None = None
         self._writer: SummaryWriter | None = None
+        self._event_files: dict[str, int] | None = None  # of the checkpoint's run, with their lengths then
         self._run_dir: Path | None = None
         self._resumed = False
         self._gradients: dict[str, Tensor] = {}
@@ -135,6 +135,8 @@ class TensorBoardLogger(Callback):
             # The values up to here are the checkpoint's, those from the next one on are to be written again.
             purge_step = self._place(trainer) + 1 if self._resumed else None
             with runs.refusing_bad_places("TensorBoardLogger", "log_dir"):
+                if self._resumed and self._event_files is not None:
+                    runs.cut_off(self.run_dir, self._event_files)
                 self._writer = runs.open_writer(self.run_dir, "TensorBoardLogger", purge_step)
         return self._writer
 
@@ -171,6 +173,7 @@ class TensorBoardLogger(Callback):
         if event.stage == "fit":
             self._run_dir = None  # made when it is used first: a checkpoint may bring another
             self._resumed = False
+            self._event_files = None
             self._last_x = self._samples = 0
             self._seconds_before = self._began = 0.0
         elif event.stage != "predict":
@@ -212,10 +215,6 @@ class TensorBoardLogger(Callback):
             self.log_scalars(scalars, self._x(trainer))
         if scope == "epoch":
             self.writer.flush()
-
-    def on_save_checkpoint(self, trainer: Trainer, event: SaveCheckpoint) -> None:
-        if self._writer is not None:
-            self._writer.flush()  # a run that goes on from the checkpoint does not write this again
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
         if self._writes(trainer) and self._logs_hyperparams(trainer):
@@ -307,8 +306,14 @@ class TensorBoardLogger(Callback):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        run_dir = runs.portable(self._run_dir, self._running().default_root_dir) if self._run_dir else None
-        return {"run_dir": run_dir, "x_axis": self.x_axis, "samples": self._samples, "seconds": self._seconds()}
+        run_dir, files = None, None
+        if self._run_dir is not None:
+            run_dir = runs.portable(self._run_dir, self._running().default_root_dir)
+            if self._writer is not None:
+                self._writer.flush()  # a run that goes on from here does not write this again
+                files = {path.name: path.stat().st_size for path in runs.event_files(self._run_dir)}
+        kept = {"run_dir": run_dir, "event_files": files, "x_axis": self.x_axis}
+        return kept | {"samples": self._samples, "seconds": self._seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples = state["samples"]
@@ -319,6 +324,7 @@ class TensorBoardLogger(Callback):
             self._close()  # where the new run's directory was used before
             self._run_dir = run_dir
             self._resumed = True
+            self._event_files = state.get("event_files")
 
 
 class SilentWriter:

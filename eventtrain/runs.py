@@ -222,10 +222,35 @@ class EventFile:
         self._file.close()
 
 
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+
+
+def event_files(directory: Path) -> list[Path]:
+    """A directory's event files, as :class:`EventFile` names them."""
+    return [path for path in directory.glob("events.out.tfevents.*") if EVENT_FILE.match(path.name)]
+
+
 def event_file_stamps(directory: Path) -> list[int]:
     """The seconds in the names of a directory's event files."""
-    found = (re.match(r"events\.out\.tfevents\.(\d+)\.", child.name) for child in directory.glob("events.out.tfevents.*"))
+    found = (EVENT_FILE.match(path.name) for path in event_files(directory))
     return [int(match.group(1)) for match in found if match]
+
+
+def cut_off(directory: Path, kept: Mapping[str, int]) -> None:
+    """Takes from a directory's event files what came after a checkpoint.
+
+    Args:
+        directory: The run's directory.
+        kept: The files that there were, with their lengths in bytes; others are removed.
+
+    Raises:
+        OSError: They cannot be changed.
+    """
+    for path in event_files(directory):
+        if path.name not in kept:
+            path.unlink()
+        elif path.stat().st_size > kept[path.name]:
+            os.truncate(path, kept[path.name])
 
 
 def open_writer(directory: Path, owner: str, purge_step: int | None = None) -> SummaryWriter:

@@ -25,7 +25,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from eventtrain import LightningModule, MisconfigurationError, Trainer, runs
+from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer, runs
 from eventtrain.callbacks import (
     GradientAccumulation,
     GradientClipping,
@@ -209,8 +209,8 @@ def test_wall_time_counts_whole_seconds_and_goes_on_after_a_resume(tmp_path: Pat
     assert [x for x, _ in points(logger, "loss")] == [0, 1, 2, 3, 3]
     clock.now += 1000  # the machine was down
     logger, _, _ = fit(tmp_path, clock, ckpt_path=tmp_path / "epoch_0.ckpt", **options)
-    # The checkpoint was written at second 3.0. The fifth update's first value is of the same second, so it stays.
-    assert [x for x, _ in points(logger, "loss")] == [0, 1, 2, 3, 3, 3, 4, 5, 6]
+    # The checkpoint was written at second 3.0. The fifth update's first value is of the same second, and gone.
+    assert [x for x, _ in points(logger, "loss")] == [0, 1, 2, 3, 3, 4, 5, 6]
 
 
 def test_with_several_optimizers_a_batch_is_one_step(tmp_path: Path) -> None:
@@ -844,3 +844,36 @@ def test_the_server_shows_histograms_pictures_graph_and_text(shown: Shown) -> No
         assert sorted(shown.ask("text/tags")[run]) == sorted(parts)
         (first, *_) = shown.ask("text/text", run=run, tag=parts[1])
         assert "<table>" in first["text"] and "max_epochs" in first["text"]
+
+
+def test_what_came_after_the_checkpoint_at_the_same_step_is_cut_off(tmp_path: Path) -> None:
+    """Validations in an open window are of one step with what came before; and a run that was killed twice left two files."""
+
+    class Saves(Callback):
+        def on_safe_point(self, trainer: Trainer, event: Any) -> None:
+            if trainer.total_batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    class Killed(Callback):
+        def on_train_batch_start(self, trainer: Trainer, event: Any) -> None:
+            if trainer.total_batch_idx == 4:
+                raise RuntimeError("killed")
+
+    class Logs(Model):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("batch", float(self.trainer.total_batch_idx))
+
+    def run(*more: Any, ckpt_path: Any = None) -> TensorBoardLogger:
+        logger = TensorBoardLogger(tmp_path / "runs", log_every_n_steps=1)
+        trainer = Trainer(
+            max_epochs=1, callbacks=[GradientAccumulation(4), LRSchedulerStepping(), logger, *more],
+            default_callbacks=False, device="cpu", val_check_interval=1, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(Logs(), BATCHES[:1] * 8, BATCHES[:1], ckpt_path=ckpt_path)
+        return logger
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(Saves(), Killed())
+    with pytest.raises(RuntimeError, match="killed"):
+        run(Killed(), ckpt_path=tmp_path / "a.ckpt")
+    assert [value for _, value in points(run(ckpt_path=tmp_path / "a.ckpt"), "batch")] == [float(n) for n in range(8)]

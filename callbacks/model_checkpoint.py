@@ -250,10 +250,12 @@ class ModelCheckpoint(Callback):
         if self.monitor is None:
             return self._ranking.take(name, None)
         renewals = trainer.metrics.renewals.get(self.monitor, 0)
-        is_fresh, self._seen = renewals != self._seen, renewals
+        score = None if renewals == self._seen else float(trainer.callback_metrics[self.monitor])
+        self._seen = renewals
         if renewals == 0:
             self._warn_of_absence(trainer)
-        return is_fresh and self._ranking.take(name, float(trainer.callback_metrics[self.monitor]))
+        score = trainer.distributed.broadcast(score)  # what is logged on step is each process's own
+        return score is not None and self._ranking.take(name, score)
 
     def wait(self, trainer: Trainer) -> None:
         """Waits for the thread, and says what became of its file."""
@@ -286,7 +288,7 @@ class ModelCheckpoint(Callback):
 
     def _best(self) -> list[Path]:
         """The kept files, best first; those of a run in another process by what its newest checkpoint says."""
-        if not self.kept and (content := storage.read_first(self._folder.newest())) is not None:
+        if not self.kept and (content := storage.read_first(self._folder.newest())[1]) is not None:
             self._ranking.scores = dict(content["callbacks"].get(self.state_key, {}).get("kept", {}))
         return [path for name in self._ranking.best() if (path := self._folder.path / name).exists()]
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eventtrain import shares
 from eventtrain.callback import has_state, state_key
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import LoadCheckpoint, SaveCheckpoint
 from eventtrain.loop import Resumption
 from eventtrain.metrics import on_device
-from eventtrain.rng import rng_state, set_rng_state
+from eventtrain.rng import set_rng_state
 from eventtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     - ``metrics``, what was logged, and the unfinished epoch's reductions;
     - ``rng``, the generators; ``data``, the position in the training data and the loaders' own generators;
       ``epoch_reason``, why the epoch was about to end, if it was;
+    - ``ranks``, of each process but the first what it has of its own: its ``window``, ``metrics``, ``rng`` and ``data``;
     - ``callbacks``, each callback's state by its key; ``datamodule``.
 
     Args:
         trainer: The trainer, in a run or after one.
     """
-    module, batch, loop = trainer.module, trainer.batch, trainer._loop
-    position = None if loop is None or loop.batches is None else loop.batches.position()
+    module, mine = trainer.module, shares.own_share(trainer)
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": {"eventtrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
@@ -64,47 +65,47 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "progress": dataclasses.asdict(trainer.progress),
         "epoch": trainer.progress.current_epoch,
         "global_step": trainer.progress.global_step,
-        "window": {
-            "open": batch.window_open,
-            "contributions": batch.contributions,
-            "weight": batch.weight,
-            "weight_reference": batch.weight_reference,
-            # In manual optimization nobody knows whether a window is open but the module.
-            "gradients": gradients(trainer) if batch.window_open or not batch.automatic else {},
-        },
-        "metrics": trainer.metrics.state_dict(module),
-        "rng": rng_state(),
-        "data": trainer._data.state_dict(inside_epoch=position is not None) | {"position": position},
-        "epoch_reason": trainer.stop_request.epoch_reason if position is not None else None,
+        **mine,
+        "ranks": trainer.distributed.gather(mine)[1:],
+        "epoch_reason": trainer.stop_request.epoch_reason if mine["data"]["position"] is not None else None,
         "callbacks": {state_key(each): each.state_dict() for each in trainer.callbacks if has_state(each)},
         "datamodule": trainer.datamodule.state_dict() if trainer.datamodule is not None else {},
     }
 
 
-def gradients(trainer: Trainer) -> dict[str, Any]:
-    """The gradients that the module's parameters hold, by the parameters' names."""
-    named = trainer.module.named_parameters()
-    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+def announce(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Lets listeners, and the datamodule, see a checkpoint before loaders and optimizers are made.
+
+    Args:
+        trainer: The trainer that goes on from it.
+        checkpoint: What :func:`gather` gave, of any schema.
+
+    Returns:
+        The checkpoint in today's schema.
+
+    Raises:
+        MisconfigurationError: It has a schema that is not known.
+    """
+    trainer.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
+    checkpoint = migrated(checkpoint)
+    if trainer.datamodule is not None:
+        trainer.datamodule.load_state_dict(checkpoint["datamodule"])
+    return checkpoint
 
 
-def restore(trainer: Trainer, checkpoint: dict[str, Any], *, training: bool) -> None:
+def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Gives a trainer the state of a run.
 
     Args:
-        trainer: The trainer, whose module, optimizers and schedulers exist.
-        checkpoint: What :func:`gather` gave.
-        training: Whether training goes on: else the module alone is restored.
+        trainer: The trainer, whose module, loaders, optimizers and schedulers exist.
+        checkpoint: What :func:`announce` gave.
 
     Raises:
-        MisconfigurationError: The checkpoint has another schema, or another number of optimizers or
-            schedulers.
+        MisconfigurationError: The checkpoint has another number of optimizers or schedulers, or was written by another
+            number of processes in a place where these cannot go on.
     """
-    trainer.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
-    if training:
-        checkpoint = migrated(checkpoint)
+    checkpoint = shares.share_of(checkpoint, trainer)
     trainer.module.load_state_dict(checkpoint["state_dict"])
-    if not training:
-        return
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     for what, parts in (("optimizer_states", trainer.optimizers), ("lr_schedulers", schedulers)):
         states = checkpoint[what]
@@ -127,8 +128,6 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], *, training: bool) -> 
     restore_window(trainer, checkpoint["window"])
     if checkpoint["metrics"] is not None:
         trainer.metrics.load_state_dict(checkpoint["metrics"], trainer.module, trainer.device)
-    if trainer.datamodule is not None:
-        trainer.datamodule.load_state_dict(checkpoint["datamodule"])
     for callback in trainer.callbacks:
         if has_state(callback) and state_key(callback) in checkpoint["callbacks"]:
             callback.load_state_dict(checkpoint["callbacks"][state_key(callback)])
@@ -192,7 +191,15 @@ def _from_1(old: dict[str, Any]) -> dict[str, Any]:
     window = {"open": False, "contributions": 0, "weight": None, "weight_reference": old["weight_reference"], "gradients": {}}
     steps = [old["global_step"]] * len(old["optimizer_states"])
     progress = old["progress"] | {"validated_at": old["progress"]["total_batch_idx"]}
-    added = {"window": window, "num_steps": steps, "progress": progress, "metrics": None, "rng": None, "data": None}
+    added = {
+        "ranks": [],
+        "window": window,
+        "num_steps": steps,
+        "progress": progress,
+        "metrics": None,
+        "rng": None,
+        "data": None,
+    }
     return {**old, **added, "schema_version": 2, "versions": {}}
 
 

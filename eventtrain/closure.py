@@ -138,7 +138,7 @@ class Closure:
                 outputs, loss = event.outputs, event.loss
             state.outputs = outputs
             state.loss = loss
-            if state.any_rank is not None and plan.step and state.any_rank(loss is None):
+            if state.ranks is not None and plan.step and state.ranks.any(loss is None):
                 raise MisconfigurationError(
                     f"training_step returned no loss on a rank in batch {state.batch_idx}, which closes a window: the "
                     "other ranks would wait for its gradients. Return a loss of zero with 'weight': 0 there."

@@ -146,6 +146,7 @@ class Batches:
         transfer: Moves a batch to its device.
         position: What :meth:`position` gave, where a pass goes on that a checkpoint was written in. All generators are
             to be put into the checkpoint's states then.
+        agree: Whether a flag holds in any process that trains; None where there is one. Those without a length end together.
 
     Attributes:
         is_last: The batch that was fetched last is the last of the pass.
@@ -160,6 +161,7 @@ class Batches:
         signals: SignalTable,
         transfer: Callable[[Any], Any],
         position: Mapping[str, Any] | None = None,
+        agree: Callable[[bool], bool] | None = None,
     ) -> None:
         self.loader = source.loader
         self.length = known_length(self.loader)
@@ -170,6 +172,7 @@ class Batches:
         self._signals = signals
         self._transfer = transfer
         self._fetched = 0
+        self._agree = agree
         # What a resumed pass begins from, and what it reads ahead from: kept where a checkpoint may ask for it.
         self._began: Mapping[str, Any] | None = self._mark() if stage == "train" else None
         self._before_ahead: dict[str, Any] | None = None
@@ -221,10 +224,10 @@ class Batches:
         return self._next()
 
     def _next(self) -> Any:
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            return END
+        batch = next(self._iterator, END)
+        if self._agree is not None and self.length is None and self._agree(batch is END):
+            return END  # where one process has none left all end
+        return batch
 
     def finish(self) -> None:
         """Ends a sized pass that was read in full as a ``for`` loop ends it: by asking once more.

@@ -1,16 +1,17 @@
 """The seam between the core and several processes: one rank's view of the others.
 
 The core asks this object and never whether a run is distributed. A callback that starts a process group
-replaces ``trainer.distributed`` by an object with the same methods.
+puts an object with the same methods in its place, at ``join_processes``.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "min", "max"]
+T = TypeVar("T")
 
 
 class SingleProcess:
@@ -33,3 +34,18 @@ class SingleProcess:
     def any(self, flag: bool) -> bool:
         """Whether the flag holds on any rank."""
         return flag
+
+    def broadcast(self, value: T) -> T:
+        """Rank zero's value of any object that can be pickled, on all ranks; tensors come on the CPU."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """All ranks' values, in their order: on rank zero, and an empty list on others."""
+        return [value]
+
+    def gather_for_all(self, value: T) -> list[T]:
+        """All ranks' values, in their order, on every rank."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsFloat, T
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
     from eventtrain.configure import LRSchedulerConfig
+    from eventtrain.distributed import SingleProcess
     from eventtrain.optimizer import LightningOptimizer
 
 T = TypeVar("T")
@@ -92,6 +94,23 @@ class Phase(Event):
 
 
 @dataclass(slots=True)
+class JoinProcesses(Event):
+    """A run begins, and nothing of its module is built yet. The place to join a process group, and to choose this
+    process's device.
+
+    Attributes:
+        stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        device: Where the module and batches are put.
+        distributed: This process's view of the others: :class:`~eventtrain.distributed.SingleProcess`, or what has its
+            methods.
+    """
+
+    stage: str
+    device: torch.device = _writable()
+    distributed: SingleProcess = _writable()
+
+
+@dataclass(slots=True)
 class Setup(Event):
     """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders
     and optimizers do not exist yet. The place to wrap or shard the module.
@@ -101,25 +120,6 @@ class Setup(Event):
     """
 
     stage: str
-
-
-@dataclass(slots=True)
-class EstimateSteppingBatches(Event):
-    """Asks how many batches of the whole run will update something; published whenever
-    ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``.
-
-    Attributes:
-        batches_per_epoch: Training batches per epoch on this rank, limits counted; None where the
-            loader has no length.
-        max_epochs: Epochs of the whole run; None where only ``max_steps`` ends it.
-        max_steps: Updates at most; None for no limit. The core caps the answer by it.
-        stepping_batches: The answer. None where no listener accumulates: then every batch updates.
-    """
-
-    batches_per_epoch: int | None
-    max_epochs: int | None
-    max_steps: int | None
-    stepping_batches: int | None = _written()
 
 
 @dataclass(slots=True)
@@ -146,8 +146,8 @@ class FindCheckpoint(Event):
 
 @dataclass(slots=True)
 class LoadCheckpoint(Event):
-    """A checkpoint has been read; module, optimizers, counters and callbacks are restored from it
-    right after this event.
+    """A checkpoint has been read, and nothing is restored from it yet: loaders and optimizers do not exist. A module may
+    take its shape from it here.
 
     Attributes:
         checkpoint: The checkpoint's content. A listener may read or change it in place.
@@ -155,6 +155,40 @@ class LoadCheckpoint(Event):
 
     module_arguments: ClassVar = ("checkpoint",)
     checkpoint: dict[str, Any]
+
+
+@dataclass(slots=True)
+class PrepareLoader(Event):
+    """A run is about to use a loader for the first time. The place to have it read this process's share.
+
+    Attributes:
+        stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        dataloader_idx: Its index among those of the stage.
+        loader: The loader. The run uses what a listener puts in its place.
+    """
+
+    stage: Stage
+    dataloader_idx: int
+    loader: Any = _writable()
+
+
+@dataclass(slots=True)
+class EstimateSteppingBatches(Event):
+    """Asks how many batches of the whole run will update something; published whenever
+    ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``.
+
+    Attributes:
+        batches_per_epoch: Training batches per epoch on this rank, limits counted; None where the
+            loader has no length.
+        max_epochs: Epochs of the whole run; None where only ``max_steps`` ends it.
+        max_steps: Updates at most; None for no limit. The core caps the answer by it.
+        stepping_batches: The answer. None where no listener accumulates: then every batch updates.
+    """
+
+    batches_per_epoch: int | None
+    max_epochs: int | None
+    max_steps: int | None
+    stepping_batches: int | None = _written()
 
 
 @dataclass(slots=True)
@@ -870,11 +904,13 @@ metrics_logged                              scope="epoch"
 """
 
 LOOP_MAP = """\
+join_processes
 setup
-    configure_optimizers()
-estimate_stepping_batches                   when trainer.estimated_stepping_batches is read
 find_checkpoint                             with ckpt_path="last" or "best"
 load_checkpoint                             with ckpt_path
+prepare_loader                              each loader, when it is needed first
+    configure_optimizers()
+estimate_stepping_batches                   when trainer.estimated_stepping_batches is read
 fit_start
     sanity check: validation of a few batches, not where a checkpoint is resumed
 train_start

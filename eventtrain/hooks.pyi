@@ -10,14 +10,18 @@ from eventtrain.trainer import Trainer
 MODULE_ONLY_HOOKS: tuple[str, ...]
 
 class CallbackHooks:
+    def on_join_processes(self, trainer: Trainer, event: events.JoinProcesses) -> None:
+        """A run begins, and nothing of its module is built yet. The place to join a process group, and to choose this process's device."""
     def on_setup(self, trainer: Trainer, event: events.Setup) -> None:
         """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders and optimizers do not exist yet. The place to wrap or shard the module."""
-    def on_estimate_stepping_batches(self, trainer: Trainer, event: events.EstimateSteppingBatches) -> None:
-        """Asks how many batches of the whole run will update something; published whenever ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``."""
     def on_find_checkpoint(self, trainer: Trainer, event: events.FindCheckpoint) -> None:
         """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are."""
     def on_load_checkpoint(self, trainer: Trainer, event: events.LoadCheckpoint) -> None:
-        """A checkpoint has been read; module, optimizers, counters and callbacks are restored from it right after this event."""
+        """A checkpoint has been read, and nothing is restored from it yet: loaders and optimizers do not exist. A module may take its shape from it here."""
+    def on_prepare_loader(self, trainer: Trainer, event: events.PrepareLoader) -> None:
+        """A run is about to use a loader for the first time. The place to have it read this process's share."""
+    def on_estimate_stepping_batches(self, trainer: Trainer, event: events.EstimateSteppingBatches) -> None:
+        """Asks how many batches of the whole run will update something; published whenever ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``."""
     def on_fit_start(self, trainer: Trainer, event: events.FitStart) -> None:
         """``fit`` begins: module, loaders, optimizers and schedulers exist. The place for checks that need them."""
     def on_train_start(self, trainer: Trainer, event: events.TrainStart) -> None:
@@ -128,14 +132,18 @@ class CallbackHooks:
         """The run is over, by an error or not: release what was acquired. Reaches every listener, even when one of them raises."""
 
 class ModuleHooks:
+    def on_join_processes(self, event: events.JoinProcesses) -> None:
+        """A run begins, and nothing of its module is built yet. The place to join a process group, and to choose this process's device."""
     def on_setup(self, event: events.Setup) -> None:
         """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders and optimizers do not exist yet. The place to wrap or shard the module."""
-    def on_estimate_stepping_batches(self, event: events.EstimateSteppingBatches) -> None:
-        """Asks how many batches of the whole run will update something; published whenever ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``."""
     def on_find_checkpoint(self, event: events.FindCheckpoint) -> None:
         """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are."""
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint has been read; module, optimizers, counters and callbacks are restored from it right after this event."""
+        """A checkpoint has been read, and nothing is restored from it yet: loaders and optimizers do not exist. A module may take its shape from it here."""
+    def on_prepare_loader(self, event: events.PrepareLoader) -> None:
+        """A run is about to use a loader for the first time. The place to have it read this process's share."""
+    def on_estimate_stepping_batches(self, event: events.EstimateSteppingBatches) -> None:
+        """Asks how many batches of the whole run will update something; published whenever ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``."""
     def on_fit_start(self) -> None:
         """``fit`` begins: module, loaders, optimizers and schedulers exist. The place for checks that need them."""
     def on_train_start(self) -> None:

@@ -227,7 +227,7 @@ class TrainLoop:
         event = TrainBatchStart(batch, batch_idx, is_last, plan)
         self.signals.train_batch_start.publish(event)
         state.plan = event.plan
-        state.skipped = event.skipped if state.any_rank is None else state.any_rank(event.skipped)
+        state.skipped = event.skipped if state.ranks is None else state.ranks.any(event.skipped)
         if event.ends_epoch:
             self.stop.epoch_reason = "a listener of train_batch_start"
         return event.ends_epoch

@@ -64,18 +64,26 @@ class Entry:
         else:
             self.total = (torch.minimum if self.reduction == "min" else torch.maximum)(self.total, value)
 
-    def reduced(self, distributed: SingleProcess) -> Tensor | None:
+    def merge(self, total: Tensor | None, weight: float) -> None:
+        """Adds what another process has of the same epoch."""
+        if total is None:
+            return
+        if self.total is None:
+            self.total, self.weight = total.clone(), weight
+        elif self.reduction in ("mean", "sum"):
+            self.total, self.weight = self.total + total.to(self.total.device), self.weight + weight
+        else:
+            smaller_or_larger = torch.minimum if self.reduction == "min" else torch.maximum
+            self.total = smaller_or_larger(self.total, total.to(self.total.device))
+
+    def reduced(self) -> Tensor | None:
         """The epoch's value so far; None where nothing was logged."""
         if self.metric is not None:
             value: Tensor = self.metric.compute().detach()
             return value
-        total, weight = self.total, self.weight
-        if total is None:
+        if self.total is None:
             return None
-        if self.sync_dist:
-            total = distributed.reduce(total.clone(), "sum" if self.reduction == "mean" else self.reduction)
-            weight = float(distributed.reduce(torch.tensor(weight), "sum"))
-        return total / weight if self.reduction == "mean" else total.clone()
+        return self.total / self.weight if self.reduction == "mean" else self.total.clone()
 
     def accepts(self, options: tuple[Any, ...]) -> bool:
         """Whether options are the same as its own, but for the form of ``reduce_fx``: of a checkpoint it is a name."""
@@ -96,6 +104,19 @@ class Entry:
         }
         return kept | {"total": self.total, "weight": self.weight}
 
+    @classmethod
+    def of(cls, kept: Mapping[str, Any], device: torch.device) -> Entry:
+        """The entry whose :meth:`state_dict` this is.
+
+        Args:
+            kept: The state.
+            device: Where the values are to be.
+        """
+        name = kept["name"].removesuffix(kept["suffix"])
+        entry = cls(name, kept["suffix"], tuple(kept["options"]), kept["on_step"], kept["on_epoch"])
+        entry.total, entry.weight = on_device(kept["total"], device), kept["weight"]
+        return entry
+
     def reset(self) -> None:
         """Starts the next epoch."""
         self.total, self.weight = None, 0.0
@@ -114,12 +135,15 @@ class Metrics:
         renewals: How often each name in ``callback_metrics`` was set: a listener that acts on fresh
             values only compares it with what it saw.
         fresh: What was logged for loggers since the last ``metrics_logged`` of scope ``"step"``.
+        device: Where the run's values are.
+        distributed: The processes whose epochs are merged.
         moment: Where the run is: in a ``"batch"``, in an ``"epoch"`` outside of its batches, or, where
             nothing can be logged, None. The loops write it, and ``batch``.
         batch: The batch at hand, for its size.
     """
 
     def __init__(self, distributed: SingleProcess) -> None:
+        self.device = torch.device("cpu")
         self.distributed = distributed
         self.callback_metrics: dict[str, Tensor] = {}
         self.logged_metrics: dict[str, Any] = {}
@@ -212,9 +236,27 @@ class Metrics:
         more may be logged there, and do not count as renewed."""
         if self.silent:
             return
-        for entry in self._stage_entries.values():
-            if entry.epoch_name is not None and (value := entry.reduced(self.distributed)) is not None:
+        for entry in self._epoch_entries():
+            if entry.epoch_name is not None and (value := entry.reduced()) is not None:
                 self.callback_metrics[entry.epoch_name] = self.callback_metrics[entry.name] = value
+
+    def _epoch_entries(self) -> list[Entry]:
+        """What the stage at hand logged on epoch, that of all processes merged: so they all see one value, and decide alike.
+
+        By one exchange for all names, in which each process says which it has: one that had no batch has none.
+        """
+        entries = [entry for entry in self._stage_entries.values() if entry.epoch_name is not None]
+        if self.distributed.world_size == 1:
+            return entries
+        mine = [entry.state_dict() for entry in entries if entry.metric is None]
+        merged: dict[str, Entry] = {entry.name: entry for entry in entries if entry.metric is not None}
+        for states in self.distributed.gather_for_all(mine):
+            for state in states:
+                if state["name"] in merged:
+                    merged[state["name"]].merge(state["total"], state["weight"])
+                else:
+                    merged[state["name"]] = Entry.of(state, self.device)
+        return list(merged.values())
 
     def end_epoch(self) -> dict[str, Tensor]:
         """Reduces what the stage at hand logged on epoch, and starts its next epoch.
@@ -223,10 +265,13 @@ class Metrics:
             The values for loggers, by name.
         """
         for_loggers: dict[str, Tensor] = {}
+        values = [(entry, entry.reduced()) for entry in self._epoch_entries()]
         for entry in self._stage_entries.values():
-            if entry.epoch_name is None or (value := entry.reduced(self.distributed)) is None:
+            if entry.epoch_name is not None:
+                entry.reset()
+        for entry, value in values:
+            if entry.epoch_name is None or value is None:
                 continue
-            entry.reset()
             if self.silent:
                 continue
             self._set(entry.epoch_name, value)
@@ -296,12 +341,12 @@ class Metrics:
             device: Where the values were, or are to be.
         """
         for kept in state["entries"]:
-            name = kept["name"].removesuffix(kept["suffix"])
-            entry = Entry(name, kept["suffix"], tuple(kept["options"]), kept["on_step"], kept["on_epoch"])
-            entry.total, entry.weight = on_device(kept["total"], device), kept["weight"]
+            entry = Entry.of(kept, device)
             if kept["metric"] is not None:
                 entry.metric = module.get_submodule(kept["metric"])
-            self._entries["train"][entry.name] = entry
+            known = self._entries["train"].setdefault(entry.name, entry)
+            if known is not entry:  # of another process
+                known.merge(entry.total, entry.weight)
         load_metric_states(module, state["metric_objects"])
         for name in ("callback_metrics", "progress_bar_metrics", "logged_metrics", "fresh"):
             setattr(self, name, {key: on_device(value, device) for key, value in state[name].items()})

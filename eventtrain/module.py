@@ -414,7 +414,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             reduce_fx: ``"mean"`` (weighted by batch size), ``"min"``, ``"max"``, ``"sum"``, or torch's function of
                 that name.
             enable_graph: Lightning's; values are always detached here.
-            sync_dist: Whether it is reduced over ranks.
+            sync_dist: Whether the value of a step is reduced over ranks; that of an epoch always is.
             sync_dist_group: Lightning's; all ranks take part here.
             add_dataloader_idx: With several evaluation loaders, whether ``/dataloader_idx_i`` is appended.
             batch_size: The weight in the mean; None: the first dimension of the batch's first tensor.

@@ -10,8 +10,9 @@ import torch
 
 from eventtrain.arguments import limit_name
 from eventtrain.data import Batches, Limit, as_loaders, known_length, limited_length, move_to_device
+from eventtrain.distributed import SingleProcess
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import Stage
+from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module import DataHooks, LightningDataModule, LightningModule, overridden
 from eventtrain.position import Source, generator_states, is_stateful, set_generator_states
 from eventtrain.signals import SignalTable
@@ -37,6 +38,7 @@ class DataSources:
         limits: How many batches of each stage are used.
         signals: Where fetching is published.
         device: Where batches go.
+        distributed: The processes that share the data.
 
     Attributes:
         seed: What loaders' workers are seeded from, besides stage, pass and batch.
@@ -50,25 +52,42 @@ class DataSources:
         limits: dict[Stage, Limit],
         signals: SignalTable,
         device: torch.device,
+        distributed: SingleProcess,
     ) -> None:
         self._module = module
         self._datamodule = datamodule
         self._limits = limits
         self._signals = signals
         self._device = device
+        self._distributed = distributed
         self.seed = torch.initial_seed()
         self._sources: dict[tuple[Stage, int], Source] = {}
         self._passes: dict[str, int] = {}  # that the run has begun before, in another process for example
-        self._loaders = {stage: loader for stage, loader in given.items() if loader is not None}
+        self._given = {stage: loader for stage, loader in given.items() if loader is not None}
+        self._loaders: dict[Stage, Any] = {}
 
     def loader(self, stage: Stage) -> Any:
         """A stage's loader or loaders: those given to the call, else the datamodule's, else the module's; made
         once a run. None where there is none."""
         if stage not in self._loaders:
-            hook = LOADER_HOOKS[stage]
-            owner = self._owner(hook, LightningModule, LightningDataModule, DataHooks)
-            self._loaders[stage] = getattr(owner, hook)()
+            given = self._given.get(stage)
+            if given is None:
+                hook = LOADER_HOOKS[stage]
+                given = getattr(self._owner(hook, LightningModule, LightningDataModule, DataHooks), hook)()
+            self._loaders[stage] = self._prepared(stage, given)
         return self._loaders[stage]
+
+    def _prepared(self, stage: Stage, given: Any) -> Any:
+        """What listeners make of a stage's loader or loaders."""
+        if given is None or not self._signals.prepare_loader.listeners:
+            return given
+        loaders = [given] if stage == "train" else as_loaders(given)
+        prepared = []
+        for index, loader in enumerate(loaders):
+            event = PrepareLoader(stage, index, loader)
+            self._signals.prepare_loader.publish(event)
+            prepared.append(event.loader)
+        return prepared[0] if len(loaders) == 1 and loaders[0] is given else prepared
 
     def length(self, stage: Stage, loader: Any) -> int | None:
         """How many batches of a loader are used; None for all of one whose length is unknown.
@@ -76,7 +95,10 @@ class DataSources:
         Raises:
             MisconfigurationError: The stage's limit does not fit the loader.
         """
-        return limited_length(known_length(loader), self._limits[stage], limit_name(stage))
+        length = limited_length(known_length(loader), self._limits[stage], limit_name(stage))
+        if stage != "train" or length is None or self._distributed.world_size == 1:
+            return length
+        return min(self._distributed.gather_for_all(length))  # no process trains on while others have nothing left
 
     def open(
         self,
@@ -101,8 +123,11 @@ class DataSources:
         source = self._sources.get((stage, dataloader_idx))
         if source is None:
             passes = self._passes.get(f"{stage}/{dataloader_idx}", 0)
-            source = self._sources[stage, dataloader_idx] = Source(loader, (self.seed, stage, dataloader_idx), passes)
-        return Batches(source, number, limit, stage, self._signals, self._transfer(dataloader_idx), position)
+            rank = self._distributed.global_rank
+            key = (self.seed, stage, dataloader_idx, *([rank] if rank else []))  # each process draws its own
+            source = self._sources[stage, dataloader_idx] = Source(loader, key, passes)
+        agree = self._distributed.any if stage == "train" and self._distributed.world_size > 1 else None
+        return Batches(source, number, limit, stage, self._signals, self._transfer(dataloader_idx), position, agree)
 
     def passes(self, stage: Stage, *, most: int | None = None, number: int = 0) -> list[Callable[[], Batches]]:
         """What begins a pass over each loader of an evaluation.

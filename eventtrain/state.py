@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +10,8 @@ from eventtrain.events import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from eventtrain.distributed import SingleProcess
 
 
 @dataclass(slots=True)
@@ -66,7 +67,7 @@ class BatchState:
         contributions: Batches of the open window that had a loss.
         weight: The sum of their weights, None where they carry none.
         weight_reference: The run's first weight; 1 where that is 0.
-        any_rank: Whether a flag holds on any rank; None in a run of one process, which has nobody to ask.
+        ranks: The processes that have to agree; None in a run of one, which has nobody to ask.
     """
 
     automatic: bool = True
@@ -82,7 +83,7 @@ class BatchState:
     contributions: int = 0
     weight: Tensor | float | None = None
     weight_reference: Tensor | float | None = None
-    any_rank: Callable[[bool], bool] | None = None
+    ranks: SingleProcess | None = None
 
     def contribute(self, weight: Tensor | float | None) -> None:
         """Counts the batch at hand into the window.
@@ -103,8 +104,14 @@ class BatchState:
         if weight is not None:
             self.weight = weight if self.weight is None else self.weight + weight
             if self.weight_reference is None:
-                self.weight_reference = nonzero(weight)
+                self.weight_reference = nonzero(weight if self.ranks is None else self.agreed(weight))
         self.contributions += 1
+
+    def agreed(self, weight: Any) -> Any:
+        """Rank zero's first weight."""
+        assert self.ranks is not None
+        agreed = self.ranks.broadcast(weight)
+        return agreed.to(weight.device) if hasattr(weight, "to") and hasattr(agreed, "to") else agreed
 
 
 def nonzero(weight: Tensor | float) -> Any:

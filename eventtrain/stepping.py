@@ -151,7 +151,7 @@ class Stepping:
             event = BeforeOptimizerStep(self.optimizer, max(self.evaluations, 1))
             signals.before_optimizer_step.publish(event)
             reason = event.skip_reason
-        if batch.any_rank is not None and batch.any_rank(reason is not None):
+        if batch.ranks is not None and batch.ranks.any(reason is not None):
             reason = reason or "another rank's veto"
         if reason is not None:
             self._skip(reason)

@@ -151,7 +151,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def read_first(paths: Sequence[Path], map_location: Any = None) -> dict[str, Any] | None:
+def read_first(paths: Sequence[Path], map_location: Any = None) -> tuple[Path | None, dict[str, Any] | None]:
     """Reads the first checkpoint that is whole; damaged ones are named in a warning and passed over.
 
     Args:
@@ -159,7 +159,7 @@ def read_first(paths: Sequence[Path], map_location: Any = None) -> dict[str, Any
         map_location: As for :func:`read`.
 
     Returns:
-        The checkpoint; None where there are no files.
+        The file and the checkpoint; None twice where there are no files.
 
     Raises:
         MisconfigurationError: There are files, and none can be read.
@@ -167,13 +167,13 @@ def read_first(paths: Sequence[Path], map_location: Any = None) -> dict[str, Any
     last: MisconfigurationError | OSError | None = None
     for path in paths:
         try:
-            return read(path, map_location)
+            return path, read(path, map_location)
         except (MisconfigurationError, OSError) as error:
             warnings.warn(f"passed over a checkpoint: {error}", stacklevel=2)
             last = error
     if last is not None:
         raise MisconfigurationError(f"None of the {len(paths)} checkpoints can be read; the last error was: {last}") from last
-    return None
+    return None, None
 
 
 def check_loadable(value: Any, where: str = "checkpoint") -> None:

@@ -39,7 +39,9 @@ from eventtrain.events import (
     FindCheckpoint,
     FitEnd,
     FitStart,
+    JoinProcesses,
     KeepCheckpoint,
+    LoadCheckpoint,
     MetricsLogged,
     Setup,
     Stage,
@@ -149,7 +151,7 @@ class Trainer(RunView):
         self._module: LightningModule | None = None
         self._steps = Steps(None)
         self._loop: TrainLoop | None = None
-        self._data: DataSources
+        self._data: Any = None  # a run's DataSources
         self._begin_counting()
         given = list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
         for callback in given + (self._default_callbacks(given) if default_callbacks else []):
@@ -370,10 +372,13 @@ class Trainer(RunView):
         brought: list[Any] = []
         self.stage, self._module, self.datamodule = stage, module, check_datamodule(datamodule)
         self._steps = steps
-        self._data = DataSources(given, module, self.datamodule, self.limits, self.signals.table, self.device)
         first: BaseException | None = None
         try:
             self._attach(module, connections, brought)
+            self._join(stage)
+            self._data = DataSources(
+                given, module, self.datamodule, self.limits, self.signals.table, self.device, self.distributed
+            )
             self._build(module, stage)
             with steps.calling_the_trainer():
                 return body()
@@ -396,6 +401,14 @@ class Trainer(RunView):
         for part in (self.datamodule, module):
             if part is not None:
                 connections.append(ConnectedHooks(part, self.signals))
+
+    def _join(self, stage: RunStage) -> None:
+        """Joins the other processes of the run, where there are any."""
+        event = JoinProcesses(stage, self.device, self.distributed)
+        self.signals.join_processes.publish(event)
+        self.device = event.device
+        self.distributed = self.metrics.distributed = event.distributed
+        self.metrics.device = self.device
 
     def _build(self, module: LightningModule, stage: RunStage) -> None:
         """Builds the module, moves it to its device, and lets callbacks wrap it."""
@@ -423,7 +436,8 @@ class Trainer(RunView):
                 optimizer.leave_run()
             if self._loop is not None and self._loop.batches is not None:
                 self._loop.batches.close()
-            self._data.release()
+            if self._data is not None:
+                self._data.release()
             self.metrics.enter("train", None)
             self.sanity_checking = False
             self.stage = None
@@ -441,15 +455,18 @@ class Trainer(RunView):
         module, signals = self.module, self.signals
         if own(module, "training_step") is None:
             module.training_step()  # says what to define
+        # First, so that a module may take its shape from a checkpoint, and a datamodule its split.
+        checkpoint = None if ckpt_path is None else self._read_checkpoint(ckpt_path)
+        if checkpoint is not None:
+            checkpoint = checkpoints.announce(self, checkpoint)
         loader = self._data.loader("train")
         check_train_loader(loader)
         self._measure(loader)
         self._configure_optimizers(module)
         validation = self._validation(module)
         self._loop = loop = self._train_loop(module, loader, validation)
-        checkpoint = None if ckpt_path is None else self._read_checkpoint(ckpt_path)
         if checkpoint is not None:
-            checkpoints.restore(self, checkpoint, training=True)
+            checkpoints.restore(self, checkpoint)
         with torch.enable_grad():
             signals.fit_start.publish(FitStart())
             # A resumed run had its check when it began.
@@ -475,7 +492,7 @@ class Trainer(RunView):
         self.lr_scheduler_configs = configuration.schedulers
         self.optimizers = configuration.optimizers
         alone = self.distributed.world_size == 1
-        self.batch = BatchState(automatic=automatic, any_rank=None if alone else self.distributed.any)
+        self.batch = BatchState(automatic=automatic, ranks=None if alone else self.distributed)
         clip_hook = own(module, "configure_gradient_clipping") if automatic else None
         for optimizer in self.optimizers:
             optimizer.join_run(self.signals.table, self.batch, module, clip_hook)
@@ -565,7 +582,8 @@ class Trainer(RunView):
                     f"{LOADER_HOOKS[stage]} in the module."
                 )
             if ckpt_path is not None and (checkpoint := self._read_checkpoint(ckpt_path)) is not None:
-                checkpoints.restore(self, checkpoint, training=False)
+                self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
+                module.load_state_dict(checkpoint["state_dict"])
             outputs = self._evaluation_loop(module, stage, within_fit=False).run()
             return self.metrics.results(stage, len(passes)), outputs
 
@@ -599,8 +617,25 @@ class Trainer(RunView):
 
     def _read_checkpoint(self, given: Any) -> dict[str, Any] | None:
         """The checkpoint that ``ckpt_path`` means; None for a fresh start, where there is none yet."""
+        found: tuple[Any, Any] = (None, None)
+        failure: BaseException | None = None
+        if self.is_global_zero:
+            try:
+                found = self._find_checkpoint(given)
+            except BaseException as error:
+                failure = error
+        # One process finds it and says where, so that all go on from the same.
+        path, reason = self.distributed.broadcast((found[0], None if failure is None else storage.first_line(failure)))
+        if failure is not None:
+            raise failure
+        if reason is not None:
+            raise MisconfigurationError(f"Rank zero found no checkpoint. {reason}")
+        return found[1] if path is None or self.is_global_zero else storage.read(path)
+
+    def _find_checkpoint(self, given: Any) -> tuple[Any, dict[str, Any] | None]:
+        """A checkpoint's path and content; None twice for a fresh start."""
         if given not in ("last", "best"):
-            return storage.read(given)
+            return given, storage.read(given)
         event = FindCheckpoint(given)
         self.signals.find_checkpoint.publish(event)
         if not event.paths and given == "last" and self._kept_by_nobody.exists():

@@ -140,6 +140,8 @@ def test_its_state_survives_a_checkpoint(build: Callable[[], Any], trainer_of: C
     resumed = trainer_of(second, max_epochs=2)
     resumed.signals.fit_start.connect(ReadsState().on_fit_start)
     resumed.fit(Module(), BATCHES, ckpt_path=path)
+    restored[0].pop("event_files", None)  # what lies in a folder by now
+    kept[state_key(first)].pop("event_files", None)
     assert approximately(kept[state_key(first)]) == approximately(restored[0])
 
 

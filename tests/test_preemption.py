@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from eventtrain import Callback, MisconfigurationError, Trainer, events
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, ModelCheckpoint
 from eventtrain.callbacks.preemption import ECHO, Preemption
+from eventtrain.distributed import SingleProcess
 from tests.resuming import Build, Model, assert_same_run, run
 
 ROOT = Path(__file__).parents[1]
@@ -522,11 +523,11 @@ def test_another_thread_is_told_that_it_gets_none(tmp_path: Path, handled: list[
 # ------------------------------------------------------------------ several processes
 
 
-class Ranks(Callback):
+class Ranks(Callback, SingleProcess):
     """One of two processes, of which the other has got a signal at the safe point of a batch. Notes what it was asked, and
     whether there was a checkpoint by then."""
 
-    world_size, global_rank, local_rank = 2, 0, 0
+    world_size = 2
 
     def __init__(self, folder: Path, signalled_at: int | None = None) -> None:
         self.kept, self.signalled_at = folder / KEPT, signalled_at
@@ -545,7 +546,7 @@ def train_as(ranks: Ranks, folder: Path, *callbacks: Any) -> None:
     module, loader, _, given, options = build(folder, ranks, *callbacks)()
     del options["val_check_interval"]
     trainer = Trainer(callbacks=given, default_callbacks=False, device="cpu", **options)
-    trainer.distributed = ranks  # type: ignore[assignment]
+    trainer.distributed = ranks
     trainer.fit(module, loader)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from eventtrain import Callback, MisconfigurationError, Trainer, events
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 from eventtrain.callbacks.timer import Timer
+from eventtrain.distributed import SingleProcess
 from tests.resuming import Build, Model, assert_same_run, run
 
 KEPT = Path("checkpoints") / "interrupted.ckpt"
@@ -224,10 +225,10 @@ def test_it_is_connected_for_the_length_of_a_fit(tmp_path: Path, fails: bool) ->
     assert set(during) == {1} and trainer.signals.safe_point.attached() == []
 
 
-class Ranks(Callback):
+class Ranks(Callback, SingleProcess):
     """One of two processes, of which the other has no time left at the safe point of a batch."""
 
-    world_size, global_rank, local_rank = 2, 0, 0
+    world_size = 2
 
     def __init__(self, due_at: int | None = None) -> None:
         self.due_at = due_at
@@ -246,7 +247,7 @@ def test_processes_end_where_any_has_no_time_left(tmp_path: Path, clock: Clock) 
         module, loader, _, given, options = build(tmp_path, clock, ranks, *callbacks)()
         del options["val_check_interval"]
         trainer = Trainer(callbacks=given, default_callbacks=False, device="cpu", **options)
-        trainer.distributed = ranks  # type: ignore[assignment]
+        trainer.distributed = ranks
         trainer.fit(module, loader)
         return trainer
 

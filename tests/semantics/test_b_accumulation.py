@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import LightningModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
+from eventtrain.distributed import SingleProcess
 
 
 def windows_of(module: Probe, trainer_arguments: dict[str, Any], accumulation: GradientAccumulation, xs: Any) -> list[int]:
@@ -553,10 +554,10 @@ def test_b4_the_first_weight_is_kept_in_checkpoints(make: Any, tmp_path: Any) ->
     assert set(references) == {4.0} and set(resumed.updates) == {1.5}
 
 
-class TwoRanks:
+class TwoRanks(SingleProcess):
     """The view that one rank of two has; the other's tensors are these."""
 
-    world_size, global_rank, local_rank = 2, 0, 0
+    world_size = 2
 
     def __init__(self, *others: float) -> None:
         self.others = list(others)
@@ -564,15 +565,6 @@ class TwoRanks:
     def reduce(self, value: Any, reduction: str) -> Any:
         assert reduction == "sum" and isinstance(value, torch.Tensor)
         return value + self.others.pop(0)
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def any(self, flag: bool) -> bool:
-        return flag
-
-    def barrier(self) -> None:
-        return None
 
 
 @pytest.mark.parametrize("make", [float, torch.tensor], ids=["float", "tensor"])

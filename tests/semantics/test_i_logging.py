@@ -161,26 +161,52 @@ class TwoRanks(SingleProcess):
         self.reduced.append((value.item(), reduction))
         return value + 2.0  # of "max"
 
+    def gather_for_all(self, value: Any) -> Any:
+        return [value, [entry | {"total": entry["total"] + 2.0} for entry in value] if isinstance(value, list) else value]
+
 
 @pytest.mark.parametrize("sync", [False, True])
 def test_i1_sync_dist(sync: bool) -> None:
     trainer = new_trainer()
     trainer.distributed = TwoRanks()
     trainer.fit(Logs(logs(sync_dist=sync, reduce_fx="max", on_epoch=True)), batches(2))
-    value = 4.0 if sync else 2.0  # the other rank's
-    assert plain(trainer.callback_metrics) == {"value": value, "value_step": value, "value_epoch": value}
-    assert trainer.distributed.reduced[:2] == ([(1.0, "max"), (2.0, "max")] if sync else [])
+    # An epoch's value is always that of all ranks, so that all decide alike; a step's only where that is asked for.
+    step = 4.0 if sync else 2.0
+    assert plain(trainer.callback_metrics) == {"value": 4.0, "value_step": step, "value_epoch": 4.0}
+    assert trainer.distributed.reduced == ([(1.0, "max"), (2.0, "max")] if sync else [])
 
 
 def test_i1_a_synchronised_mean_is_weighted_over_all_ranks() -> None:
-    class Same(SingleProcess):
-        def reduce(self, value: Tensor, reduction: Any) -> Tensor:
-            return value * 3 if reduction == "sum" else value
+    class Other(SingleProcess):
+        """The other rank has seen twice as much, of twice the value."""
+
+        world_size = 2
+
+        def gather_for_all(self, value: Any) -> Any:
+            if not isinstance(value, list):
+                return [value, value]
+            return [value, [entry | {"total": 4 * entry["total"], "weight": 2 * entry["weight"]} for entry in value]]
 
     trainer = new_trainer()
-    trainer.distributed = Same()
-    trainer.fit(Logs(logs(sync_dist=True, on_step=False, on_epoch=True)), THREE)
-    assert plain(trainer.callback_metrics) == {"value": 3.0}
+    trainer.distributed = Other()
+    trainer.fit(Logs(logs(on_step=False, on_epoch=True)), THREE)
+    assert plain(trainer.callback_metrics) == pytest.approx({"value": 3.0 * 5 / 3})
+
+
+def test_i1_a_rank_without_a_batch_has_the_others_values() -> None:
+    class Other(SingleProcess):
+        world_size = 2
+
+        def gather_for_all(self, value: Any) -> Any:
+            if not isinstance(value, list):
+                return [value, value]
+            mine = {"name": "theirs", "suffix": "", "on_step": False, "on_epoch": True, "total": torch.tensor(6.0), "weight": 2}
+            return [value, [{**mine, "options": [False, True, False, True, "mean", False]}]]
+
+    trainer = new_trainer()
+    trainer.distributed = Other()
+    trainer.fit(Logs(logs(on_step=False, on_epoch=True)), THREE)
+    assert plain(trainer.callback_metrics) == {"value": 3.0, "theirs": 3.0}
 
 
 def test_i1_log_dict() -> None:

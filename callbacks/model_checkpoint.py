@@ -27,6 +27,8 @@ from eventtrain.events import (
     SafePoint,
     Setup,
     Teardown,
+    TrainEnd,
+    TrainStart,
 )
 from eventtrain.ranking import Ranking
 from eventtrain.snapshot import Snapshot
@@ -36,8 +38,9 @@ from eventtrain.trainer import Trainer
 class ModelCheckpoint(Callback):
     """Writes checkpoints at safe points, from which ``trainer.fit(ckpt_path="last")`` goes on as if nothing had happened.
 
-    Listens to ``safe_point``; to ``keep_checkpoint`` and ``find_checkpoint``, by which the trainer asks for one now and for
-    those that there are; to ``setup``, ``fit_start``, ``exception`` and ``teardown``. Emits ``checkpoint_saved``, besides
+    Connects to ``safe_point`` at ``train_start``, so that it comes after those whose state it keeps. Listens to
+    ``keep_checkpoint`` and ``find_checkpoint``, by which the trainer asks for one now and for those that there are; to
+    ``setup``, ``fit_start``, ``train_end``, ``exception`` and ``teardown``. Emits ``checkpoint_saved``, besides
     what the trainer emits as it gathers one. Reads the monitored metric from its device when one is due.
 
     A file gets its name once it is whole on disk, and no older one is deleted before that, so that a crash, a full disk or
@@ -98,7 +101,7 @@ class ModelCheckpoint(Callback):
         check_count(save_top_k, "ModelCheckpoint: save_top_k", least=-1)
         if save_top_k == 0 and not save_last:
             raise MisconfigurationError("ModelCheckpoint(save_top_k=0, save_last=False) keeps nothing. Change one of them.")
-        self.dirpath = Path(dirpath)
+        self.dirpath = Path(dirpath).expanduser()
         self.filename = check_template("{epoch}-{step}" if filename is None else filename, "ModelCheckpoint: filename")
         self.every_n_steps, self.every_n_epochs, self.every_n_minutes = every_n_steps, every_n_epochs, every_n_minutes
         self.monitor, self.mode = monitor, mode
@@ -116,7 +119,8 @@ class ModelCheckpoint(Callback):
         self._path: Path | None = None
         self._steps = self._validations = 0  # the counters then
         self._time = time.monotonic()
-        self._seen = 0  # how often the monitored metric was renewed until then
+        self._seen = 0  # how often the monitored metric was renewed until the last safe point
+        self._is_fresh = False  # whether it was since
         self._warned = False
         self._writing: tuple[dict[str, float | None], Future[None]] | None = None  # what was kept before, and the thread's work
         self._held: dict[str, Any] | None = None  # the last safe point's state
@@ -163,7 +167,8 @@ class ModelCheckpoint(Callback):
                     f"Two ModelCheckpoints write to {os.fspath(self.dirpath)!r}, where each would delete what the other keeps. "
                     "Give each a dirpath of its own."
                 )
-        storage.check_loadable(checkpoints.state_of(trainer))
+        # Weights that a lazy module has not got yet cannot be written, and will be there by then.
+        storage.loadable({name: value for name, value in checkpoints.state_of(trainer).items() if name != "state_dict"})
         if trainer.is_global_zero:
             try:
                 self._folder.prepare(self._ranking.surplus)
@@ -173,17 +178,33 @@ class ModelCheckpoint(Callback):
                     f"{storage.first_line(error)}. Give another directory."
                 ) from error
         self._ranking.surplus.clear()
+        there = trainer.distributed.broadcast([name for name in self.kept if (self._folder.path / name).is_file()])
+        self._ranking.scores = {name: self.kept[name] for name in there}  # the checkpoint may be of another folder
+        self._place = place(trainer)
         self._time = time.monotonic()
 
-    def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
+    def on_train_start(self, trainer: Trainer, event: TrainStart) -> None:
+        trainer.signals.safe_point.connect(self.save_if_due)
+
+    def save_if_due(self, trainer: Trainer, event: SafePoint) -> None:
+        """Connected to ``safe_point`` when training begins."""
         if self._writing is not None and self._writing[1].done():
             self.wait(trainer)
         if trainer.fast_dev_run:
             return
+        if self.monitor is not None:
+            renewals = trainer.metrics.renewals.get(self.monitor, 0)
+            self._is_fresh, self._seen = renewals != self._seen, renewals
         if self.is_due(trainer, event):
             self._save(trainer, ranked=True)
         if self.save_on_exception:
             self._held = self._last_safe_point.copy(checkpoints.gather(trainer))
+
+    def on_train_end(self, trainer: Trainer, event: TrainEnd) -> None:
+        # A run may be asked to stop where no safe point is left to hear of it.
+        if not trainer.fast_dev_run and self._place != place(trainer):
+            self._is_fresh = False
+            self.save_if_due(trainer, SafePoint(False, trainer.batch.window_open))
 
     def on_keep_checkpoint(self, trainer: Trainer, event: KeepCheckpoint) -> None:
         if event.path is None:
@@ -195,7 +216,12 @@ class ModelCheckpoint(Callback):
     def on_find_checkpoint(self, trainer: Trainer, event: FindCheckpoint) -> None:
         self._folder = CheckpointFolder(Path(trainer.default_root_dir) / self.dirpath)
         self.wait(trainer)
-        event.offer(*(self._folder.newest() if event.which == "last" else self._best()))
+        if event.which == "last":
+            event.offer(*self._folder.newest())
+        elif self.monitor is None:
+            event.offer(*self._best())
+        else:  # before those of who has no opinion
+            event.paths = [*self._best(), *(event.paths or ())]
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
         held, self._held = self._held, None
@@ -204,6 +230,7 @@ class ModelCheckpoint(Callback):
             self._folder.write(held, [LAST], [])
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        trainer.signals.safe_point.disconnect(self.save_if_due)
         try:
             self.wait(trainer)
         finally:
@@ -236,7 +263,7 @@ class ModelCheckpoint(Callback):
         content = checkpoints.gather(trainer)
         if not trainer.is_global_zero:
             return
-        storage.check_loadable(content)
+        content = storage.loadable(content)
         write = partial(self._folder.write, names=names, surplus=list(self._ranking.surplus))
         if not self.in_background:
             self._settle(trainer, before, partial(write, content))
@@ -249,10 +276,8 @@ class ModelCheckpoint(Callback):
         """Takes the checkpoint at hand among those that are kept, where it is good enough."""
         if self.monitor is None:
             return self._ranking.take(name, None)
-        renewals = trainer.metrics.renewals.get(self.monitor, 0)
-        score = None if renewals == self._seen else float(trainer.callback_metrics[self.monitor])
-        self._seen = renewals
-        if renewals == 0:
+        score = float(trainer.callback_metrics[self.monitor]) if self._is_fresh else None
+        if self._seen == 0:
             self._warn_of_absence(trainer)
         score = trainer.distributed.broadcast(score)  # what is logged on step is each process's own
         return score is not None and self._ranking.take(name, score)
@@ -316,7 +341,7 @@ class ModelCheckpoint(Callback):
         """Says once that the monitored metric was never logged, when whoever may log it has been there."""
         progress = trainer.progress
         had_its_turn = progress.epochs_done > 0 and (progress.validations > 0 or not trainer.validates)
-        if self._warned or not (had_its_turn or trainer.is_ending):
+        if self._warned or not (had_its_turn or (trainer.is_ending and not trainer.should_stop)):
             return
         self._warned = True
         known = sorted(trainer.callback_metrics)
@@ -331,8 +356,9 @@ class ModelCheckpoint(Callback):
 
     @property
     def state_key(self) -> str:
-        # Not by the folder: a run may go on in another place.
-        return f"{type(self).__qualname__}({self.monitor}, {self.mode}, {self.filename})"
+        # Neither by the folder nor by the names: a run may go on in another place, and under others.
+        every = (self.every_n_steps, self.every_n_epochs, self.every_n_minutes)
+        return f"{type(self).__qualname__}({self.monitor}, {self.mode}, {every})"
 
     def state_dict(self) -> dict[str, Any]:
         return {

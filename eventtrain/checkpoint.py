@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import time
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,26 +41,27 @@ def gather(trainer: Trainer) -> dict[str, Any]:
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """The state of a run. Its keys are the schema, which ``docs/resume.md`` describes:
 
-    - ``schema_version``, ``versions`` of what wrote it, ``hyper_parameters``;
+    - ``schema_version``, ``versions`` of what wrote it, ``written_at`` in seconds since 1970, ``hyper_parameters``;
     - ``state_dict`` of the module; ``optimizer_states`` and ``lr_schedulers``, lists in the order of
       ``configure_optimizers``; ``num_steps``, each optimizer's count;
     - ``progress``, the counters; ``epoch`` and ``global_step``, copies of two of them under Lightning's names;
     - ``window``, the accumulation window at hand, with the gradients that are held;
     - ``metrics``, what was logged, and the unfinished epoch's reductions;
     - ``rng``, the generators; ``data``, the position in the training data and the loaders' own generators;
-      ``epoch_reason``, why the epoch was about to end, if it was;
+      ``epoch_reason``, why the epoch was about to end, if it was; ``stop_reason``, why the run was, as soon as it may;
     - ``ranks``, of each process but the first what it has of its own: its ``window``, ``metrics``, ``rng`` and ``data``;
     - ``callbacks``, each callback's state by its key; ``datamodule``.
 
     Args:
         trainer: The trainer, in a run or after one.
     """
-    module, mine = trainer.module, shares.own_share(trainer)
+    module, stop, mine = trainer.module, trainer.stop_request, shares.own_share(trainer)
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": {"eventtrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "written_at": time.time(),
         "hyper_parameters": dict(module.hparams),
-        "state_dict": dict(module.state_dict()),
+        "state_dict": module.state_dict(),
         "optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "num_steps": [optimizer.num_steps for optimizer in trainer.optimizers],
@@ -67,7 +70,9 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "global_step": trainer.progress.global_step,
         **mine,
         "ranks": trainer.distributed.gather(mine)[1:],
-        "epoch_reason": trainer.stop_request.epoch_reason if mine["data"]["position"] is not None else None,
+        "epoch_reason": None if mine["data"] is None or mine["data"]["position"] is None else stop.epoch_reason,
+        # A request to stop that min_epochs or min_steps hold off; one that holds now was made for this process.
+        "stop_reason": None if stop.force or trainer.is_ending else stop.reason,
         "callbacks": {state_key(each): each.state_dict() for each in trainer.callbacks if has_state(each)},
         "datamodule": trainer.datamodule.state_dict() if trainer.datamodule is not None else {},
     }
@@ -125,12 +130,19 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         setattr(trainer.progress, name, value)
     if trainer.progress.epoch_is_over:
         trainer.progress.count_epoch()  # written at the epoch's last safe point: it is not to be trained again
+    trainer.stop_request.reason = checkpoint["stop_reason"]
     restore_window(trainer, checkpoint["window"])
     if checkpoint["metrics"] is not None:
         trainer.metrics.load_state_dict(checkpoint["metrics"], trainer.module, trainer.device)
     for callback in trainer.callbacks:
         if has_state(callback) and state_key(callback) in checkpoint["callbacks"]:
             callback.load_state_dict(checkpoint["callbacks"][state_key(callback)])
+    attached = {state_key(callback) for callback in trainer.callbacks}
+    if left := [key for key, state in checkpoint["callbacks"].items() if state and key not in attached]:
+        warnings.warn(
+            f"The checkpoint holds state of {left}, which no attached callback takes up. Attach them, or go on without.",
+            stacklevel=2,
+        )
     restore_position(trainer, checkpoint)
 
 
@@ -142,8 +154,8 @@ def restore_window(trainer: Trainer, window: dict[str, Any]) -> None:
     batch.weight = on_device(window["weight"], trainer.device)
     batch.weight_reference = on_device(window["weight_reference"], trainer.device)
     for name, parameter in trainer.module.named_parameters():
-        if name in window["gradients"]:
-            parameter.grad = window["gradients"][name].to(parameter.device)
+        # None where there is none: a run before may have left one.
+        parameter.grad = on_device(window["gradients"].get(name), trainer.device)
 
 
 def restore_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -193,6 +205,7 @@ def _from_1(old: dict[str, Any]) -> dict[str, Any]:
     progress = old["progress"] | {"validated_at": old["progress"]["total_batch_idx"]}
     added = {
         "ranks": [],
+        "stop_reason": None,
         "window": window,
         "num_steps": steps,
         "progress": progress,

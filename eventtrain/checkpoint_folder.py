@@ -62,11 +62,12 @@ class CheckpointFolder:
 
     def newest(self) -> list[Path]:
         """The files, newest first; one that has two names once."""
-        found: dict[tuple[int, int], tuple[int, Path]] = {}
+        found: dict[tuple[int, int], Path] = {}
         for path in sorted(self.path.glob(f"*{SUFFIX}"), key=lambda path: path.name != LAST):
-            status = path.stat()
-            found.setdefault((status.st_dev, status.st_ino), (status.st_mtime_ns, path))
-        return [path for _, path in sorted(found.values(), key=lambda pair: -pair[0])]
+            if path.is_file():
+                status = path.stat()
+                found.setdefault((status.st_dev, status.st_ino), path)
+        return sorted(found.values(), key=storage.written_at, reverse=True)
 
 
 def file_name(template: str, values: Mapping[str, Any]) -> str:

@@ -184,8 +184,14 @@ class Batches:
         self._ahead: Any = self._next_ahead() if self.length is None and limit != 0 else None
         if position is not None:
             self.is_last = self._fetched == self._end or self._ahead is END
-        # Past the end of a sized loader lies an error. A chain, because its `next` is no Python call.
-        self._read = self._read_ahead if self.length is None else chain(self._iterator, self._too_short()).__next__
+        if self.length is None:
+            self._read = self._read_ahead
+        elif self._iterator is self.loader:
+            self._read = self._read_or_refuse
+        else:
+            # Past the end of a sized loader lies an error. A chain, because its `next` is no Python call. It asks for an
+            # iterator again, which to a loader that is its own would be another pass.
+            self._read = chain(self._iterator, self._too_short()).__next__
 
     def fetch(self) -> Any:
         """The next batch on its device, or :data:`END`.
@@ -210,6 +216,10 @@ class Batches:
             signals.after_batch_fetch.publish(event)
             batch = event.batch
         return batch
+
+    def _read_or_refuse(self) -> Any:
+        batch = self._next()
+        return next(self._too_short()) if batch is END else batch
 
     def _read_ahead(self) -> Any:
         """The batch that was read ahead, after reading another."""

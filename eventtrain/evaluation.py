@@ -13,6 +13,7 @@ from torch import nn
 from eventtrain import events
 from eventtrain.closure import forward
 from eventtrain.data import END, Batches
+from eventtrain.distributed import SingleProcess
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import AfterForward, MetricsLogged
 from eventtrain.metrics import Metrics
@@ -38,6 +39,7 @@ class EvaluationLoop:
         within_fit: Whether training goes on afterwards: then without ``inference_mode``, whose tensors
             training could not use, and without touching training's random numbers.
         is_interrupted: Asked before each batch inside of a fit: whether the evaluation is to be left.
+        ranks: The processes that ask each other; None in a run of one.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class EvaluationLoop:
         open_loaders: list[Callable[[], Batches]],
         within_fit: bool,
         is_interrupted: Callable[[], bool],
+        ranks: SingleProcess | None,
     ) -> None:
         self.stage = stage
         self.signals = signals
@@ -61,6 +64,7 @@ class EvaluationLoop:
         self.open_loaders = open_loaders
         self.within_fit = within_fit
         self.is_interrupted = is_interrupted
+        self.ranks = ranks
         self.step = step
         self.arguments = step_arguments(step, len(open_loaders))
         # The stage's own event classes, in the order in which they come.
@@ -122,11 +126,15 @@ class EvaluationLoop:
         start, end = signals[f"{self.stage}_batch_start"], signals[f"{self.stage}_batch_end"]
         kept: list[Any] = []
         batch_idx = 0
+        ranks = self.ranks if self.within_fit else None
         while True:
             if self.within_fit and self.is_interrupted():
                 raise EvaluationInterrupted
-            if (batch := batches.fetch()) is END:
+            is_left = (batch := batches.fetch()) is not END
+            if not (is_left if ranks is None else ranks.any(is_left)):
                 break
+            if not is_left:
+                continue  # other processes have a batch more, and ask each time whether the run is interrupted
             metrics.batch, metrics.moment = batch, "batch"
             if start.listeners:
                 start.publish(self._events["BatchStart"](batch, batch_idx, dataloader_idx))

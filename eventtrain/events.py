@@ -128,8 +128,8 @@ class FindCheckpoint(Event):
 
     Attributes:
         which: ``"last"`` or ``"best"``.
-        paths: The answers, each listener's own in the order in which they are to be tried: a damaged file is passed
-            over. None where no listener keeps checkpoints; of several listeners' ``"last"`` the newest file comes first.
+        paths: The answers; a damaged file is passed over. Of ``"last"`` the newest is tried first, of ``"best"`` the first.
+            None where no listener keeps checkpoints.
     """
 
     which: Literal["last", "best"]

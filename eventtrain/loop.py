@@ -85,6 +85,7 @@ class TrainLoop:
         metrics: What is logged.
         extent: How long the run is.
         open_epoch: Begins the pass over the training data with a number, at a position.
+        data_state: What a checkpoint keeps of the loaders, inside of an epoch or between two.
         training_step: The module's, called as ``training_step(batch, batch_idx)``.
         takes_index: Whether ``training_step`` takes ``batch_idx``.
         closure: The closure of the run; None in manual optimization and without an optimizer.
@@ -103,6 +104,7 @@ class TrainLoop:
         metrics: Metrics,
         extent: Extent,
         open_epoch: Callable[[int, Mapping[str, Any] | None], Batches],
+        data_state: Callable[[bool], dict[str, Any]],
         training_step: Callable[..., Any],
         takes_index: bool,
         closure: Closure | None,
@@ -117,6 +119,7 @@ class TrainLoop:
         self.metrics = metrics
         self.extent = extent
         self.open_epoch = open_epoch
+        self.data_state = data_state
         self.training_step = training_step
         self.takes_index = takes_index
         self.closure = closure

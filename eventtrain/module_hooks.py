@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eventtrain.errors import MisconfigurationError, nearest
-from eventtrain.events import EVENTS, Event, TrainBatchStart, module_hook
+from eventtrain.events import EVENTS, Event, TrainBatchStart, TrainEpochStart, module_hook
 from eventtrain.hooks import MODULE_ONLY_HOOKS
 from eventtrain.module import LightningDataModule, LightningModule, overridden
 from eventtrain.signals import Signals
@@ -96,6 +96,12 @@ def adapted(module: Any, hook_name: str, event_type: type[Event]) -> Callable[..
 
         def listener(trainer: Any, event: Any) -> None:
             hook(event)
+
+    elif event_type is TrainEpochStart:
+
+        def listener(trainer: Any, event: Any) -> None:
+            if not event.batches_done:  # an epoch that goes on had its hook when it began
+                hook()
 
     elif event_type is TrainBatchStart:
 

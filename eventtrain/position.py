@@ -234,25 +234,43 @@ def _arrive(index: Any, key: tuple[Any, ...]) -> Any:
     return index
 
 
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tells a loader's samplers that shuffle by the epoch which one it is, as ``DistributedSampler`` wants to be told."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if callable(tell := getattr(sampler, "set_epoch", None)):
+            tell(epoch)
+
+
 # ------------------------------------------------------------------ generators that loaders hold
 
 
 def generators(loader: Any) -> dict[str, Any]:
     """The random number generators that a loader, its samplers and its data set hold, by where they were found; one that is
-    shared is there once."""
-    parts: dict[str, Any] = {"loader": loader}
-    if isinstance(loader, DataLoader):
-        parts |= {name: getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")}
-        parts["batch_sampler.sampler"] = getattr(loader.batch_sampler, "sampler", None)
+    shared is there once. A data set's transforms, and the data set that it is a part of, are looked into too."""
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if "numpy" in sys.modules:
-        kinds += (sys.modules["numpy"].random.Generator,)
+        numpy_random = sys.modules["numpy"].random
+        kinds += (numpy_random.Generator, numpy_random.RandomState)
     found: dict[str, Any] = {}
-    for where, part in parts.items():
+    seen: set[int] = set()
+    pending = [("loader", loader)]
+    while pending:
+        where, part = pending.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
         for name, value in getattr(part, "__dict__", {}).items():
-            if isinstance(value, kinds) and not any(value is known for known in found.values()):
-                found[f"{where}.{name}"] = value
-    return found
+            if isinstance(value, kinds):
+                if not any(value is known for known in found.values()):
+                    found[f"{where}.{name}"] = value
+            elif name in NESTED or (f"{where}.{name}".startswith("loader.dataset.") and hasattr(value, "__dict__")):
+                pending.append((f"{where}.{name}", value))
+    return dict(sorted(found.items()))
+
+
+NESTED = ("sampler", "batch_sampler", "dataset")
+"""What of a loader, and of its samplers, is looked into."""
 
 
 def generator_states(loader: Any) -> dict[str, Any]:
@@ -263,6 +281,9 @@ def generator_states(loader: Any) -> dict[str, Any]:
             states[where] = generator.get_state()
         elif isinstance(generator, random.Random):
             states[where] = generator.getstate()
+        elif hasattr(generator, "get_state"):
+            name, words, *rest = generator.get_state()
+            states[where] = (name, torch.tensor(words.tolist()), *rest)
         else:
             states[where] = generator.bit_generator.state
     return states
@@ -277,6 +298,9 @@ def set_generator_states(loader: Any, states: dict[str, Any]) -> None:
             generator.set_state(states[where])
         elif isinstance(generator, random.Random):
             generator.setstate(states[where])
+        elif hasattr(generator, "set_state"):
+            name, words, *rest = states[where]
+            generator.set_state((name, words.numpy().astype("uint32"), *rest))
         else:
             generator.bit_generator.state = states[where]
 

@@ -34,7 +34,7 @@ def own_share(trainer: Trainer) -> dict[str, Any]:
         },
         "metrics": trainer.metrics.state_dict(trainer.module),
         "rng": rng_state(),
-        "data": trainer._data.state_dict(inside_epoch=position is not None) | {"position": position},
+        "data": None if loop is None else loop.data_state(position is not None) | {"position": position},
     }
 
 

@@ -41,7 +41,10 @@ class Snapshot:
         if isinstance(value, Tensor):
             return self._copy_tensor(value.detach())
         if isinstance(value, Mapping):
-            return type(value)({self._copy(key): self._copy(item) for key, item in value.items()})  # type: ignore[call-arg]
+            copied = type(value)({self._copy(key): self._copy(item) for key, item in value.items()})  # type: ignore[call-arg]
+            if type(value) is not dict:
+                vars(copied).update(vars(value))
+            return copied
         if type(value) in (list, tuple, set):
             return type(value)(self._copy(item) for item in value)
         return value  # nothing that changes

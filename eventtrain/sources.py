@@ -14,7 +14,7 @@ from eventtrain.distributed import SingleProcess
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module import DataHooks, LightningDataModule, LightningModule, overridden
-from eventtrain.position import Source, generator_states, is_stateful, set_generator_states
+from eventtrain.position import Source, generator_states, is_stateful, set_epoch, set_generator_states
 from eventtrain.signals import SignalTable
 
 LOADER_HOOKS: dict[Stage, str] = {
@@ -120,6 +120,8 @@ class DataSources:
             position: Where it goes on, see :meth:`Batches.position`; None for its beginning.
             dataloader_idx: The loader's index among those of the stage.
         """
+        if stage == "train":
+            set_epoch(loader, number)
         source = self._sources.get((stage, dataloader_idx))
         if source is None:
             passes = self._passes.get(f"{stage}/{dataloader_idx}", 0)
@@ -147,7 +149,7 @@ class DataSources:
         pairs = zip(loaders, limits, strict=True)
         return [partial(self.open, stage, *pair, number, dataloader_idx=index) for index, pair in enumerate(pairs)]
 
-    def state_dict(self, *, inside_epoch: bool) -> dict[str, Any]:
+    def state_dict(self, inside_epoch: bool) -> dict[str, Any]:
         """What a checkpoint keeps of the loaders, beside the position in the training epoch at hand.
 
         Args:

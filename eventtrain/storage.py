@@ -35,12 +35,12 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str], *, previous:
         MisconfigurationError: Something in it could not be read back.
         OSError: The file could not be written; one that was there before is intact.
     """
-    check_loadable(content)
+    content = loadable(content)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with renamed_to(target, previous) as temporary, crc32_computed(), open(temporary, "wb") as file:
         try:
-            torch.save(dict(content), file)
+            torch.save(content, file)
         except RuntimeError as error:
             # What went wrong is the file's error; torch then cannot end its archive, and complains of that instead.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
@@ -151,6 +151,16 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
+def written_at(path: Path) -> float:
+    """When a checkpoint was written, in seconds since 1970: by its own account, since a copy of a file has another date.
+    Of a damaged one the file's date, so that it is named when its turn comes."""
+    try:
+        # Mapped into memory, so that no tensor is read.
+        return float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["written_at"])
+    except Exception:
+        return path.stat().st_mtime
+
+
 def read_first(paths: Sequence[Path], map_location: Any = None) -> tuple[Path | None, dict[str, Any] | None]:
     """Reads the first checkpoint that is whole; damaged ones are named in a warning and passed over.
 
@@ -176,29 +186,39 @@ def read_first(paths: Sequence[Path], map_location: Any = None) -> tuple[Path | 
     return None, None
 
 
-def check_loadable(value: Any, where: str = "checkpoint") -> None:
-    """Refuses what a checkpoint could hold but not give back.
+def loadable(value: Any, where: str = "checkpoint") -> Any:
+    """What a checkpoint can give back: the value itself, with NumPy's scalars and other numbers as Python's own.
+
+    Args:
+        value: Tensors, numbers, texts, and lists, tuples, sets and dicts of them.
+        where: Where it is, for the error.
 
     Raises:
-        MisconfigurationError: Naming the key.
+        MisconfigurationError: Something in it could not be given back; names the key.
     """
-    if type(value) in LOADABLE:
-        return
-    if type(value) in TENSORS:
+    kind = type(value)
+    if kind in LOADABLE:
+        return value
+    if kind in TENSORS:
         if vars(value):  # what somebody hung on to a tensor is written too
-            check_loadable(vars(value), f"vars({where})")
-        return
-    if type(value) in (dict, OrderedDict, Counter):
-        for key, item in value.items():
-            check_loadable(key, f"a key of {where}")
-            check_loadable(item, f"{where}[{key!r}]")
-        return
-    if type(value) in (list, tuple, set):
-        for index, item in enumerate(value):
-            check_loadable(item, f"{where}[{index}]")
-        return
+            loadable(vars(value), f"vars({where})")
+        return value
+    if kind in (dict, OrderedDict, Counter):
+        items = {loadable(key, f"a key of {where}"): loadable(item, f"{where}[{key!r}]") for key, item in value.items()}
+        if kind is dict:
+            return items
+        copied = kind(items)
+        vars(copied).update(vars(value))  # a state_dict says there which versions its modules have
+        return copied
+    if kind in (list, tuple, set):
+        return kind(loadable(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return loadable(value.item(), where)
+    for base in (int, float, str):
+        if isinstance(value, base):
+            return base(value)
     raise MisconfigurationError(
-        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot give back safely. "
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot give back safely. "
         "Convert it to tensors, numbers, strings, lists and dicts; for a hyperparameter, "
         "save_hyperparameters(ignore=[...]) leaves it out."
     )

@@ -524,6 +524,7 @@ class Trainer(RunView):
             metrics=self.metrics,
             extent=self.extent,
             open_epoch=partial(self._data.open, "train", loader, self.extent.batches_per_epoch),
+            data_state=self._data.state_dict,
             training_step=training_step,
             takes_index=takes_index,
             closure=closure,
@@ -604,6 +605,7 @@ class Trainer(RunView):
             open_loaders=self._data.passes(stage, most=most, number=self.progress.total_batch_idx + 1),
             within_fit=within_fit,
             is_interrupted=self._is_interrupted,
+            ranks=self.distributed if self.world_size > 1 else None,
         )
 
     def _is_interrupted(self) -> bool:
@@ -647,6 +649,8 @@ class Trainer(RunView):
             )
         if not event.paths and (given == "best" or self.stage != "fit"):
             raise MisconfigurationError(f"ckpt_path={given!r}: there is no checkpoint yet. Give the path of one, or None.")
+        if given == "last":
+            event.paths.sort(key=storage.written_at, reverse=True)  # of several listeners
         return storage.read_first(event.paths)
 
     def _shorten(self, batches: int) -> None:

@@ -250,14 +250,17 @@ def contents(root: Path) -> dict[str, Any]:
     return {path.name: state(path)["progress"] for path in sorted((root / "checkpoints").iterdir())}
 
 
-class CopiesFolder(Callback):
+class CopiesFolder:
     """What a kill at each safe point would leave."""
 
     def __init__(self, root: Path, tmp_path: Path) -> None:
         self.root, self.tmp_path = root, tmp_path
         self.copies: list[Path] = []
 
-    def on_safe_point(self, trainer: Trainer, event: Any) -> None:
+    def on_train_start(self, trainer: Trainer, event: Any) -> None:
+        trainer.signals.safe_point.connect(self.copy_it)  # after ModelCheckpoint
+
+    def copy_it(self, trainer: Trainer, event: Any) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint):
                 callback.wait(trainer)

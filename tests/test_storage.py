@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import enum
 import os
 import pickle
 import struct
@@ -41,7 +42,6 @@ def test_what_is_accepted_comes_back(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "NumPy scalar": (numpy.float64(1.0), "numpy.float64"),
     "NumPy array": (numpy.ones(2), "numpy.ndarray"),
     "path": (Path("x"), "pathlib."),
     "timedelta": (datetime.timedelta(1), "datetime.timedelta"),
@@ -64,6 +64,27 @@ def test_what_is_refused_could_not_be_read_back(tmp_path: Path, value: Any, kind
     torch.save(value, tmp_path / "bare.pt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "bare.pt", weights_only=True)
+
+
+def test_numbers_of_other_kinds_become_pythons_own(tmp_path: Path) -> None:
+    class Stage(enum.IntEnum):
+        SECOND = 2
+
+    given = {"lr": numpy.float64(0.5), "count": numpy.int64(3), "flag": numpy.bool_(True), "stage": Stage.SECOND}
+    storage.write({"state_dict": {}, "given": [given]}, tmp_path / "a.ckpt")
+    (read,) = storage.read(tmp_path / "a.ckpt")["given"]
+    assert read == {"lr": 0.5, "count": 3, "flag": True, "stage": 2}
+    assert [type(value) for value in read.values()] == [float, int, bool, int]
+
+
+def test_the_versions_in_a_state_dict_are_kept(tmp_path: Path) -> None:
+    """By them a module knows whether it has to convert what it loads."""
+    layer = torch.nn.BatchNorm1d(2)
+    state = layer.state_dict()
+    assert state._metadata[""]["version"] == 2  # type: ignore[attr-defined]
+    for content in ({"state_dict": state}, Snapshot().copy({"state_dict": state})):
+        storage.write(content, tmp_path / "a.ckpt")
+        assert storage.read(tmp_path / "a.ckpt")["state_dict"]._metadata == state._metadata  # type: ignore[attr-defined]
 
 
 def test_what_hangs_on_a_tensor_is_refused_too(tmp_path: Path) -> None:

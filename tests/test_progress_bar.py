@@ -19,6 +19,7 @@ from tqdm import tqdm
 from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import ProgressBar
 from eventtrain.callbacks import progress_bar as module_of_the_bar
+from eventtrain.distributed import SingleProcess
 
 BATCHES = list(torch.ones(5, 2, 2))
 
@@ -545,14 +546,8 @@ def test_a_resumed_epochs_throughput_is_that_of_its_own_batches(clock: Clock, mo
 def test_other_ranks_show_nothing_and_read_nothing(
     stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Other:
+    class Other(SingleProcess):
         world_size, global_rank, local_rank = 2, 1, 1
-
-        def reduce(self, value: Any, reduction: str) -> Any:
-            return value
-
-        def any(self, flag: bool) -> bool:
-            return flag
 
     connected: list[Any] = []
 

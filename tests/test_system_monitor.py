@@ -363,7 +363,7 @@ class Processes(Dataset[Any]):
 
 def test_dataloader_workers_count() -> None:
     gc.collect()
-    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)  # what other tests left behind, as far as it ends
+    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=2)  # what other tests left behind, as far as it ends
     context = torch.multiprocessing.get_context()
     sampled = context.Event()
     taken: list[dict[str, float]] = []

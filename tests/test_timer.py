@@ -21,6 +21,9 @@ from tests.resuming import Build, Model, assert_same_run, run
 
 KEPT = Path("checkpoints") / "interrupted.ckpt"
 
+# Runs are resumed here without the timer that ended them.
+pytestmark = pytest.mark.filterwarnings("ignore:The checkpoint holds state of .'Timer'")
+
 
 class Clock(Callback):
     """A clock that batches, of training and of validation, move on; counts them."""

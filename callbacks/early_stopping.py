@@ -145,7 +145,7 @@ class EarlyStopping(Callback):
         """Asks the run to stop where any process has a reason; each takes part, whether it has a fresh value or not."""
         self._asked = trainer.distributed.any(reason is not None)
         if self._asked:
-            trainer.stop(f"EarlyStopping: {reason or f'{self.monitor}, as another process sees it'}")
+            trainer.stop(f"EarlyStopping: {reason or f'{self.monitor}, as another process sees it'}", by_all=True)
 
     def _on_absent_metric(self, trainer: Trainer) -> None:
         if self._warned or (trainer.validates and trainer.progress.validations == 0):

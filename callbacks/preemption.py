@@ -128,7 +128,7 @@ class Preemption(Callback):
         self._is_over = True
         signum = self.received or signal.SIGTERM
         reason = f"Preemption: {signal.Signals(signum).name}"
-        trainer.stop(reason, at_once=True)
+        trainer.stop(reason, at_once=True, by_all=True)
         if keep:
             try:
                 path = trainer.keep_checkpoint(reason)

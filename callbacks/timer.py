@@ -109,7 +109,7 @@ class Timer(Callback):
 
     def _stop(self, trainer: Trainer) -> str:
         reason = f"Timer: {timedelta(seconds=round(self.elapsed))} of {timedelta(seconds=self.max_time)} are over"
-        trainer.stop(reason, at_once=True)
+        trainer.stop(reason, at_once=True, by_all=True)
         return reason
 
     # ------------------------------------------------------------------ state

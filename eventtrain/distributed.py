@@ -35,6 +35,10 @@ class SingleProcess:
         """Whether the flag holds on any rank."""
         return flag
 
+    def any_of(self, flags: list[bool]) -> list[bool]:
+        """Whether each flag holds on any rank, by one exchange."""
+        return [self.any(flag) for flag in flags]
+
     def broadcast(self, value: T) -> T:
         """Rank zero's value of any object that can be pickled, on all ranks; tensors come on the CPU."""
         return value

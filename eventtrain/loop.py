@@ -140,6 +140,7 @@ class TrainLoop:
         if self.resumption is not None:
             self.resumption.put_generators_back()
         # A checkpoint of a run's last safe point, inside of an epoch, lies before the end of that epoch.
+        self.agree()
         while self.resumes_inside() or not (self.is_complete() or self.is_stopping()):
             self.train_epoch()
         signals.train_end.publish(TrainEnd())
@@ -217,6 +218,8 @@ class TrainLoop:
         metrics.moment = "epoch"
         if state.updated and signals.metrics_logged.listeners:
             signals.metrics_logged.publish(MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
+        if state.ranks is not None:
+            self.agree()
         ends_epoch = is_last or self.stop.epoch_reason is not None
         return ends_epoch if self.validate is None else self.validate_if_due(batch_idx, ends_epoch)
 
@@ -230,7 +233,9 @@ class TrainLoop:
         event = TrainBatchStart(batch, batch_idx, is_last, plan)
         self.signals.train_batch_start.publish(event)
         state.plan = event.plan
-        state.skipped = event.skipped if state.ranks is None else state.ranks.any(event.skipped)
+        if state.ranks is not None:
+            event.skipped, event.ends_epoch = state.ranks.any_of([event.skipped, event.ends_epoch])
+        state.skipped = event.skipped
         if event.ends_epoch:
             self.stop.epoch_reason = "a listener of train_batch_start"
         return event.ends_epoch
@@ -299,6 +304,7 @@ class TrainLoop:
         finally:
             self.metrics.enter("train", "epoch")
         progress.validations += 1
+        self.agree()
         return ends_epoch
 
     def validation_is_due(self, batch_idx: int, ends_epoch: bool) -> bool:
@@ -329,9 +335,17 @@ class TrainLoop:
         self.close_metrics(complete)
         self.batches.close()
         self.batches = None
+        self.agree()
         self.progress.epoch_is_over = True  # what a checkpoint written at the safe point says
         self.signals.safe_point.publish(SafePoint(True, self.batch.window_open))
         self.progress.count_epoch()
+        self.agree()
+
+    def agree(self) -> None:
+        """Lets all processes know what one was asked to end. A request that one makes after its batch's end, at a safe
+        point for example, is known to all after the next batch."""
+        if self.batch.ranks is not None:
+            self.stop.agree(self.batch.ranks)
 
     def leave_epoch(self) -> None:
         """Winds down an epoch that the run ends inside of: it is not counted. Its last safe point lies
@@ -377,7 +391,7 @@ class TrainLoop:
     def is_stopping(self) -> bool:
         """Whether a request to stop holds now."""
         stop, progress = self.stop, self.progress
-        if stop.reason is None:
+        if stop.reason is None or not (stop.is_agreed or self.batch.ranks is None):
             return False
         early = progress.epochs_done < self.extent.min_epochs or progress.global_step < self.extent.min_steps
         return stop.force or not early

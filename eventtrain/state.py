@@ -130,12 +130,23 @@ class StopRequest:
         force: The request does not wait for ``min_epochs`` and ``min_steps``.
         at_once: An evaluation inside of a fit is left at its next batch.
         epoch_reason: Why the epoch at hand is to end; None where it is not.
+        is_agreed: All processes know of the request; where there is one process it has nobody to tell.
     """
 
     reason: str | None = None
     force: bool = False
     at_once: bool = False
     epoch_reason: str | None = None
+    is_agreed: bool = False
+
+    def agree(self, ranks: SingleProcess) -> None:
+        """Takes up what any process has asked for."""
+        asked = ranks.any_of([self.reason is not None, self.force, self.at_once, self.epoch_reason is not None])
+        self.is_agreed, self.force, self.at_once, ends_epoch = asked
+        if self.is_agreed and self.reason is None:
+            self.reason = "another process asked for it"
+        if ends_epoch and self.epoch_reason is None:
+            self.epoch_reason = "another process asked for it"
 
 
 RunStage = Literal["fit", "validate", "test", "predict"]

@@ -233,20 +233,22 @@ class Trainer(RunView):
 
     # ------------------------------------------------------------------ verbs
 
-    def stop(self, reason: str, *, force: bool = False, at_once: bool = False) -> None:
-        """Ends the run after the batch at hand.
+    def stop(self, reason: str, *, force: bool = False, at_once: bool = False, by_all: bool = False) -> None:
+        """Ends the run after the batch at hand. Of several processes one may ask: all end, at the latest after the next batch.
 
         Args:
             reason: Why, in a few words.
             force: Also before ``min_epochs`` and ``min_steps``, which hold off other requests.
             at_once: Also out of an evaluation, which is left at its next batch as if it had not begun; a run that is
                 resumed from the safe point after it evaluates anew. Implies ``force``. May be called by a signal handler.
+            by_all: All processes ask at this place, having agreed on it: they end here.
         """
         request = self.stop_request
         if request.reason is None or force or at_once:
             request.reason = reason
         request.force |= force or at_once
         request.at_once |= at_once
+        request.is_agreed |= by_all
 
     def end_epoch(self, reason: str) -> None:
         """Ends the training epoch after the batch at hand. Validation still runs; nothing that counts

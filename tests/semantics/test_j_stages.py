@@ -703,6 +703,10 @@ class TwoRanks(SingleProcess):
         self.asked.append(flag)
         return flag or self.elsewhere.get(len(self.asked) - 1, False)
 
+    def any_of(self, flags: list[bool]) -> list[bool]:
+        """The other rank asks for no end; of a batch's flags, whether it is skipped is asked like the others."""
+        return [self.any(flags[0]), flags[1]] if len(flags) == 2 else flags
+
 
 def train_on_two_ranks(module: Probe, count: int, *callbacks: Any, elsewhere: dict[int, bool]) -> tuple[Any, TwoRanks]:
     trainer = new_trainer(*callbacks)
@@ -741,3 +745,26 @@ def test_j4_a_skipped_batch_is_skipped_on_all_ranks() -> None:
     silent = On(train_batch_start=lambda trainer, event: None)
     trainer, _ = train_on_two_ranks(module, 3, silent, elsewhere={3: True})
     assert module.updates == [1.0, 3.0] and trainer.global_step == 2
+
+
+@pytest.mark.parametrize("what", ["the run", "the epoch"])
+def test_j4_an_end_that_another_rank_asks_for_is_everybodys(what: str) -> None:
+    class Asks(TwoRanks):
+        """The other rank asks in its second batch."""
+
+        exchanges = 0
+
+        def any_of(self, flags: list[bool]) -> list[bool]:
+            if len(flags) == 2:
+                return flags
+            self.exchanges += 1
+            asks = self.exchanges == 3  # before the first batch, after it, after the second
+            return [flag or (asks and at == (0 if what == "the run" else 3)) for at, flag in enumerate(flags)]
+
+    module = Probe()
+    trainer = new_trainer()
+    trainer.distributed = Asks({})
+    trainer.fit(module, batches(4))
+    assert module.updates == [1.0, 2.0]
+    assert trainer.current_epoch == (0 if what == "the run" else 1)
+    assert (trainer.stop_request.reason == "another process asked for it") == (what == "the run")

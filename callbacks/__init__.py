@@ -3,6 +3,7 @@
 if __name__ != "eventtrain.callbacks":
     raise ImportError("This folder is the package eventtrain.callbacks: write `from eventtrain.callbacks import ...`.")
 
+from eventtrain.callbacks.distributed_data_parallel import DistributedDataParallel
 from eventtrain.callbacks.early_stopping import EarlyStopping
 from eventtrain.callbacks.event_timeline import EventTimeline
 from eventtrain.callbacks.exponential_moving_average import ExponentialMovingAverage
@@ -26,6 +27,7 @@ from eventtrain.callbacks.timer import Timer
 from eventtrain.callbacks.torch_profiler import TorchProfiler
 
 __all__ = [
+    "DistributedDataParallel",
     "EarlyStopping",
     "EventTimeline",
     "ExponentialMovingAverage",

@@ -32,6 +32,7 @@ SHORT = {
     "char_lm": ("--epochs", "2", "--steps", "10"),
     "custom_schedule": ("--epochs", "5"),
     "digits": ("--epochs", "2"),
+    "distributed": ("--epochs", "2"),
     "gan": ("--epochs", "3"),
     "lbfgs": ("--steps", "5"),
     "monitoring": ("--epochs", "2"),

@@ -159,7 +159,11 @@ FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 @FEW_CORES
-@pytest.mark.parametrize("options", WORKERS.values(), ids=WORKERS)
+@pytest.mark.parametrize(
+    "options",
+    # Spawned workers import torch anew, a second each.
+    [pytest.param(each, id=name, marks=[pytest.mark.slow] * (name == "spawn")) for name, each in WORKERS.items()],
+)
 def test_workers(tmp_path: Path, options: dict[str, Any]) -> None:
     def loader() -> Any:
         given = {"batch_size": 4, "shuffle": True, "num_workers": 2, **options}

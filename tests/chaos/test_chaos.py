@@ -28,7 +28,7 @@ from tests.resuming import assert_same
 SCRIPT = Path(__file__).with_name("train.py")
 KILLS = int(os.environ.get("CHAOS_KILLS", "25"))
 PHASES = {WINDOW: "an open window", VALIDATING: "a validation", WRITING: "a write", RENAMING: "before a rename"}
-EPOCHS = 8 + KILLS // 2  # long enough for so many kills
+EPOCHS = 8 + 3 * KILLS // 4  # long enough for so many kills
 MOST_BATCHES = 12  # that a process trains before it is killed: more than there are between two checkpoints
 
 

@@ -3,6 +3,8 @@
 if __name__ != "eventtrain.callbacks":
     raise ImportError("This folder is the package eventtrain.callbacks: write `from eventtrain.callbacks import ...`.")
 
+from typing import TYPE_CHECKING, Any
+
 from eventtrain.callbacks.distributed_data_parallel import DistributedDataParallel
 from eventtrain.callbacks.early_stopping import EarlyStopping
 from eventtrain.callbacks.event_timeline import EventTimeline
@@ -26,11 +28,15 @@ from eventtrain.callbacks.terminate_on_nan import TerminateOnNaN
 from eventtrain.callbacks.timer import Timer
 from eventtrain.callbacks.torch_profiler import TorchProfiler
 
+if TYPE_CHECKING:
+    from eventtrain.callbacks.fully_sharded_data_parallel import FullyShardedDataParallel
+
 __all__ = [
     "DistributedDataParallel",
     "EarlyStopping",
     "EventTimeline",
     "ExponentialMovingAverage",
+    "FullyShardedDataParallel",
     "GradientAccumulation",
     "GradientClipping",
     "GradientNormMonitor",
@@ -50,3 +56,12 @@ __all__ = [
     "Timer",
     "TorchProfiler",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what takes long to import, of torch, once it is asked for."""
+    if name == "FullyShardedDataParallel":
+        from eventtrain.callbacks.fully_sharded_data_parallel import FullyShardedDataParallel
+
+        return FullyShardedDataParallel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

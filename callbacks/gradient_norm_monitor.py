@@ -247,4 +247,7 @@ def norm(parameters: Iterable[Tensor], norm_type: float) -> Tensor:
     """The norm of all gradients of some parameters together; 0 where there are none."""
     # Of sparse gradients the values, once those of one place are added up.
     gradients = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    return get_total_norm(gradients, norm_type)
+    total: Tensor = get_total_norm(gradients, norm_type)
+    if hasattr(total, "full_tensor"):  # of gradients that several processes hold in parts
+        total = total.full_tensor()
+    return total

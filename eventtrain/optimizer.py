@@ -123,6 +123,8 @@ class LightningOptimizer(Optimizer):
         norm_type = norm_type or (run.norm_type if run is not None else 2.0)
         if algorithm == "norm":
             total_norm = clip_grad_norm_(parameters, gradient_clip_val, norm_type=norm_type)
+            if hasattr(total_norm, "full_tensor"):  # of gradients that several processes hold in parts
+                total_norm = total_norm.full_tensor()
         else:
             clip_grad_value_(parameters, gradient_clip_val)
         if run is not None and run.signals.after_gradient_clipping.listeners:

@@ -199,6 +199,8 @@ def loadable(value: Any, where: str = "checkpoint") -> Any:
     kind = type(value)
     if kind in LOADABLE:
         return value
+    if hasattr(value, "full_tensor"):  # a part of a tensor: who shards it takes it out before it is written
+        return value
     if kind in TENSORS:
         if vars(value):  # what somebody hung on to a tensor is written too
             loadable(vars(value), f"vars({where})")

@@ -25,7 +25,7 @@ from eventtrain.events import (
 )
 from eventtrain.module import LightningModule
 from eventtrain.optimizer import evaluates_often
-from eventtrain.processes import TorchProcesses, join, own_device, samplers, shared_out
+from eventtrain.processes import TorchProcesses, check_timeout, join, own_device, samplers, shared_out
 from eventtrain.trainer import Trainer
 
 
@@ -69,15 +69,8 @@ class DistributedDataParallel(Callback):
     role = "distribution"
 
     def __init__(self, *, shares_data: bool = True, timeout: timedelta | float | None = None, **options: Any) -> None:
-        if not isinstance(timeout, (timedelta, type(None))):
-            if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0:
-                raise MisconfigurationError(
-                    f"DistributedDataParallel(timeout={timeout!r}): it has to be a positive number of seconds, a timedelta, "
-                    "or None for torch's own."
-                )
-            timeout = timedelta(seconds=timeout)
         self.shares_data = shares_data
-        self.timeout = timeout
+        self.timeout = check_timeout(timeout, "DistributedDataParallel")
         self.options = options
         self._processes: TorchProcesses | None = None
         self._wrapper: TorchDistributedDataParallel | None = None

@@ -33,7 +33,7 @@ from eventtrain.events import (
     ValidationStart,
 )
 from eventtrain.optimizer import evaluates_often
-from eventtrain.processes import TorchProcesses, join, own_device, samplers, shared_out, with_sampler
+from eventtrain.processes import TorchProcesses, check_timeout, join, own_device, samplers, shared_out, with_sampler
 from eventtrain.trainer import Trainer
 
 CALL = "_call_step"
@@ -91,13 +91,6 @@ class FullyShardedDataParallel(Callback):
         timeout: timedelta | float | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(timeout, (timedelta, type(None))):
-            if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0:
-                raise MisconfigurationError(
-                    f"FullyShardedDataParallel(timeout={timeout!r}): it has to be a positive number of seconds, a timedelta, "
-                    "or None for torch's own."
-                )
-            timeout = timedelta(seconds=timeout)
         if units is not None and not all(isinstance(unit, type) and issubclass(unit, nn.Module) for unit in units):
             raise MisconfigurationError(
                 f"FullyShardedDataParallel(units={units!r}): it has to be classes of modules, such as (Block,), or None "
@@ -105,7 +98,7 @@ class FullyShardedDataParallel(Callback):
             )
         self.units = None if units is None else tuple(units)
         self.shares_data = shares_data
-        self.timeout = timeout
+        self.timeout = check_timeout(timeout, "FullyShardedDataParallel")
         self.options = options
         self._processes: TorchProcesses | None = None
         self._mesh: DeviceMesh | None = None

@@ -135,6 +135,25 @@ def unpacked(content: bytes) -> Any:
 # ------------------------------------------------------------------ joining
 
 
+def check_timeout(timeout: timedelta | float | None, named: str) -> timedelta | None:
+    """A time-out as torch takes it.
+
+    Args:
+        timeout: A ``timedelta``, seconds, or None for torch's own.
+        named: Whose argument it is, for the message.
+
+    Raises:
+        MisconfigurationError: It is no time.
+    """
+    if isinstance(timeout, (timedelta, type(None))):
+        return timeout
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0:
+        raise MisconfigurationError(
+            f"{named}(timeout={timeout!r}): it has to be a positive number of seconds, a timedelta, or None for torch's own."
+        )
+    return timedelta(seconds=timeout)
+
+
 def join(device: torch.device, timeout: timedelta | None = None) -> TorchProcesses | None:
     """Joins the processes that torchrun started, or those of the process group that there is already.
 
@@ -155,7 +174,7 @@ def join(device: torch.device, timeout: timedelta | None = None) -> TorchProcess
     missing = [] if there_already else [name for name in ENVIRONMENT if not os.environ.get(name)]
     if missing:
         raise MisconfigurationError(
-            f"DistributedDataParallel: WORLD_SIZE={os.environ['WORLD_SIZE']} says that there are other processes, and "
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that there are other processes, and "
             f"{', '.join(missing)} is not set in the environment. Start with `torchrun --nproc-per-node ...`, which sets "
             "all of it; or unset WORLD_SIZE for a run in one process."
         )
@@ -180,7 +199,7 @@ def own_device(device: torch.device, local_rank: int) -> torch.device:
     """
     if device.type not in BACKENDS:
         raise MisconfigurationError(
-            f"DistributedDataParallel trains on CPUs and CUDA devices; the trainer's device is {str(device)!r}. Write "
+            f"Several processes train on CPUs and CUDA devices; the trainer's device is {str(device)!r}. Write "
             "Trainer(device='cpu'), or start one process."
         )
     if device.type == "cpu":
@@ -188,7 +207,7 @@ def own_device(device: torch.device, local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count > 1:
         raise MisconfigurationError(
-            f"DistributedDataParallel: this process has LOCAL_RANK={local_rank}, and torch sees {count} CUDA devices. Start "
+            f"This process has LOCAL_RANK={local_rank}, and torch sees {count} CUDA devices. Start "
             f"`torchrun --nproc-per-node {count}`."
         )
     own = torch.device("cuda", local_rank if count > 1 else 0)  # a process that is shown one GPU alone has that one
@@ -258,9 +277,9 @@ def shared_out(loader: Any, stage: Stage, processes: SingleProcess) -> Any:
     sampler = plain_sampler(loader)
     if sampler is None:
         raise MisconfigurationError(
-            f"DistributedDataParallel can't give each process its share of the {stage} loader ({describe_loader(loader)}"
+            f"Nobody but you can give each process its share of the {stage} loader ({describe_loader(loader)}"
             f"{describe_sampler(loader)}). Give a DataLoader(..., sampler=DistributedSampler(dataset)), or attach "
-            "DistributedDataParallel(shares_data=False) and have each process load its own share."
+            "the callback with shares_data=False and have each process load its own share."
         )
     own: Sampler[Any]
     if stage == "train":

@@ -46,7 +46,8 @@ class Process:
         with open(marks, "r+b") as file:
             self._memory = mmap.mmap(file.fileno(), 8)
         command = [sys.executable, SCRIPT, root, str(EPOCHS), "--marks", marks]
-        self._log = open(root / "output.txt", "ab")  # noqa: SIM115
+        self.output = root / f"output-{time.monotonic_ns()}.txt"  # one each: workers of a killed process write to the end
+        self._log = open(self.output, "wb")  # noqa: SIM115
         self.process = subprocess.Popen(
             command + ["--in-background"] * in_background, stdout=self._log, stderr=self._log, start_new_session=True
         )
@@ -114,7 +115,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: 
         number = killed_in.total()
         process = Process(chaos, in_background=number % 2 == 1)
         at = process.kill_at(wanted[number % len(wanted)], rng.randrange(MOST_BATCHES), rng.choice([0.0, 0.003 * rng.random()]))
-        assert at is not None, f"ended by itself after {number} kills: {(chaos / 'output.txt').read_text()[-3000:]}"
+        ended = f"ended by itself after {number} kills with status {process.process.returncode}"
+        assert at is not None, f"{ended}: {process.output.read_text()[-3000:]}"
+        process.output.unlink()
         killed_in[at] += 1
         for path in (chaos / "checkpoints").glob("*.ckpt"):
             storage.read(path)  # is whole

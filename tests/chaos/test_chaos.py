@@ -74,6 +74,8 @@ class Process:
         Returns:
             What it was killed in; None where it had ended before.
         """
+        self._memory[6] = batches
+        self._memory[5] = phase or 0
         while self.process.poll() is None:
             if self.batches >= batches and self._is_in(phase):
                 time.sleep(delay)
@@ -83,7 +85,7 @@ class Process:
                 if self._is_in(phase):
                     break
                 self.process.send_signal(signal.SIGCONT)
-            time.sleep(0)  # the shortest there is: a rename takes microseconds
+            time.sleep(0.001)
         self.process.kill()
         status = self.process.wait()
         self._log.close()

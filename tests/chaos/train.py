@@ -14,6 +14,7 @@ import mmap
 import os
 import random
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ from eventtrain.callbacks import (
 )
 
 STARTING, TRAINING, WINDOW, VALIDATING, WRITING, RENAMING, DONE = range(7)
-"""What the first byte of the marks says; the next four are the batches that this process has trained."""
+"""What the first byte of the marks says; the next four are the batches that this process has trained. The harness may ask it,
+by the sixth byte, to pause in a phase once it has trained as many batches as the seventh says."""
+PAUSE = 0.5  # seconds
 SAMPLES, BATCH = 96, 8
 
 
@@ -86,6 +89,23 @@ class Model(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+class Watched:
+    """A file that says so when half of a checkpoint is in it."""
+
+    def __init__(self, file: Any, marks: Marks) -> None:
+        self.file, self.marks, self.parts = file, marks, 0
+
+    def write(self, part: Any) -> Any:
+        self.parts += 1
+        if self.parts == 20:
+            self.file.flush()
+            self.marks.mark(WRITING)
+        return self.file.write(part)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 class Marks(Callback):
     """Says what the process is doing."""
 
@@ -96,10 +116,9 @@ class Marks(Callback):
         self.mark(STARTING)
         save, replace = torch.save, os.replace
 
-        def marking_save(*args: Any) -> None:
+        def marking_save(content: Any, file: Any) -> None:
             self.before = self.memory[0]
-            self.mark(WRITING)
-            save(*args)
+            save(content, Watched(file, self))
             self.mark(RENAMING)
 
         def marking_replace(*args: Any) -> None:
@@ -111,6 +130,8 @@ class Marks(Callback):
 
     def mark(self, phase: int) -> None:
         self.memory[0] = phase
+        if self.memory[5] == phase and self.batches >= self.memory[6]:
+            time.sleep(PAUSE)
 
     def on_train_start(self, trainer: Trainer, event: Any) -> None:
         self.mark(TRAINING)

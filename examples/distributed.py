@@ -4,6 +4,7 @@ Started with torchrun it trains in as many processes as it is told; with plain P
 
     torchrun --nproc-per-node 2 examples/distributed.py
     python examples/distributed.py
+    tensorboard --logdir runs
 
 ``--batch-size`` is that of all processes together, so that the learning rate suits any number of them. docs/scaling.md says
 how to start on several machines, and what changes with the number of processes.
@@ -101,6 +102,7 @@ def main() -> None:
     (metrics,) = trainer.test(model, test)
 
     if trainer.is_global_zero:
+        print(f"Look at the run: tensorboard --logdir {args.log_dir}")
         print(f"processes {trainer.world_size}, updates {trainer.global_step}")
         print(f"test accuracy {metrics['accuracy/test']:.3f}")
 

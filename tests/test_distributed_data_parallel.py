@@ -430,6 +430,6 @@ def test_what_would_hang_is_refused(ranks: list[Any]) -> None:
 def test_the_example_runs_in_two_processes_as_in_one(tmp_path: Path) -> None:
     example = HERE.parent / "examples" / "distributed.py"
     options = ("--epochs", "2", "--log-dir", tmp_path)
-    (two, _), (one, _) = (start(example, *options, processes=count).splitlines() for count in (2, 1))
+    (_, two, _), (_, one, _) = (start(example, *options, processes=count).splitlines() for count in (2, 1))
     assert two == "processes 2, updates 40"
     assert one == "processes 1, updates 40"

@@ -274,20 +274,6 @@ def test_distributed_in_one_process(short_run: Callable[[str], Run]) -> None:
     assert number(r"test accuracy (\d\.\d{3})", run.lines[-1]) > 0.8
 
 
-@pytest.mark.slow
-def test_distributed_in_two_processes(tmp_path: Path) -> None:
-    """The same program, started by torchrun: as many updates, because each process has half of each batch."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(eventtrain.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
-    command += [str(EXAMPLES / "distributed.py"), *SHORT["distributed"], "--log-dir", "logs"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    *_, updates, accuracy = done.stdout.splitlines()
-    assert updates == "processes 2, updates 40"
-    assert number(r"test accuracy (\d\.\d{3})", accuracy) > 0.8
-    assert [path.name for path in (tmp_path / "logs" / "distributed").iterdir()] == ["version_0"], "the first process writes"
-
-
 # ------------------------------------------------------------------ resume
 
 

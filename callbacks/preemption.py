@@ -15,11 +15,13 @@ from typing import Any
 
 from eventtrain.callback import Callback
 from eventtrain.errors import MisconfigurationError, nearest
-from eventtrain.events import FindCheckpoint, FitEnd, FitStart, SafePoint, Teardown, TrainStart
+from eventtrain.events import AfterBatchFetch, FindCheckpoint, FitEnd, FitStart, SafePoint, Teardown, TrainStart
 from eventtrain.trainer import Trainer
 
 DEFAULT = ("SIGTERM", "SIGINT", "SIGUSR1")
 ECHO = 1.0  # seconds in which a signal that comes again is one request that was sent to a group and forwarded by its leader
+
+ON_ITS_WAY = 0.2  # seconds in which a signal that has ended a worker may still reach this process
 
 
 class Preemption(Callback):
@@ -106,6 +108,7 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, event: TrainStart) -> None:
         self._end_if_asked(trainer, keep=False)
         trainer.signals.safe_point.connect(self.end_at_safe_point)
+        trainer.signals.after_batch_fetch.connect(self.outlive_workers)
 
     def end_at_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
         """Connected to ``safe_point`` when training begins: after those whose state the checkpoint is to have."""
@@ -117,6 +120,7 @@ class Preemption(Callback):
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         trainer.signals.safe_point.disconnect(self.end_at_safe_point)
+        trainer.signals.after_batch_fetch.disconnect(self.outlive_workers)
         self._restore()  # before the look, so that none comes in between
         if self.received is not None and not self._is_over:
             self._is_over = True
@@ -151,7 +155,6 @@ class Preemption(Callback):
             self.received, self._when = signum, time.monotonic()
             # Not trainer.stop, which would let the loop leave an epoch without another safe point.
             trainer.stop_request.at_once = True
-            self._outlive_workers()
             if trainer.is_global_zero:
                 name = signal.Signals(signum).name
                 say(f"{name}: the run saves at the next safe point and ends; a second one ends it at once")
@@ -160,15 +163,24 @@ class Preemption(Callback):
             self._restore()
             signal.raise_signal(signum)
 
-    def _outlive_workers(self) -> None:
-        """Workers that got the same signal may die of it, which torch's handler would make an error in the midst of a batch.
-        One that is still waited for is an error of the loader's all the same."""
-        before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    def outlive_workers(self, trainer: Trainer, event: AfterBatchFetch) -> None:
+        """Connected to ``after_batch_fetch`` for the first batch of training, before which torch has installed a handler.
+
+        Workers that got the same signal may die of it, and one may before this process has got it: torch's handler would make
+        that an error in the midst of a batch. One that is still waited for is an error of the loader's all the same.
+        """
+        trainer.signals.after_batch_fetch.disconnect(self.outlive_workers)
+        before = signal.getsignal(signal.SIGCHLD) if self._installed and hasattr(signal, "SIGCHLD") else None
         if callable(before):
 
             def handler(signum: int, frame: FrameType | None) -> None:
-                with suppress(RuntimeError):
+                try:
                     before(signum, frame)
+                except RuntimeError:
+                    if self.received is None:
+                        time.sleep(ON_ITS_WAY)  # Python calls other handlers meanwhile
+                    if self.received is None:
+                        raise
 
             self._install(signal.SIGCHLD, handler)
 

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -169,8 +171,7 @@ def test_a_process_saves_and_ends_with_the_signals_status(
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-# Not SIGTERM: torch's own handler ends a worker by it, which is an error of the loader if a batch is awaited just then.
-@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", SIGNALS)
 def test_workers_that_get_the_signal_too_do_not_fail_the_run(
     script: Any, start: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
 ) -> None:
@@ -181,6 +182,26 @@ def test_workers_that_get_the_signal_too_do_not_fail_the_run(
     assert status == (-number if name == "SIGINT" else 128 + number), said
     assert "RuntimeError" not in said and said.count("the run saves") == 1
     assert_goes_on(script, tmp_path, workers=2)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("follows", [True, False], ids=["the trainer next", "they alone"])
+def test_a_signal_may_reach_workers_first(
+    script: Any, start: Callable[..., subprocess.Popen[str]], tmp_path: Path, follows: bool
+) -> None:
+    process = start("train", workers=2)
+    for worker in psutil.Process(process.pid).children():
+        worker.terminate()
+    if follows:
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+    status, said = ended(process)
+    if follows:
+        assert status == 128 + signal.SIGTERM, said
+        assert_goes_on(script, tmp_path, workers=2)
+    else:
+        assert status == 1
+        assert "is killed by signal: Terminated" in said
 
 
 def test_a_second_signal_ends_a_process_at_once(

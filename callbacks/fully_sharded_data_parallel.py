@@ -33,7 +33,16 @@ from eventtrain.events import (
     ValidationStart,
 )
 from eventtrain.optimizer import evaluates_often
-from eventtrain.processes import TorchProcesses, check_timeout, join, own_device, samplers, shared_out, with_sampler
+from eventtrain.processes import (
+    TorchProcesses,
+    check_timeout,
+    join,
+    own_device,
+    shared_out,
+    shuffle_by,
+    shuffling_seed,
+    with_sampler,
+)
 from eventtrain.trainer import Trainer
 
 CALL = "_call_step"
@@ -272,13 +281,11 @@ class FullyShardedDataParallel(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the training data are shuffled by."""
-        return {"seed": next((each.seed for each in samplers(self._train_loader) if hasattr(each, "seed")), None)}
+        return {"seed": shuffling_seed(self._train_loader)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Shuffles the training data as they were."""
-        for sampler in samplers(self._train_loader):
-            if state["seed"] is not None and hasattr(sampler, "seed"):
-                sampler.seed = state["seed"]
+        shuffle_by(self._train_loader, state["seed"])
 
 
 def call(step: Callable[..., Any], *args: Any) -> Any:

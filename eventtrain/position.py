@@ -12,6 +12,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -257,8 +258,8 @@ def generators(loader: Any) -> dict[str, Any]:
     pending = [("loader", loader)]
     while pending:
         where, part = pending.pop()
-        if id(part) in seen:
-            continue
+        if id(part) in seen or isinstance(part, (ModuleType, type)):
+            continue  # a library that a data set holds is no part of it
         seen.add(id(part))
         for name, value in getattr(part, "__dict__", {}).items():
             if isinstance(value, kinds):

@@ -322,6 +322,18 @@ def samplers(loader: Any) -> list[Any]:
     return [each for each in found if each is not None]
 
 
+def shuffling_seed(loader: Any) -> int | None:
+    """What a loader's ``DistributedSampler`` shuffles by; None where it has none."""
+    return next((each.seed for each in samplers(loader) if hasattr(each, "seed")), None)
+
+
+def shuffle_by(loader: Any, seed: int | None) -> None:
+    """Has a loader's ``DistributedSampler`` shuffle by a seed; None leaves it as it is."""
+    for sampler in samplers(loader):
+        if seed is not None and hasattr(sampler, "seed"):
+            sampler.seed = seed
+
+
 def plain_sampler(loader: Any) -> Any:
     """A loader's sampler where it is known to give each sample once, in order or shuffled; else None."""
     if not isinstance(loader, DataLoader) or not has_plain_sampler(loader):

@@ -146,9 +146,9 @@ def assert_same(mine: Any, expected: Any, what: str) -> None:
     """Equal values, tensors by ``torch.equal``, NaN equal to itself."""
     assert type(mine) is type(expected), f"{what}: {mine!r} and {expected!r}"
     if isinstance(mine, Tensor):
-        assert torch.equal(mine, expected) or (torch.isnan(mine) & torch.isnan(expected)).any(), (
-            f"{what}: {mine} and {expected}"
-        )
+        assert mine.shape == expected.shape and mine.dtype == expected.dtype, f"{what}: {mine} and {expected}"
+        same = (mine == expected) | (mine.isnan() & expected.isnan())
+        assert bool(same.all()), f"{what}: {mine} and {expected}"
     elif isinstance(mine, dict):
         assert list(mine) == list(expected), f"{what}: {list(mine)} and {list(expected)}"
         for key in mine:
@@ -159,3 +159,14 @@ def assert_same(mine: Any, expected: Any, what: str) -> None:
             assert_same(*pair, f"{what}[{index}]")
     else:
         assert mine == expected or (mine != mine and expected != expected), f"{what}: {mine!r} and {expected!r}"
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two nested values are the same, bit for bit."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)

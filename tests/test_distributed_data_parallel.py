@@ -25,6 +25,7 @@ from eventtrain.callbacks import GradientAccumulation
 from eventtrain.callbacks.distributed_data_parallel import DistributedDataParallel
 from eventtrain.distributed import SingleProcess
 from eventtrain.processes import EveryNth, join, own_device, shared_out
+from tests.resuming import equal
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE / "distributed"
@@ -56,17 +57,6 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     """What each check gave, on rank zero and on rank one."""
     start(SCRIPTS / "checks.py", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether two nested values are the same, bit for bit."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
 
 
 def trained(state: dict[str, Any]) -> dict[str, Any]:

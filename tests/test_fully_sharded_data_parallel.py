@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -26,6 +26,7 @@ from eventtrain.callbacks import GradientAccumulation
 from eventtrain.callbacks.fully_sharded_data_parallel import FullyShardedDataParallel, padded
 from eventtrain.distributed import SingleProcess
 from eventtrain.shards import OWNER, SafeUnpickler, Shards, units
+from tests.resuming import equal
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "distributed" / "sharded.py"
@@ -77,17 +78,6 @@ def alone(ranks: list[Any], folder: Path) -> Any:
         storage.write(checkpoint, folder / f"{name}.ckpt")
     start(SCRIPT, folder, "elsewhere", processes=1)
     return result(folder, "alone")["elsewhere"]
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether two nested values are the same, bit for bit."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
 
 
 # ------------------------------------------------------------------ training

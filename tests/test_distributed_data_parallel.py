@@ -79,6 +79,7 @@ def test_gradients_are_exchanged_once_a_window(ranks: list[Any]) -> None:
         counted = rank["automatic"]
         assert counted["batches"] == 5  # windows of 3 and 2
         assert counted["all-reduces"] == counted["updates"] == 3 * 2
+        assert counted["estimated"] == 3 * 2, "of this process's batches, not of all"
 
 
 class Weighted(LightningModule):

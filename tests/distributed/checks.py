@@ -81,6 +81,7 @@ def automatic(folder: Path) -> Any:
         "by hand": by_hand,
         "all-reduces": counting.reduced,
         "updates": run.global_step,
+        "estimated": run.estimated_stepping_batches,
         "batches": len(batches),
     }
 

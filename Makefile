@@ -22,7 +22,7 @@ lint: $(VENV)/dev.stamp  ## style, types, and whether the generated files are fr
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m eventtrain.generate --check
+	$(BIN)/python docs/generate.py --check
 
 examples: $(VENV)/examples.stamp  ## every example, at its full length
 	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example || exit 1; done

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from benchmarks.overhead import quiet
 from benchmarks.report import environment, save
-from eventtrain import Callback, LightningModule, Trainer, checkpoint
+from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import ModelCheckpoint
+from eventtrain.checkpoint import contents as checkpoint
 from eventtrain.events import SafePoint
 
 WIDTH = 1000  # a layer of so many inputs and outputs has a million parameters

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 
 from benchmarks.overhead import pin
 from benchmarks.report import environment, save
-from eventtrain.generate import ROOT
+from docs.generate import ROOT
 
 OURS = ("`import eventtrain`", "the same, and each of its callbacks")
 IMPORTS = {

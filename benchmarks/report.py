@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from eventtrain.generate import ROOT, replaced
+from docs.generate import ROOT, replaced
 
 PAGE = ROOT / "docs" / "performance.md"
 FIGURES = ROOT / "docs" / "performance.json"

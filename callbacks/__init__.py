@@ -5,31 +5,31 @@ if __name__ != "eventtrain.callbacks":
 
 from typing import TYPE_CHECKING, Any
 
-from eventtrain.callbacks.distributed_data_parallel import DistributedDataParallel
-from eventtrain.callbacks.early_stopping import EarlyStopping
-from eventtrain.callbacks.event_timeline import EventTimeline
-from eventtrain.callbacks.exponential_moving_average import ExponentialMovingAverage
-from eventtrain.callbacks.gradient_accumulation import GradientAccumulation
-from eventtrain.callbacks.gradient_clipping import GradientClipping
-from eventtrain.callbacks.gradient_norm_monitor import GradientNormMonitor
-from eventtrain.callbacks.json_lines_logger import JSONLinesLogger
+from eventtrain.callbacks.checkpointing.model_checkpoint import ModelCheckpoint
+from eventtrain.callbacks.distributed.distributed_data_parallel import DistributedDataParallel
 from eventtrain.callbacks.lambda_callback import LambdaCallback
-from eventtrain.callbacks.learning_rate_monitor import LearningRateMonitor
-from eventtrain.callbacks.lr_scheduler_stepping import LRSchedulerStepping
-from eventtrain.callbacks.mixed_precision import MixedPrecision
-from eventtrain.callbacks.model_checkpoint import ModelCheckpoint
-from eventtrain.callbacks.model_summary import ModelSummary
-from eventtrain.callbacks.preemption import Preemption
-from eventtrain.callbacks.profiler import Profiler
-from eventtrain.callbacks.progress_bar import ProgressBar
-from eventtrain.callbacks.system_monitor import SystemMonitor
-from eventtrain.callbacks.tensorboard_logger import TensorBoardLogger
-from eventtrain.callbacks.terminate_on_nan import TerminateOnNaN
-from eventtrain.callbacks.timer import Timer
-from eventtrain.callbacks.torch_profiler import TorchProfiler
+from eventtrain.callbacks.loggers.json_lines_logger import JSONLinesLogger
+from eventtrain.callbacks.loggers.tensorboard_logger import TensorBoardLogger
+from eventtrain.callbacks.monitoring.gradient_norm_monitor import GradientNormMonitor
+from eventtrain.callbacks.monitoring.learning_rate_monitor import LearningRateMonitor
+from eventtrain.callbacks.monitoring.model_summary import ModelSummary
+from eventtrain.callbacks.monitoring.progress_bar import ProgressBar
+from eventtrain.callbacks.monitoring.system_monitor import SystemMonitor
+from eventtrain.callbacks.optimization.exponential_moving_average import ExponentialMovingAverage
+from eventtrain.callbacks.optimization.gradient_accumulation import GradientAccumulation
+from eventtrain.callbacks.optimization.gradient_clipping import GradientClipping
+from eventtrain.callbacks.optimization.lr_scheduler_stepping import LRSchedulerStepping
+from eventtrain.callbacks.optimization.mixed_precision import MixedPrecision
+from eventtrain.callbacks.profiling.event_timeline import EventTimeline
+from eventtrain.callbacks.profiling.profiler import Profiler
+from eventtrain.callbacks.profiling.torch_profiler import TorchProfiler
+from eventtrain.callbacks.stopping.early_stopping import EarlyStopping
+from eventtrain.callbacks.stopping.preemption import Preemption
+from eventtrain.callbacks.stopping.terminate_on_nan import TerminateOnNaN
+from eventtrain.callbacks.stopping.timer import Timer
 
 if TYPE_CHECKING:
-    from eventtrain.callbacks.fully_sharded_data_parallel import FullyShardedDataParallel
+    from eventtrain.callbacks.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 
 __all__ = [
     "DistributedDataParallel",
@@ -61,7 +61,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imports what takes long to import, of torch, once it is asked for."""
     if name == "FullyShardedDataParallel":
-        from eventtrain.callbacks.fully_sharded_data_parallel import FullyShardedDataParallel
+        from eventtrain.callbacks.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 
         return FullyShardedDataParallel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from eventtrain.callback import Callback
+from eventtrain.core.signals import check_listener, describe_listener
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.events import EVENTS
-from eventtrain.signals import check_listener, describe_listener
 
 
 class LambdaCallback(Callback):

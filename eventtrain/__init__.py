@@ -2,11 +2,11 @@
 
 from eventtrain import events
 from eventtrain.callback import Callback
-from eventtrain.closure import Closure
+from eventtrain.checkpoint.rng import seed_everything
+from eventtrain.core.closure import Closure
+from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError
-from eventtrain.module import LightningDataModule, LightningModule
-from eventtrain.optimizer import LightningOptimizer
-from eventtrain.rng import seed_everything
+from eventtrain.module.module import LightningDataModule, LightningModule
 from eventtrain.trainer import Trainer
 from eventtrain.version import __version__
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from eventtrain.core.signals import Signals, check_listener
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.events import EVENTS
-from eventtrain.hooks import CallbackHooks
-from eventtrain.signals import Signals, check_listener
+from eventtrain.module.hooks import CallbackHooks
 
 
 class Callback(CallbackHooks):

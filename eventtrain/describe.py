@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from eventtrain.core.signals import EventSignal, Signals, describe_listener
 from eventtrain.events import EVENTS, LOOP_MAP, evaluation_map
-from eventtrain.signals import EventSignal, Signals, describe_listener
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from eventtrain.configure import LRSchedulerConfig
+    from eventtrain.core.optimizer import LightningOptimizer
     from eventtrain.distributed import SingleProcess
-    from eventtrain.optimizer import LightningOptimizer
+    from eventtrain.optim.lr_scheduler import LRSchedulerConfig
 
 T = TypeVar("T")
 Stage = Literal["train", "validation", "test", "predict"]

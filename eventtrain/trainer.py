@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from eventtrain import checkpoint as checkpoints
-from eventtrain import storage
-from eventtrain.arguments import (
+from eventtrain.callback import attach, detach
+from eventtrain.checkpoint import contents as checkpoints
+from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.rng import seed_everything
+from eventtrain.checks import (
     check_count,
     check_datamodule,
     check_extent,
@@ -22,15 +24,16 @@ from eventtrain.arguments import (
     limit_name,
     val_interval,
 )
-from eventtrain.callback import attach, detach
-from eventtrain.closure import Closure
-from eventtrain.compiled import Model, Steps
-from eventtrain.configure import LRSchedulerConfig
-from eventtrain.data import Limit, check_limit, check_train_loader, resolve_device
+from eventtrain.core.closure import Closure
+from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage, step_arguments
+from eventtrain.core.loop import Extent, TrainLoop
+from eventtrain.core.optimizer import LightningOptimizer
+from eventtrain.core.signals import Signals
+from eventtrain.core.state import BatchState, Progress, RunStage, StopRequest
+from eventtrain.data.batches import Limit, check_limit, check_train_loader, resolve_device
 from eventtrain.describe import describe, overview
 from eventtrain.distributed import SingleProcess
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
-from eventtrain.evaluation import EvaluationLoop, EvaluationStage, step_arguments
 from eventtrain.events import (
     AfterLRSchedulerStep,
     BeforeLRSchedulerStep,
@@ -47,17 +50,14 @@ from eventtrain.events import (
     Stage,
     Teardown,
 )
-from eventtrain.loop import Extent, TrainLoop
-from eventtrain.metrics import Metrics
-from eventtrain.module import LightningDataModule, LightningModule
-from eventtrain.module_hooks import ConnectedHooks
-from eventtrain.optimization import configure_optimizers, own, warn_of_idle_schedulers
-from eventtrain.optimizer import LightningOptimizer
-from eventtrain.rng import seed_everything
-from eventtrain.signals import Signals
-from eventtrain.sources import LOADER_HOOKS, DataSources
-from eventtrain.state import BatchState, Progress, RunStage, StopRequest
-from eventtrain.view import RunView
+from eventtrain.metrics.metrics import Metrics
+from eventtrain.module.module import LightningDataModule, LightningModule
+from eventtrain.optim.configure import configure_optimizers, own, warn_of_idle_schedulers
+from eventtrain.optim.lr_scheduler import LRSchedulerConfig
+from eventtrain.run.compiled import Model, Steps
+from eventtrain.run.hook_connections import ConnectedHooks
+from eventtrain.run.loaders import LOADER_HOOKS, DataSources
+from eventtrain.run.view import RunView
 
 T = TypeVar("T")
 

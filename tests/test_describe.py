@@ -12,8 +12,8 @@ import torch
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientClipping, LRSchedulerStepping, ProgressBar
 from eventtrain.callbacks.lambda_callback import LambdaCallback
+from eventtrain.core.signals import Observer
 from eventtrain.describe import describe, maps, overview
-from eventtrain.signals import Observer
 
 
 class Module(LightningModule):

@@ -67,7 +67,7 @@ def test_the_wheel_holds_every_file_once(built: Path) -> None:
 def test_the_sdist_holds_the_sources(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "callbacks/__init__.py", "eventtrain/loop.py"} <= names
+    assert {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "callbacks/__init__.py", "eventtrain/core/loop.py"} <= names
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eventtrain import storage
+from eventtrain.checkpoint import storage
 from tests.chaos.train import RENAMING, TRAINING, VALIDATING, WINDOW, WRITING
 from tests.resuming import assert_same
 

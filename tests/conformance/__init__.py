@@ -1,0 +1,1 @@
+"""The same module under Lightning and under eventtrain."""

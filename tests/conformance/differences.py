@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import eventtrain
+from docs.generate import replaced
 from eventtrain import callbacks as ours
-from eventtrain.generate import replaced
 
 from .frameworks import lightning
 

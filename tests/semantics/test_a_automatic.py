@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from probe import On, Probe, Recorder, batches, new_trainer, train
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision, ProgressBar
+from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
 
 # ------------------------------------------------------------------ A1: the closure
 

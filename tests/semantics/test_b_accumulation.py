@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probe import On, Probe, Recorder, batches, new_trainer, train
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from eventtrain import LightningModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
 from eventtrain.distributed import SingleProcess
+from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
 
 
 def windows_of(module: Probe, trainer_arguments: dict[str, Any], accumulation: GradientAccumulation, xs: Any) -> list[int]:

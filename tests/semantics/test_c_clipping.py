@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probe import On, Probe, Recorder, train
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import SGD
 
 from eventtrain import LightningModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, MixedPrecision
+from tests.semantics.probe import On, Probe, Recorder, train
 
 
 def scaled_by_1024() -> MixedPrecision:

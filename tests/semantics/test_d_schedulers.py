@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probe import On, Probe, Recorder, batches, new_trainer, train
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import SGD
@@ -23,6 +22,7 @@ from eventtrain.callbacks import (
     MixedPrecision,
     TensorBoardLogger,
 )
+from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
 
 
 class Halving(LambdaLR):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probe import On, Probe, Recorder, batches, train
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import LBFGS, SGD, Adam
@@ -18,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
+from tests.semantics.probe import On, Probe, Recorder, batches, train
 
 
 class Manual(Probe):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from probe import On, Probe, Recorder, train
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
@@ -17,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneC
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
+from tests.semantics.probe import On, Probe, Recorder, train
 
 
 def wrapped(lr: float = 1.0, momentum: float = 0.9) -> tuple[nn.Parameter, SGD, LightningOptimizer]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probe import On, Probe, Recorder, batches, new_trainer, train
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision
+from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
 
 # ------------------------------------------------------------------ G1: global_step
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from probe import On, Probe, Recorder, batches, new_trainer, train
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.functional import mse_loss
@@ -18,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import LightningModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
+from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
 
 INF = float("inf")
 FUSED = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

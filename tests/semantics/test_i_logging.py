@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from probe import On, Probe, Recorder, batches, new_trainer, train
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.aggregation import MaxMetric
@@ -15,6 +14,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from eventtrain import MisconfigurationError, Trainer
 from eventtrain.distributed import SingleProcess
+from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
 
 THREE = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5.0])]
 """Batches sized 2, 2, 1, whose means are 1.5, 3.5, 5."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from probe import On, Probe, Recorder, batches, new_trainer, train
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from eventtrain import LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 from eventtrain.distributed import SingleProcess
+from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
 
 
 class Evaluates(Probe):

@@ -1,0 +1,1 @@
+"""Checkpoints of a run, kept in a folder."""

@@ -1,0 +1,1 @@
+"""Several processes: DDP and FSDP2 on torchrun."""

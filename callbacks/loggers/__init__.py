@@ -1,0 +1,1 @@
+"""Metrics written to files: TensorBoard and JSON lines."""

@@ -1,0 +1,115 @@
+"""Writes what a run logs as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from eventtrain.callback import Callback
+from eventtrain.callbacks.loggers.run_files import RunFile, check_cadence, new_file, portable, refusing_bad_places
+from eventtrain.events import FitStart, MetricsLogged, Setup, Teardown
+from eventtrain.trainer import Trainer
+
+
+class JSONLinesLogger(Callback):
+    """Writes metrics to a file of the run's own, one JSON object a line: for ``tail -f``, ``jq``, and
+    ``pandas.read_json(path, lines=True)``.
+
+    Listens to ``metrics_logged``, ``setup``, ``fit_start`` and ``teardown``. A line holds ``time`` (seconds since
+    1970), ``stage``, ``scope``, ``step`` and ``epoch``, then each value under its name; one whose name is among these five
+    under ``logged/<name>``. JSON has no numbers that are not finite: they are the strings ``"nan"``, ``"inf"`` and
+    ``"-inf"``, which ``float`` takes. A line is written as a whole, so that a reader never sees the half of one. Override
+    :meth:`is_due` for another cadence.
+
+    A run that resumes a checkpoint goes on in the file of the checkpoint's run, if that is there still, and cuts off what
+    was written after the checkpoint, so that each step is there once. A file that cannot be written to is an error before
+    training; where it vanishes or the disk fills up later, there is one warning, and the run goes on without it.
+
+    Args:
+        path: The file; relative to the trainer's ``default_root_dir``. Where it is there already, the run's file is
+            ``<stem>-<n><suffix>``, with the first free number.
+        log_every_n_steps: Updates between two lines of what is logged on step.
+
+    Attributes:
+        run_path: The file of the run at hand, or of the last; None before the first ``fit_start``, in a ``fast_dev_run`` and
+            on other ranks than zero, where there is none.
+
+    Raises:
+        MisconfigurationError: A cadence under 1; at ``fit_start``, a file that cannot be written to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] = "metrics.jsonl", *, log_every_n_steps: int = 50) -> None:
+        check_cadence("JSONLinesLogger", "log_every_n_steps", log_every_n_steps)
+        self.path = Path(path)
+        self.log_every_n_steps = log_every_n_steps
+        self.run_path: Path | None = None
+        self._position = 0  # up to where the file at run_path is this run's, in bytes
+        self._root = "."
+        self._file: RunFile | None = None
+
+    def is_due(self, global_step: int) -> bool:
+        """The policy: whether what was logged on step is written at a step.
+
+        Args:
+            global_step: The count of updates, the one at hand included.
+        """
+        return global_step % self.log_every_n_steps == 0
+
+    @property
+    def state_key(self) -> str:
+        return f"JSONLinesLogger({self.path})"
+
+    # ------------------------------------------------------------------ events
+
+    def on_setup(self, trainer: Trainer, event: Setup) -> None:
+        self._root = trainer.default_root_dir
+        if event.stage == "fit":
+            self.run_path, self._position = None, 0  # a checkpoint may bring others before fit_start
+        elif event.stage != "predict":
+            self._open(trainer)  # an evaluation after a fit goes on in the fit's file
+
+    def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
+        self._open(trainer)
+
+    def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
+        if event.scope == "step" and not self.is_due(event.step):
+            return
+        if self._file is None or not event.metrics:
+            return
+        record: dict[str, Any] = {"time": time.time(), "stage": event.stage, "scope": event.scope, "step": event.step}
+        record["epoch"] = trainer.current_epoch
+        record |= {f"logged/{name}" if name in record else name: number(value) for name, value in event.metrics.items()}
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        self._position = self._file.position
+
+    def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            with refusing_bad_places("JSONLinesLogger", "path"):
+                self.run_path = self.run_path or new_file(Path(trainer.default_root_dir) / self.path)
+                self._file = RunFile(self.run_path, "JSONLinesLogger", self._position)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"path": portable(self.run_path, self._root), "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        path = state["path"] and Path(self._root) / state["path"]
+        if path and path.is_file():
+            self.run_path, self._position = path, state["position"]
+
+
+def number(value: Any) -> float | str:
+    """A number or scalar tensor as JSON has it; the name of one that is not finite."""
+    value = float(value)
+    return value if math.isfinite(value) else str(value)

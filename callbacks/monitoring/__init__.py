@@ -1,0 +1,1 @@
+"""Values to log and to look at: rates, norms, the system, progress."""

@@ -1,0 +1,1 @@
+"""Policies of the optimization step: accumulation, clipping, schedules, precision, averaging."""

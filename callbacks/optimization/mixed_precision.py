@@ -1,0 +1,290 @@
+"""Mixed precision: autocast, and loss scaling for fp16."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from eventtrain.callback import Callback
+from eventtrain.checks import check_count
+from eventtrain.core.optimizer import LightningOptimizer, evaluates_often, has_gradients
+from eventtrain.errors import MisconfigurationError, NonFiniteGradientError
+from eventtrain.events import (
+    AfterBackward,
+    AfterOptimizerStep,
+    AfterZeroGrad,
+    BeforeBackward,
+    BeforeForward,
+    BeforeOptimizerStep,
+    FitStart,
+    Setup,
+    TrainBatchEnd,
+    UnscaleGradients,
+)
+from eventtrain.trainer import Trainer
+
+HOLDINGS = ("scaled", "plain", "mixed")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MixedPrecision(Callback):
+    """Runs forward in lower precision; parameters, gradients and updates stay in float32.
+
+    Listens to ``before_forward``, which it enters :class:`torch.autocast` in. For fp16 also to ``before_backward``
+    (scales the loss), ``unscale_gradients``, ``before_optimizer_step`` (vetoes on an overflow: reason ``"overflow"``),
+    ``after_zero_grad`` and ``train_batch_end`` (update the scale once no optimizer holds gradients that were scaled
+    with it). Override :meth:`autocast` to change where and how forward runs in lower precision.
+
+    Args:
+        precision: ``"bf16"``, without loss scaling, or ``"fp16"``, with it.
+        scaler: The loss scaler for fp16; ``torch.amp.GradScaler`` with its defaults where None.
+        max_consecutive_overflows: After so many overflows in a row the run is an error.
+
+    Raises:
+        MisconfigurationError: An unknown precision, or a scaler for bf16.
+    """
+
+    role = "precision"
+
+    def __init__(
+        self,
+        precision: Literal["bf16", "fp16"],
+        *,
+        scaler: GradScaler | None = None,
+        max_consecutive_overflows: int = 100,
+    ) -> None:
+        if precision not in DTYPES:
+            raise MisconfigurationError(f"MixedPrecision({precision!r}): the precision has to be one of {list(DTYPES)}.")
+        if precision == "bf16" and scaler is not None:
+            raise MisconfigurationError("MixedPrecision('bf16', scaler=...): bf16 has the range of float32 and is not scaled.")
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise MisconfigurationError(f"MixedPrecision(scaler={scaler!r}): it has to be a torch.amp.GradScaler.")
+        check_count(max_consecutive_overflows, "MixedPrecision: max_consecutive_overflows", least=1)
+        self.precision = precision
+        self.scaler = scaler
+        self.max_consecutive_overflows = max_consecutive_overflows
+        self._autocast: torch.autocast | None = None
+        self._manual = False
+        self._overflows = 0
+        self._loaded: dict[str, Any] = {"scaler": {}, "overflows": 0}
+        self._optimizers: list[LightningOptimizer] = []
+        # Optimizers that hold scaled gradients; a scale may change only while there are none.
+        self._scaled: set[LightningOptimizer] = set()
+        # Optimizers whose gradients were unscaled and not zeroed since; those that scaled ones were added to as well.
+        self._plain: set[LightningOptimizer] = set()
+        self._mixed: set[LightningOptimizer] = set()
+        # What the others held before the backward at hand.
+        self._held: dict[LightningOptimizer, list[Any]] = {}
+        # What was unscaled since the last update of the scale, and not yet stepped.
+        self._unscaled: dict[LightningOptimizer, UnscaledGradients] = {}
+        self._since_update: list[UnscaledGradients] = []
+
+    def autocast(self, trainer: Trainer) -> torch.autocast:
+        """The policy: the autocast that each forward runs in."""
+        return torch.autocast(trainer.device.type, dtype=DTYPES[self.precision])
+
+    def on_setup(self, trainer: Trainer, event: Setup) -> None:
+        self._autocast = self.autocast(trainer)
+        for kept in (self._scaled, self._plain, self._mixed):
+            kept.clear()
+        self._unscaled.clear()
+        self._since_update.clear()
+        self._overflows = 0
+        self._loaded = {name: self._loaded[name] for name in ("scaler", "overflows")}
+        if self.precision == "fp16" and self.scaler is None:
+            self.scaler = GradScaler(device=trainer.device.type)
+            self.load_state_dict(self._loaded)
+
+    def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
+        self._manual = not trainer.module.automatic_optimization
+        self._optimizers = trainer.optimizers
+        self._hold_again(trainer.device)
+        for optimizer in trainer.optimizers:
+            if self.scaler is not None and evaluates_often(optimizer):
+                raise MisconfigurationError(
+                    f"{type(optimizer.optimizer).__name__} evaluates its closure several times a step, and an overflow can "
+                    "only skip a step before its first evaluation. Use MixedPrecision('bf16'), which needs no loss scaling."
+                )
+
+    def on_before_forward(self, trainer: Trainer, event: BeforeForward) -> None:
+        assert self._autocast is not None
+        event.enter(self._autocast)
+
+    def on_before_backward(self, trainer: Trainer, event: BeforeBackward) -> None:
+        if self._manual:  # backward runs inside of training_step, where autocast is on
+            event.enter(torch.autocast(trainer.device.type, enabled=False))
+        if self.scaler is not None:
+            event.loss = self.scaler.scale(event.loss)
+            self._held = {each: versions(each) for each in trainer.optimizers if each not in self._scaled}
+
+    def on_after_backward(self, trainer: Trainer, event: AfterBackward) -> None:
+        for optimizer, held in self._held.items():
+            if versions(optimizer) == held:
+                continue  # such as those that were unscaled and stepped with, and that this backward did not touch
+            self._scaled.add(optimizer)
+            if optimizer in self._plain and any(version is not None for version in held):
+                self._mixed.add(optimizer)
+        self._held.clear()
+        self._forget_casts()
+
+    def on_after_optimizer_step(self, trainer: Trainer, event: AfterOptimizerStep) -> None:
+        self._forget_casts()
+
+    def on_unscale_gradients(self, trainer: Trainer, event: UnscaleGradients) -> None:
+        optimizer = event.optimizer
+        if self.scaler is None or optimizer not in self._scaled:
+            return
+        if event.evaluation > 1:
+            raise MisconfigurationError(
+                f"{type(optimizer.optimizer).__name__} evaluated its closure a second time under loss scaling, when its "
+                "weights have moved and an overflow can no longer skip the step. Use MixedPrecision('bf16')."
+            )
+        if optimizer in self._mixed:
+            raise MisconfigurationError(
+                f"A backward added scaled gradients to those of {type(optimizer.optimizer).__name__} that were unscaled "
+                "already, by a step or by clip_gradients. Call zero_grad before it, or clip once, right before the step."
+            )
+        self._plain.add(optimizer)
+        gradients = UnscaledGradients(optimizer)
+        self.scaler.unscale_(gradients)  # type: ignore[arg-type]
+        self._scaled.discard(optimizer)
+        self._unscaled[optimizer] = gradients
+        self._since_update.append(gradients)
+        if not event.can_skip and not self._finite(optimizer):
+            raise NonFiniteGradientError(
+                f"Gradients overflowed in a step on the wrapped {type(optimizer.optimizer).__name__}, which cannot be skipped. "
+                "Call step on the LightningOptimizer rather than on its `.optimizer`."
+            )
+
+    def on_before_optimizer_step(self, trainer: Trainer, event: BeforeOptimizerStep) -> None:
+        if self.scaler is None:
+            return
+        if not has_gradients(event.optimizer):
+            event.skip("no gradients")
+        elif event.optimizer in self._unscaled:
+            if self._finite(event.optimizer):
+                self._overflows = 0
+            else:
+                self._count_overflow()
+                event.skip("overflow")
+
+    def on_after_zero_grad(self, trainer: Trainer, event: AfterZeroGrad) -> None:
+        for kept in (self._scaled, self._plain, self._mixed):
+            kept.discard(event.optimizer)
+        self._unscaled.pop(event.optimizer, None)
+        if any(gradients.optimizer is event.optimizer for gradients in self._since_update):
+            self._update_scale()  # else its next unscaling would be a second one under one scale
+
+    def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
+        self._update_scale()
+
+    def _forget_casts(self) -> None:
+        """In manual optimization the forward's autocast goes on while weights change, also by steps that nobody
+        publishes, and would go on using its copies of them."""
+        if self._manual:
+            torch.clear_autocast_cache()
+
+    def _finite(self, optimizer: LightningOptimizer) -> bool:
+        """Whether an optimizer's unscaled gradients are finite: one host synchronisation, torch's own."""
+        assert self.scaler is not None
+        gradients = self._unscaled.pop(optimizer)
+        gradients.asked = True
+        return bool(self.scaler.step(gradients))  # type: ignore[arg-type]
+
+    def _update_scale(self) -> None:
+        if self._since_update and not self._scaled:
+            assert self.scaler is not None
+            self.scaler.update()
+            self._since_update.clear()
+
+    def _count_overflow(self) -> None:
+        self._overflows += 1
+        if self._overflows >= self.max_consecutive_overflows:
+            raise NonFiniteGradientError(
+                f"{self._overflows} steps in a row overflowed in fp16, so the loss itself is likely infinite or NaN. Use "
+                "MixedPrecision('bf16'), a smaller learning rate, or a larger max_consecutive_overflows."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self._optimizers:
+            return dict(self._loaded)
+        scaler = self.scaler.state_dict() if self.scaler is not None else self._loaded["scaler"]
+        # What optimizers hold where a checkpoint is written inside of a window, by their places in configure_optimizers.
+        held = zip(HOLDINGS, (self._scaled, self._plain, self._mixed), strict=True)
+        places = {name: [at for at, each in enumerate(self._optimizers) if each in kept] for name, kept in held}
+        waiting = [
+            (self._optimizers.index(each.optimizer), each.overflowed(), self._unscaled.get(each.optimizer) is each)
+            for each in self._since_update
+        ]
+        return {"scaler": scaler, "overflows": self._overflows, **places, "awaiting_update": waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state  # before fit_start there may be no scaler yet, and there are no optimizers
+        self._optimizers = []
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self._overflows = state["overflows"]
+
+    def _hold_again(self, device: torch.device) -> None:
+        """Takes up what the optimizers held at the checkpoint."""
+        for name, kept in zip(HOLDINGS, (self._scaled, self._plain, self._mixed), strict=True):
+            kept.update(self._optimizers[at] for at in self._loaded.get(name, ()))
+        for at, overflowed, unstepped in self._loaded.get("awaiting_update", ()):
+            assert self.scaler is not None
+            self.scaler.scale(torch.zeros((), device=device))  # builds the scale, which the scaler does at its first use
+            gradients = UnscaledGradients(self._optimizers[at])
+            gradients.unscale_again(self.scaler, overflowed, device)
+            self._since_update.append(gradients)
+            if unstepped:
+                self._unscaled[gradients.optimizer] = gradients
+
+
+def versions(optimizer: LightningOptimizer) -> list[Any]:
+    """What changes when a backward adds to any of an optimizer's gradients."""
+    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in optimizer.parameters()]
+
+
+class UnscaledGradients:
+    """One window's gradients of one optimizer, in the form that ``GradScaler`` takes an optimizer in.
+
+    The scaler keeps its books by object and refuses a second ``unscale_`` of one before its ``update``. With an object
+    for each window, an optimizer that steps twice under one scale is no special case, all the overflows in
+    between are remembered, and the real step, with its closure, stays outside of the scaler.
+
+    Args:
+        optimizer: The optimizer that holds them.
+    """
+
+    def __init__(self, optimizer: LightningOptimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+        self.asked = self._finite = False
+
+    def step(self) -> bool:
+        """Called by ``GradScaler.step`` where every gradient is finite."""
+        self._finite = True
+        return True
+
+    def overflowed(self) -> bool:
+        """Whether a gradient is not finite: as the scaler found, or where it was not asked yet by the gradients."""
+        if self.asked:
+            return not self._finite
+        gradients = (parameter.grad for parameter in self.optimizer.parameters() if parameter.grad is not None)
+        return not all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+    def unscale_again(self, scaler: GradScaler, overflowed: bool, device: torch.device) -> None:
+        """Lets a new scaler know what an old one found when it unscaled these gradients.
+
+        Args:
+            scaler: The new one.
+            overflowed: What the old one found.
+            device: Where it looked.
+        """
+        witness = torch.zeros((), device=device)
+        witness.grad = torch.full_like(witness, torch.inf if overflowed else 0.0)
+        self.param_groups, kept = [{"params": [witness]}], self.param_groups
+        scaler.unscale_(self)  # type: ignore[arg-type]
+        self.param_groups = kept

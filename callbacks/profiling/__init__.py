@@ -1,0 +1,1 @@
+"""Time: by phase and callback, by operator, and event by event."""

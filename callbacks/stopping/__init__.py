@@ -1,0 +1,1 @@
+"""Reasons to end a run: metrics, time, signals, NaNs."""

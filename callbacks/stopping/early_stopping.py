@@ -1,0 +1,181 @@
+"""Stops a run whose monitored metric no longer improves."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal
+
+from eventtrain.callback import Callback
+from eventtrain.checks import check_count
+from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.events import FitStart, MetricsLogged, Setup, ValidationStart
+from eventtrain.trainer import Trainer
+
+
+class EarlyStopping(Callback):
+    """Asks the run to stop once a metric has not improved for some time, by ``trainer.stop``.
+
+    Listens to ``metrics_logged``: it looks after each validation at a metric that validation logs, and at the end of each
+    complete epoch at one that training alone logs. A name that both log is the validation's once that has run. Only fresh
+    values count. Each look reads one value from its device; batches read nothing. With several processes all stop where one
+    does; log with ``sync_dist=True`` for one value on all.
+
+    A request waits for the trainer's ``min_epochs`` and ``min_steps``, and stands: nothing is looked at any more. A run that
+    is resumed after its request asks again (``fit_start``), unless it is given more patience. Also listens to ``setup`` and
+    ``validation_start``. Looks at nothing in a ``fast_dev_run``. Emits nothing. Override :meth:`reason_to_stop` for another
+    policy.
+
+    Args:
+        monitor: The metric's name, as in ``trainer.callback_metrics``.
+        mode: Whether it is to become small, ``"min"``, or large, ``"max"``.
+        patience: After so many looks in a row without an improvement the run stops.
+        min_delta: What an improvement has to exceed.
+        threshold: Stop once the metric has reached this value; None for no such goal.
+        divergence_threshold: Stop once the metric is worse than this; None for no such limit.
+        check_finite: Whether to stop once the metric is infinite or NaN; else such a value is one without an improvement.
+        strict: Whether a metric that was never logged is an error, once the stage that should log it has been there. Else
+            it is one warning, and the run goes on.
+
+    Raises:
+        MisconfigurationError: An argument that cannot be right; in the run, with ``strict``, an absent metric.
+
+    Attributes:
+        best: The best value so far; infinite before the first.
+        wait_count: Looks since then.
+        value: What was looked at last; None before the first look.
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        *,
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 0.0,
+        threshold: float | None = None,
+        divergence_threshold: float | None = None,
+        check_finite: bool = True,
+        strict: bool = False,
+    ) -> None:
+        if not isinstance(monitor, str) or not monitor:
+            raise MisconfigurationError(f"EarlyStopping(monitor={monitor!r}): it has to be the name of a metric.")
+        if mode not in ("min", "max"):
+            raise MisconfigurationError(f"EarlyStopping(mode={mode!r}): it has to be 'min' or 'max'.")
+        if not is_number(min_delta) or min_delta < 0:
+            raise MisconfigurationError(f"EarlyStopping(min_delta={min_delta!r}): it has to be a number from 0.")
+        for name, limit in (("threshold", threshold), ("divergence_threshold", divergence_threshold)):
+            if limit is not None and not is_number(limit):
+                raise MisconfigurationError(f"EarlyStopping({name}={limit!r}): it has to be a finite number, or None.")
+        self.monitor = monitor
+        self.mode = mode
+        self.patience = check_count(patience, "EarlyStopping: patience", least=1)
+        self.min_delta = min_delta
+        self.threshold = threshold
+        self.divergence_threshold = divergence_threshold
+        self.check_finite = check_finite
+        self.strict = strict
+        self._begin()
+
+    def _begin(self) -> None:
+        self.best = math.inf if self.mode == "min" else -math.inf
+        self.wait_count = 0
+        self.value: float | None = None
+        self._seen = 0  # how often the metric had been renewed when it was looked at last
+        self._before_validation = 0  # and when the validation at hand began
+        self._is_validated = False  # validation logs it
+        self._asked = self._warned = False
+
+    def reason_to_stop(self, trainer: Trainer, value: float) -> str | None:
+        """The policy: why the run is to stop; None where it goes on.
+
+        Asked after each look, when :attr:`best` and :attr:`wait_count` take it into account, and where a run is resumed.
+
+        Args:
+            trainer: The trainer.
+            value: The value that was looked at last.
+        """
+        sign = 1 if self.mode == "min" else -1
+        metric = f"{self.monitor}, at best {self.best:.6g},"
+        if self.check_finite and not math.isfinite(value):
+            return f"{metric} is {value}"
+        # With a tolerance, because 0.9 in float32, as metrics are, is less than 0.9.
+        if self.threshold is not None and sign * (value - self.threshold) <= 1e-6 * abs(self.threshold):
+            return f"{metric} has reached the threshold {self.threshold:g} with {value:.6g}"
+        if self.divergence_threshold is not None and sign * (value - self.divergence_threshold) > 0:
+            return f"{metric} is beyond the divergence threshold {self.divergence_threshold:g} with {value:.6g}"
+        if self.wait_count >= self.patience:
+            return f"{metric} has not improved in {self.wait_count} looks"
+        return None
+
+    def on_setup(self, trainer: Trainer, event: Setup) -> None:
+        if event.stage == "fit":
+            self._begin()
+
+    def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
+        self._agree(trainer, None if self.value is None else self.reason_to_stop(trainer, self.value))
+
+    def on_validation_start(self, trainer: Trainer, event: ValidationStart) -> None:
+        self._before_validation = trainer.metrics.renewals.get(self.monitor, 0)
+
+    def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
+        if event.scope != "epoch" or trainer.stage != "fit" or trainer.fast_dev_run or self._asked:
+            return
+        renewals = trainer.metrics.renewals.get(self.monitor, 0)
+        if event.stage == "validation":
+            is_fresh = renewals != self._before_validation
+            self._is_validated |= is_fresh
+        else:
+            is_fresh = event.epoch_complete and renewals != self._seen and not self._is_validated
+            if renewals == 0:
+                self._on_absent_metric(trainer)
+        reason = None
+        if is_fresh:
+            self._seen = renewals
+            self.value = value = float(trainer.callback_metrics[self.monitor])
+            improvement = self.best - value if self.mode == "min" else value - self.best
+            if improvement > self.min_delta:  # never of NaN
+                self.best, self.wait_count = value, 0
+            else:
+                self.wait_count += 1
+            reason = self.reason_to_stop(trainer, value)
+        self._agree(trainer, reason)
+
+    def _agree(self, trainer: Trainer, reason: str | None) -> None:
+        """Asks the run to stop where any process has a reason; each takes part, whether it has a fresh value or not."""
+        self._asked = trainer.distributed.any(reason is not None)
+        if self._asked:
+            trainer.stop(f"EarlyStopping: {reason or f'{self.monitor}, as another process sees it'}", by_all=True)
+
+    def _on_absent_metric(self, trainer: Trainer) -> None:
+        if self._warned or (trainer.validates and trainer.progress.validations == 0):
+            return  # the stage that may log it has not been there yet
+        known = sorted(trainer.callback_metrics)
+        otherwise = f"Log it with self.log({self.monitor!r}, ...), or monitor one of those."
+        message = (
+            f"EarlyStopping(monitor={self.monitor!r}): it was never logged; there are {known}. "
+            f"{nearest(self.monitor, known, otherwise=otherwise)}"
+        )
+        if self.strict:
+            raise MisconfigurationError(f"{message} strict=False makes this a warning.")
+        self._warned = True
+        warnings.warn(message, stacklevel=2)
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__qualname__}({self.monitor}, {self.mode})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in STATE:
+            setattr(self, name, state[name])
+
+
+STATE = ("best", "wait_count", "value", "_seen", "_is_validated")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

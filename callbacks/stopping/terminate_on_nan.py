@@ -1,0 +1,155 @@
+"""Ends a run whose loss is infinite or NaN, without waiting for the device in each step."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eventtrain.callback import Callback
+from eventtrain.checks import check_count
+from eventtrain.errors import MisconfigurationError
+from eventtrain.events import BeforeBackward, FitStart, SafePoint, SaveCheckpoint, TrainEpochEnd
+from eventtrain.trainer import Trainer
+
+NAMED = 8  # parameters that the error names
+
+
+class NonFiniteLossError(MisconfigurationError, FloatingPointError):
+    """A loss of training is infinite or NaN."""
+
+
+class Loss(NamedTuple):
+    """A loss, and where in the run it was computed.
+
+    Attributes:
+        value: A scalar tensor.
+        epoch: The epoch's index.
+        batch_idx: The batch's index in the epoch.
+        updates: The run's updates before it.
+        backward: Which of the batch's backwards it is of, from 1.
+    """
+
+    value: Tensor
+    epoch: int
+    batch_idx: int
+    updates: int
+    backward: int
+
+
+class TerminateOnNaN(Callback):
+    """Raises :class:`NonFiniteLossError` once a loss of training is infinite or NaN, and says which was the first.
+
+    Listens to ``before_backward`` for the raw loss, of each backward in manual optimization. Never looks at gradients, which
+    loss scaling may well make infinite.
+
+    On the CPU each loss is looked at before its backward, so that nothing was updated by it. Elsewhere a look waits for the
+    device: losses stay there and are looked at together, every ``every_n_batches`` at ``safe_point``, and at
+    ``train_epoch_end``. So it is with several processes, which end together. No checkpoint is written once a loss was bad,
+    in whichever order callbacks are attached: at ``save_checkpoint`` it looks, and raises until another fit begins. Also
+    listens to ``fit_start``. Emits nothing.
+
+    The error names epoch, batch, updates and value of the loss, and the parameters and buffers that are not finite by then.
+    Override :meth:`ends_run` to end a run by other losses.
+
+    Args:
+        every_n_batches: Batches between two looks where a look waits. With 1 each loss is looked at before its backward on
+            any device.
+
+    Raises:
+        MisconfigurationError: A number of batches under 1.
+    """
+
+    def __init__(self, *, every_n_batches: int = 50) -> None:
+        self.every_n_batches = check_count(every_n_batches, "TerminateOnNaN: every_n_batches", least=1)
+        self._at_once = False
+        self._kept: list[Loss] = []  # not looked at yet
+        self._last: tuple[int, int] = (-1, 0)  # the batch of the last loss, and its backwards so far
+        self._error: str | None = None
+
+    def ends_run(self, loss: float) -> bool:
+        """The policy: whether a loss ends the run.
+
+        Args:
+            loss: Its value.
+        """
+        return not math.isfinite(loss)
+
+    def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
+        self._at_once = trainer.world_size == 1 and (self.every_n_batches == 1 or trainer.device.type == "cpu")
+        self._kept.clear()
+        self._last, self._error = (-1, 0), None
+
+    def on_before_backward(self, trainer: Trainer, event: BeforeBackward) -> None:
+        # Later evaluations of an optimizer's closure are trials, which it may well take back.
+        if trainer.batch.evaluations > 1:
+            return
+        progress = trainer.progress
+        batch, backwards = self._last
+        backwards = backwards + 1 if batch == progress.total_batch_idx else 1
+        self._last = (progress.total_batch_idx, backwards)
+        value = event.raw_loss.detach().sum()  # a copy, because a captured graph overwrites its loss at its next step
+        loss = Loss(value, progress.current_epoch, progress.batch_idx, progress.global_step, backwards)
+        if not self._at_once:
+            self._kept.append(loss)
+        elif self.ends_run(number := value.item()):
+            self._end(trainer, loss, number)
+
+    def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
+        if (trainer.progress.total_batch_idx + 1) % self.every_n_batches == 0:
+            self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, event: TrainEpochEnd) -> None:
+        self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, event: SaveCheckpoint) -> None:
+        if self._error is not None:  # somebody saves what the error has left
+            raise NonFiniteLossError(self._error)
+        self._look(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
+        """Reads the losses that were kept, and ends the run where one of them does, in any process."""
+        losses, self._kept = self._kept, []
+        values = torch.stack([loss.value.to(trainer.device) for loss in losses]).tolist() if losses else []
+        bad = next((pair for pair in zip(losses, values, strict=True) if self.ends_run(pair[1])), (None, math.nan))
+        if trainer.distributed.any(bad[0] is not None):
+            self._end(trainer, *bad)
+
+    def _end(self, trainer: Trainer, loss: Loss | None, value: float) -> None:
+        elsewhere = "TerminateOnNaN: a loss of another process is not finite; see the error there."
+        self._error = elsewhere if loss is None else describe(trainer, loss, value)
+        raise NonFiniteLossError(self._error)
+
+
+def describe(trainer: Trainer, loss: Loss, value: float) -> str:
+    """What is wrong, and what to try.
+
+    Args:
+        trainer: The trainer.
+        loss: The first bad loss.
+        value: Its value.
+    """
+    of = "" if trainer.module.automatic_optimization else f" of backward {loss.backward}"
+    bad = non_finite(trainer.module)
+    named = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
+    found = f"Not finite by now: {named}." if bad else "All parameters are finite: look at the batch and at forward."
+    return (
+        f"TerminateOnNaN: the loss{of} in batch {loss.batch_idx} of epoch {loss.epoch}, after {loss.updates} updates, is "
+        f"{value}. {found} Try a smaller learning rate, a warm-up or GradientClipping. To find where it comes from go on "
+        "from the last checkpoint with TerminateOnNaN(every_n_batches=1), which stops before that backward, and "
+        "torch.autograd.set_detect_anomaly(True), which names the operation of a backward that gives NaN."
+    )
+
+
+def non_finite(module: nn.Module) -> list[str]:
+    """Parameters with values that are not finite and buffers with NaNs, as ``name (3 of 8 values)``.
+
+    Args:
+        module: The module. Infinities in its buffers may be meant: a mask has them.
+    """
+    bad = {name: ~parameter.isfinite() for name, parameter in module.named_parameters()}
+    bad |= {name: buffer.isnan() for name, buffer in module.named_buffers()}
+    counts = {name: int(values.sum()) for name, values in bad.items()}
+    return [f"{name} ({count} of {bad[name].numel()} values)" for name, count in counts.items() if count]

@@ -1,0 +1,1 @@
+"""Checkpoints: their content, and reading and writing them safely."""

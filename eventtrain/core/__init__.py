@@ -1,0 +1,1 @@
+"""One optimization step: signals, closure, optimizer, and the loops that publish."""

@@ -1,0 +1,1 @@
+"""Batches: limits, devices, and loaders that can be resumed."""

@@ -1,0 +1,1 @@
+"""Values from self.log(), collected and reduced."""

@@ -1,0 +1,1 @@
+"""The user's half: modules, datamodules, hyperparameters and hooks."""

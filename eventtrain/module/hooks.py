@@ -1,0 +1,51 @@
+"""The hooks that callbacks and modules may override, made from the event table.
+
+At run time each is a method that does nothing and is never connected; ``hooks.pyi`` beside this file,
+written by ``python -m docs/generate.py``, gives editors and type checkers their signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from eventtrain.events import EVENTS, module_hook
+
+MODULE_ONLY_HOOKS = (
+    "on_before_batch_transfer",
+    "on_after_batch_transfer",
+    "on_validation_model_eval",
+    "on_validation_model_train",
+    "on_validation_model_zero_grad",
+    "on_test_model_eval",
+    "on_test_model_train",
+    "on_predict_model_eval",
+    "on_predict_model_train",
+)
+"""Lightning's module hooks that are calls of the core rather than events."""
+
+
+def _hook(name: str, doc: str) -> Callable[..., None]:
+    def hook(self: Any, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    hook.__name__ = name
+    hook.__doc__ = doc
+    return hook
+
+
+class CallbackHooks:
+    """One ``on_<event>(self, trainer, event)`` per event."""
+
+
+class ModuleHooks:
+    """One hook per event, with Lightning's name and arguments where Lightning has it."""
+
+
+for _name, _event_type in EVENTS.items():
+    setattr(CallbackHooks, f"on_{_name}", _hook(f"on_{_name}", _event_type.__doc__ or ""))
+    setattr(ModuleHooks, module_hook(_event_type), _hook(module_hook(_event_type), _event_type.__doc__ or ""))
+
+for _name in MODULE_ONLY_HOOKS:
+    if not _name.endswith("_transfer"):  # those return the batch and are defined with the loaders
+        setattr(ModuleHooks, _name, _hook(_name, "Called by the core in place of, or after, its own mode switch."))

@@ -1,0 +1,1 @@
+"""The forms that configure_optimizers may return."""

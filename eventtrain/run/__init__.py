@@ -1,0 +1,1 @@
+"""One fit, validate, test or predict, from setup to teardown."""

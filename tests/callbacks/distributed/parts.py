@@ -1,0 +1,86 @@
+"""What the scripts share that the tests start in several processes: a model, data, and a trainer that says nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from eventtrain import LightningModule, Trainer
+from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
+from eventtrain.callbacks.distributed.distributed_data_parallel import DistributedDataParallel
+
+SEED = 7
+TIMEOUT = 60.0
+
+
+def data(samples: int = 23) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(samples, 3, generator=generator), torch.randn(samples, 1, generator=generator))
+
+
+def loader(samples: int = 23, batch_size: int = 2, **options: Any) -> DataLoader[Any]:
+    return DataLoader(data(samples), batch_size, **{"shuffle": True, **options})
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(SEED)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+
+
+class Model(LightningModule):
+    """Draws for dropout, keeps statistics for batch norm, and steps a schedule."""
+
+    def __init__(self, steps: int = 50) -> None:
+        super().__init__()
+        self.net, self.steps = net(), steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return F.mse_loss(self.net(x), y)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=self.steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Counting(DistributedDataParallel):
+    """Counts all-reduces: the wrapper hands each of its buckets to a communication hook."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(timeout=TIMEOUT, **options)
+        self.reduced = 0
+
+    def wrap(self, module: nn.Module) -> Any:
+        wrapper = super().wrap(module)
+        wrapper.register_comm_hook(None, lambda state, bucket: self.count(bucket))
+        return wrapper
+
+    def count(self, bucket: Any) -> Any:
+        self.reduced += bucket.is_last()
+        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+
+def trainer(*callbacks: Any, **options: Any) -> Trainer:
+    torch.manual_seed(SEED)
+    if not any(isinstance(each, DistributedDataParallel) for each in callbacks):
+        callbacks = (DistributedDataParallel(timeout=TIMEOUT), *callbacks)
+    options = {"max_epochs": 2, "device": "cpu", "num_sanity_val_steps": 0, **options}
+    return Trainer(callbacks=[*callbacks, LRSchedulerStepping()], default_callbacks=False, **options)
+
+
+def resumable(*callbacks: Any) -> tuple[Trainer, DataLoader[Any]]:
+    """A run of two epochs of five batches, in windows of three."""
+    return trainer(GradientAccumulation(3), GradientClipping(0.5), *callbacks), loader(20)
+
+
+def state(module: nn.Module, optimizers: Any = ()) -> dict[str, Any]:
+    """Weights, buffers and optimizer states, as they are now."""
+    kept = {"module": module.state_dict(), "optimizers": [each.state_dict() for each in optimizers]}
+    return copy.deepcopy(kept)

@@ -1,0 +1,489 @@
+"""Norms are those of the true gradients before clipping, whoever clips, and nothing waits for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eventtrain import LightningModule, MisconfigurationError, Trainer
+from eventtrain.callbacks import GradientAccumulation, GradientClipping, MixedPrecision, TensorBoardLogger
+from eventtrain.callbacks.monitoring import gradient_norm_monitor as implementation
+from eventtrain.callbacks.monitoring.gradient_norm_monitor import ClippedFraction, GradientNormMonitor
+
+Logged = list[dict[str, float]]
+
+
+class Model(LightningModule):
+    """The gradients of a batch x are (3x, 4x, 12x), the first two those of one submodule: norms of 5x, 12x and 13x."""
+
+    def __init__(self, *, manual: bool = False) -> None:
+        super().__init__()
+        self.pair = nn.Linear(2, 1, bias=False)
+        self.inner = nn.ModuleDict({"single": nn.Linear(1, 1, bias=False)})
+        self.automatic_optimization = not manual
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.pair(batch * torch.tensor([3.0, 4.0])).sum() + self.inner["single"](batch * 12.0).sum()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def batches(*values: float) -> list[Tensor]:
+    return [torch.full((1,), float(value)) for value in values]
+
+
+def scaled() -> list[Any]:
+    return [MixedPrecision("fp16", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))]
+
+
+def fit(module: LightningModule, callbacks: list[Any], data: list[Tensor], **options: Any) -> Logged:
+    """What loggers are given at each update."""
+    logged: Logged = []
+    trainer = Trainer(device="cpu", default_callbacks=False, callbacks=callbacks, **{"max_epochs": 1, **options})
+
+    def keep(trainer: Trainer, event: Any) -> None:
+        if event.scope == "step":
+            logged.append({name: float(value) for name, value in event.metrics.items()})
+
+    trainer.signals.metrics_logged.connect(keep)
+    trainer.fit(module, data)
+    return logged
+
+
+def norms(logged: Logged, name: str = "grad_norm") -> list[float | None]:
+    return [values.get(name) for values in logged]
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many gradients each norm was computed that was not free."""
+    calls: list[int] = []
+    compute = implementation.get_total_norm
+
+    def count(gradients: list[Tensor], norm_type: float) -> Tensor:
+        calls.append(len(gradients))
+        return compute(gradients, norm_type)
+
+    monkeypatch.setattr(implementation, "get_total_norm", count)
+    return calls
+
+
+# ------------------------------------------------------------------ the norm
+
+
+def test_without_clipping_it_is_computed_and_there_is_no_fraction(computed: list[int]) -> None:
+    assert fit(Model(), [GradientNormMonitor()], batches(1, 2)) == [{"grad_norm": 13.0}, {"grad_norm": 26.0}]
+    assert computed == [2, 2]
+
+
+@pytest.mark.parametrize("first", ["monitor", "clipping"])
+def test_clipping_by_norm_gives_it_for_nothing(computed: list[int], first: str) -> None:
+    callbacks = [GradientNormMonitor(), GradientClipping(20.0)]
+    logged = fit(Model(), callbacks if first == "monitor" else callbacks[::-1], batches(1, 2))
+    assert norms(logged) == pytest.approx([13.0, 26.0])
+    assert computed == []
+
+
+@pytest.mark.parametrize("first", ["monitor", "clipping"])
+def test_clipping_by_value_comes_after_it(first: str) -> None:
+    callbacks = [GradientNormMonitor(), GradientClipping(1.0, "value")]
+    logged = fit(Model(), callbacks if first == "monitor" else callbacks[::-1], batches(1, 2))
+    assert logged == [{"grad_norm": 13.0}, {"grad_norm": 26.0}], "no fraction: a norm has not been compared with anything"
+
+
+def test_another_order_is_computed_beside_the_one_that_clips(computed: list[int]) -> None:
+    logged = fit(Model(), [GradientNormMonitor(norm_type=math.inf), GradientClipping(1.0)], batches(1, 2))
+    assert norms(logged) == [12.0, 24.0] and computed == [2, 2]
+    assert norms(logged, "grad_norm_clipped_fraction") == [1.0, 1.0]
+
+
+def test_an_order_of_infinity_is_free_as_well(computed: list[int]) -> None:
+    callbacks = [GradientNormMonitor(norm_type=math.inf), GradientClipping(13.0, norm_type=math.inf)]
+    logged = fit(Model(), callbacks, batches(1, 2))
+    assert norms(logged) == [12.0, 24.0] and computed == []
+    assert norms(logged, "grad_norm_clipped_fraction") == [0.0, 0.5]
+
+
+def test_it_is_the_norm_of_the_windows_gradient() -> None:
+    logged = fit(Model(), [GradientNormMonitor(), GradientAccumulation(2)], batches(1, 3, 5, 7, 11))
+    assert norms(logged) == pytest.approx([13.0 * 2, 13.0 * 6, 13.0 * 11])
+
+
+def test_it_is_the_norm_of_unscaled_gradients() -> None:
+    logged = fit(Model(), [GradientNormMonitor(per_layer=True), *scaled()], batches(1, 2))
+    assert logged == [
+        {"grad_norm": 13.0, "grad_norm/pair": 5.0, "grad_norm/inner.single": 12.0},
+        {"grad_norm": 26.0, "grad_norm/pair": 10.0, "grad_norm/inner.single": 24.0},
+    ]
+
+
+def test_a_skipped_step_logs_nothing() -> None:
+    callbacks = [GradientNormMonitor(), GradientClipping(20.0), *scaled()]
+    logged = fit(Model(), callbacks, batches(1, math.inf, 2))
+    assert logged == [
+        {"grad_norm": pytest.approx(13.0), "grad_norm_clipped_fraction": 0.0},
+        {"grad_norm": pytest.approx(26.0), "grad_norm_clipped_fraction": 0.5},
+    ]
+
+
+def test_parameters_without_gradients_do_not_count() -> None:
+    class Half(Model):
+        def loss(self, batch: Any) -> Tensor:
+            return self.pair(batch * torch.tensor([3.0, 4.0])).sum()
+
+    (values,) = fit(Half(), [GradientNormMonitor(per_layer=True)], batches(1))
+    assert values == {"grad_norm": 5.0, "grad_norm/pair": 5.0, "grad_norm/inner.single": 0.0}
+
+
+def test_an_optimizer_without_a_single_gradient_has_a_norm_of_zero() -> None:
+    class Nothing(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().step()
+
+    logged = fit(Nothing(manual=True), [GradientNormMonitor(), GradientClipping(1.0)], batches(1))
+    assert logged == [{"grad_norm": 0.0, "grad_norm_clipped_fraction": 0.0}]
+
+
+def test_sparse_gradients_are_added_up_first() -> None:
+    class Sparse(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(4, 1, sparse=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.embedding(torch.tensor([0, 1, 1])).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    assert norms(fit(Sparse(), [GradientNormMonitor()], batches(1))) == pytest.approx([math.sqrt(1 + 4)])
+
+
+def test_an_optimizer_that_evaluates_often_has_the_norm_of_its_last_evaluation() -> None:
+    class Quadratic(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.weight.square().sum() / 2  # the gradient is the weight
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=3)
+
+    seen: list[float] = []
+
+    class Watches:
+        def on_before_optimizer_step(self, trainer: Trainer, event: Any) -> None:
+            seen.append(float(trainer.module.weight.grad.norm()))
+
+    logged = fit(Quadratic(), [GradientNormMonitor(), Watches()], batches(1))
+    assert len(seen) == 3 and norms(logged) == pytest.approx(seen[-1:])
+
+
+# ------------------------------------------------------------------ those who clip by themselves
+
+
+class HalvesTheThreshold(Model):
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+    ) -> None:
+        assert gradient_clip_val is not None
+        self.clip_gradients(optimizer, gradient_clip_val / 2, "norm")
+
+
+class ClipsByValueFirst(Model):
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+    ) -> None:
+        self.clip_gradients(optimizer, 1.0, "value")
+        self.clip_gradients(optimizer, gradient_clip_val, "norm")
+
+
+@pytest.mark.parametrize("module", [HalvesTheThreshold, ClipsByValueFirst])
+def test_a_modules_own_clipping_comes_after_it(module: type[Model]) -> None:
+    logged = fit(module(), [GradientNormMonitor(per_layer=True), GradientClipping(20.0)], batches(1, 2))
+    assert norms(logged) == [13.0, 26.0]
+    assert norms(logged, "grad_norm/pair") == [5.0, 10.0]
+    expected = [1.0, 1.0] if module is HalvesTheThreshold else [0.0, 0.0]
+    assert norms(logged, "grad_norm_clipped_fraction") == expected, "by the norm and the threshold of that clipping"
+
+
+class ByHand(Model):
+    algorithm = "norm"
+
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.clip_gradients(optimizer, 20.0, self.algorithm)
+        optimizer.step()
+
+
+class ByHandByValue(ByHand):
+    algorithm = "value"
+
+
+@pytest.mark.parametrize("callbacks", [list, lambda: [GradientClipping(1.0)], scaled])
+@pytest.mark.parametrize("module", [ByHand, ByHandByValue])
+def test_clipping_by_hand_before_the_step_comes_after_it(module: type[Model], callbacks: Callable[[], list[Any]]) -> None:
+    logged = fit(module(), [GradientNormMonitor(per_layer=True), *callbacks()], batches(1, 2))
+    assert norms(logged) == [13.0, 26.0]
+    assert norms(logged, "grad_norm/inner.single") == [12.0, 24.0]
+    if module is ByHand:
+        assert norms(logged, "grad_norm_clipped_fraction") == [0.0, 0.5], "the first clipping counts"
+
+
+def test_a_closure_that_runs_before_the_step_changes_nothing(computed: list[int]) -> None:
+    class RunsFirst(Model):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+            optimizer_closure()
+            optimizer.step()
+
+    logged = fit(RunsFirst(), [GradientNormMonitor(), GradientAccumulation(2)], batches(1, 3))
+    assert norms(logged) == pytest.approx([26.0]) and computed == [2]
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_what_a_hook_before_clipping_has_clipped_is_not_taken_for_true(algorithm: str) -> None:
+    class ClipsEarly(Model):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.clip_gradients(optimizer, 1.0, algorithm)
+
+    logged = fit(ClipsEarly(), [GradientNormMonitor(per_layer=True), GradientClipping(5.0)], batches(1))
+    assert norms(logged) == (pytest.approx([13.0]) if algorithm == "norm" else [None])
+    assert norms(logged, "grad_norm/pair") == [None]
+    logged = fit(ClipsEarly(), [GradientNormMonitor(norm_type=math.inf)], batches(1))
+    assert norms(logged) == [None], "a norm of another order is not it either"
+
+
+def test_a_step_on_the_wrapped_optimizer_logs_nothing(computed: list[int]) -> None:
+    class Raw(Model):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+            optimizer.optimizer.step(optimizer_closure)
+
+    assert fit(Raw(), [GradientNormMonitor()], batches(1, 2)) == [{}, {}]
+    assert computed == []
+
+
+# ------------------------------------------------------------------ layers, optimizers
+
+
+def test_each_submodule_with_parameters_has_its_norm() -> None:
+    class WithOwn(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Parameter(torch.ones(()))
+            self.again = self.pair  # a second name of the same module
+
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss(batch) + self.own * 84
+
+    logged = fit(WithOwn(), [GradientNormMonitor(per_layer=True)], batches(1))
+    layers = {"grad_norm/WithOwn": 84.0, "grad_norm/pair": 5.0, "grad_norm/inner.single": 12.0}
+    assert logged == [{"grad_norm": pytest.approx(math.hypot(84, 13)), **layers}]
+
+
+def test_layers_are_measured_before_a_free_norm_is_taken(computed: list[int]) -> None:
+    logged = fit(Model(), [GradientNormMonitor(per_layer=True), GradientClipping(1.0)], batches(1))
+    assert norms(logged, "grad_norm/pair") == [5.0] and norms(logged) == pytest.approx([13.0])
+    assert computed == [1, 1], "the two layers"
+
+
+def test_layers_can_be_asked_for_during_the_run() -> None:
+    monitor = GradientNormMonitor()
+
+    class Asks:
+        def on_train_batch_start(self, trainer: Trainer, event: Any) -> None:
+            monitor.per_layer = event.batch_idx == 1
+
+    logged = fit(Model(), [monitor, Asks()], batches(1, 2, 3))
+    assert norms(logged, "grad_norm/pair") == [None, 10.0, None]
+
+
+def test_a_group_that_is_added_during_the_run_counts() -> None:
+    class Unfreezes(Model):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.pair.parameters(), lr=0.01)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                self.zero_grad()
+                self.optimizers().add_param_group({"params": self.inner.parameters()})
+
+    logged = fit(Unfreezes(), [GradientNormMonitor(per_layer=True)], batches(1, 1))
+    assert logged == [
+        {"grad_norm": 5.0, "grad_norm/pair": 5.0},
+        {"grad_norm": 13.0, "grad_norm/pair": 5.0, "grad_norm/inner.single": 12.0},
+    ]
+
+
+class Two(Model):
+    """One optimizer for each submodule; the second steps in every other batch."""
+
+    kinds: tuple[Any, Any] = (torch.optim.SGD, torch.optim.SGD)
+
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(self.loss(batch))
+        first.step()
+        if batch_idx % 2:
+            second.step()
+
+    def configure_optimizers(self) -> Any:
+        parts = (self.pair, self.inner)
+        return [kind(part.parameters(), lr=0.01) for kind, part in zip(self.kinds, parts, strict=True)]
+
+
+class TwoKinds(Two):
+    kinds = (torch.optim.SGD, torch.optim.Adam)
+
+
+def test_each_of_several_optimizers_has_its_own() -> None:
+    logged = fit(Two(), [GradientNormMonitor(per_layer=True), GradientClipping(6.0)], batches(1, 2))
+    first = [{"grad_norm-SGD-0": 5.0, "grad_norm-SGD-0/pair": 5.0, "grad_norm_clipped_fraction-SGD-0": 0.0}]
+    first += [{"grad_norm-SGD-0": 10.0, "grad_norm-SGD-0/pair": 10.0, "grad_norm_clipped_fraction-SGD-0": 0.5}]
+    second = {"grad_norm-SGD-1": 24.0, "grad_norm-SGD-1/inner.single": 24.0, "grad_norm_clipped_fraction-SGD-1": 1.0}
+    assert logged == [first[0], {**first[1], **second}]
+
+
+def test_optimizers_of_different_classes_are_not_numbered() -> None:
+    logged = fit(TwoKinds(), [GradientNormMonitor()], batches(1, 2))
+    assert logged == [{"grad_norm-SGD": 5.0}, {"grad_norm-SGD": 10.0, "grad_norm-Adam": 24.0}]
+
+
+# ------------------------------------------------------------------ cadence
+
+
+def test_norms_are_computed_at_the_cadence_alone_and_every_update_counts(computed: list[int]) -> None:
+    clipping = GradientClipping(13.5, norm_type=math.inf)  # another order than the monitor's, whose norms are 12x
+    logged = fit(Model(), [GradientNormMonitor(every_n_steps=3), clipping], batches(1, 2, 3, 1, 1, 1))
+    assert norms(logged) == [None, None, 39.0, None, None, 13.0] and computed == [2, 2]
+    fractions = norms(logged, "grad_norm_clipped_fraction")
+    assert fractions == [None, None, pytest.approx(2 / 3), None, None, pytest.approx(2 / 6)]
+
+
+def test_a_cadence_of_ones_own_is_one_method() -> None:
+    class Early(GradientNormMonitor):
+        def is_due(self, global_step: int) -> bool:
+            return global_step <= 2
+
+    assert norms(fit(Model(), [Early()], batches(1, 2, 3))) == [13.0, 26.0, None]
+
+
+def test_a_logger_at_a_cadence_of_its_own_writes_the_fraction_since_its_last_value(tmp_path: Any) -> None:
+    logger = TensorBoardLogger(tmp_path, log_every_n_steps=4)
+    callbacks = [GradientNormMonitor(window=4), GradientClipping(20.0), logger]
+    fit(Model(), callbacks, batches(1, 2, 1, 1, 2, 2, 2, 1))
+    events = EventAccumulator(str(logger.run_dir)).Reload().Scalars("grad_norm_clipped_fraction")
+    assert [(event.step, event.value) for event in events] == [(4, 0.25), (8, 0.75)]
+
+
+def test_a_threshold_that_ends_ends_the_fraction(computed: list[int]) -> None:
+    callbacks = [GradientNormMonitor(), GradientClipping({0: 1.0, 1: None})]
+    logged = fit(Model(), callbacks, batches(1, 2), max_epochs=2)
+    assert norms(logged) == pytest.approx([13.0, 26.0, 13.0, 26.0]) and computed == [2, 2]
+    assert norms(logged, "grad_norm_clipped_fraction") == [1.0, 1.0, None, None]
+
+
+def test_the_fraction_is_of_the_last_updates() -> None:
+    fraction = ClippedFraction(3, torch.device("cpu"))
+    values = []
+    for norm in (2.0, 0.5, 1.0, 3.0, 3.0, 3.0):
+        fraction.add(torch.tensor(norm), 1.0)
+        values.append(float(fraction.value()))
+    assert values == pytest.approx([1, 1 / 2, 1 / 3, 1 / 3, 2 / 3, 1])
+
+
+# ------------------------------------------------------------------ nothing is read, nothing is left
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that are read out of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clipping", [list, lambda: [GradientClipping(20.0)], lambda: [GradientClipping(1.0, "value")]])
+@pytest.mark.parametrize("module", [Model, ByHand, Two])
+def test_no_value_is_read_out_of_a_tensor(module: type[Model], clipping: Callable[[], list[Any]]) -> None:
+    kept: list[dict[str, Any]] = []
+    monitor = GradientNormMonitor(per_layer=True, window=2)
+    trainer = Trainer(device="cpu", max_epochs=1, default_callbacks=False, callbacks=[monitor, *clipping()])
+    trainer.signals.metrics_logged.connect(lambda trainer, event: kept.append(dict(event.metrics)))
+    with Reads() as reads:
+        trainer.fit(module(), batches(1, 2, 3, 4))
+        assert reads.count == 0
+        assert float(torch.ones(())) == 1.0 and reads.count == 1, "it sees a read"
+    values = [value for metrics in kept for value in metrics.values() if not isinstance(value, ClippedFraction)]
+    assert len(values) >= 8 and all(isinstance(value, Tensor) and value.ndim == 0 for value in values)
+
+
+@pytest.mark.parametrize("clipping", [list, lambda: [GradientClipping(20.0)]])
+def test_a_device_without_values_will_do(clipping: Callable[[], list[Any]]) -> None:
+    class OnMeta(Model):
+        def loss(self, batch: Any) -> Tensor:
+            return self.pair(batch.expand(2)).sum() + self.inner["single"](batch).sum()
+
+    monitor = GradientNormMonitor(per_layer=True)
+    trainer = Trainer(device="meta", max_epochs=1, default_callbacks=False, callbacks=[monitor, *clipping()])
+    trainer.fit(OnMeta(), batches(1, 2))
+    assert trainer.logged_metrics["grad_norm/pair"].device.type == "meta"
+
+
+class Fails:
+    def on_after_update(self, trainer: Trainer, event: Any) -> None:
+        raise RuntimeError("at the worst moment")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_it_is_connected_for_the_length_of_a_fit(fails: bool) -> None:
+    trainer = Trainer(
+        device="cpu", max_epochs=1, default_callbacks=False, callbacks=[GradientNormMonitor(), *([Fails()] if fails else [])]
+    )
+    before = {signal.name: signal.attached() for signal in trainer.signals}
+    during: list[Any] = []
+    trainer.signals.train_start.connect(lambda trainer, event: during.append(trainer.signals.gradients_ready.attached()))
+    before["train_start"] = trainer.signals.train_start.attached()
+    try:
+        trainer.fit(Model(), batches(1))
+        assert not fails
+    except RuntimeError:
+        assert fails
+    assert len(during[0]) == 1
+    assert {signal.name: signal.attached() for signal in trainer.signals} == before
+
+
+WRONG: list[dict[str, Any]] = [
+    *({"norm_type": order} for order in (0, -1.0, True, math.nan, "2")),
+    {"every_n_steps": 0},
+    {"window": 0},
+]
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_what_cannot_be_right_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(MisconfigurationError, match=rf"GradientNormMonitor.*{next(iter(options))}"):
+        GradientNormMonitor(**options)

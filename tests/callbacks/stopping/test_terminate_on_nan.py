@@ -1,0 +1,335 @@
+"""The first bad loss ends the run and is named, nothing waits for the device meanwhile, and no checkpoint knows of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
+from eventtrain.callbacks import GradientAccumulation, MixedPrecision
+from eventtrain.callbacks.stopping.terminate_on_nan import NonFiniteLossError, TerminateOnNaN, non_finite
+from eventtrain.distributed import SingleProcess
+from eventtrain.events import SaveCheckpoint
+
+GOOD = torch.ones(2, 1)
+BAD = torch.tensor([[1.0], [math.nan]])
+
+
+class Model(LightningModule):
+    """A batch with NaN has a loss that is one, and parameters that are, once it was stepped with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(1, 1)
+        self.idle = nn.Parameter(torch.zeros(2))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.net(batch).square().mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.net(batch).sum())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Elsewhere(TerminateOnNaN):
+    """Looks as on an accelerator."""
+
+    def on_fit_start(self, trainer: Trainer, event: Any) -> None:
+        super().on_fit_start(trainer, event)
+        assert self._at_once
+        self._at_once = False
+
+
+def batches(*bad: int, of: int = 7) -> list[Tensor]:
+    return [BAD if index in bad else GOOD for index in range(of)]
+
+
+def trainer_of(*callbacks: Any, **options: Any) -> Trainer:
+    return Trainer(callbacks=callbacks, **{"max_epochs": 2, "default_callbacks": False, "device": "cpu", **options})
+
+
+# ------------------------------------------------------------------ when it ends, and what it says
+
+
+def test_on_the_cpu_it_ends_before_the_backward() -> None:
+    module, oracle = Model(), Model()
+    trainer = trainer_of(TerminateOnNaN())
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer.fit(module, batches(3, 5))
+    text = str(caught.value)
+    assert text.startswith(
+        "TerminateOnNaN: the loss in batch 3 of epoch 0, after 3 updates, is nan. All parameters are finite:"
+    )
+    assert "TerminateOnNaN(every_n_batches=1)" in text and isinstance(caught.value, (MisconfigurationError, FloatingPointError))
+    optimizer = oracle.configure_optimizers()
+    for _ in range(3):
+        optimizer.zero_grad()
+        oracle.training_step(GOOD, 0).backward()
+        optimizer.step()
+    assert trainer.global_step == 3
+    assert all(torch.equal(mine, expected) for mine, expected in zip(module.parameters(), oracle.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("every", "bad", "batches_run", "batch", "epoch"),
+    [
+        (4, (2, 3), 4, 2, 0),
+        (4, (3,), 4, 3, 0),
+        (4, (4,), 7, 4, 0),  # the epoch's end
+        (50, (0,), 7, 0, 0),
+        (5, (8,), 10, 1, 1),  # counted over the run
+    ],
+)
+def test_elsewhere_losses_are_looked_at_together_and_the_first_bad_one_is_named(
+    every: int, bad: tuple[int, ...], batches_run: int, batch: int, epoch: int
+) -> None:
+    class Data(Model):
+        def training_step(self, given: Tensor, batch_idx: int) -> Any:
+            return super().training_step(BAD if self.trainer.total_batch_idx in bad else GOOD, batch_idx)
+
+    trainer = trainer_of(Elsewhere(every_n_batches=every))
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer.fit(Data(), batches())
+    assert trainer.total_batch_idx + 1 == batches_run
+    assert f"the loss in batch {batch} of epoch {epoch}, after {bad[0]} updates, is nan" in str(caught.value)
+    assert "Not finite by now: net.weight (1 of 1 values), net.bias (1 of 1 values). Try" in str(caught.value)
+
+
+def test_each_loss_is_looked_at_once() -> None:
+    class Counts(Elsewhere):
+        def ends_run(self, loss: float) -> bool:
+            looked_at.append(loss)
+            return super().ends_run(loss)
+
+    looked_at: list[float] = []
+    trainer_of(Counts(every_n_batches=3)).fit(Model(), batches())
+    assert len(set(looked_at)) == len(looked_at) == 14
+
+
+def test_steps_read_nothing_from_the_device() -> None:
+    """On the meta device there are no values: who reads one raises."""
+    trainer = trainer_of(TerminateOnNaN(every_n_batches=5), device="meta")
+    with pytest.raises(NotImplementedError, match="meta") as caught:
+        trainer.fit(Model(), batches())
+    assert trainer.global_step == 5 and any("on_safe_point" in note for note in caught.value.__notes__)
+
+
+def test_with_a_look_in_each_batch_it_ends_before_the_backward_on_any_device() -> None:
+    trainer = trainer_of(TerminateOnNaN(every_n_batches=1), device="meta")
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        trainer.fit(Model(), batches())
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
+def test_infinities_end_it_too(kind: type[TerminateOnNaN], value: float) -> None:
+    class Infinite(Model):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + (value if batch_idx == 2 else 0.0)
+
+    with pytest.raises(NonFiniteLossError, match=f"batch 2 of epoch 0, after 2 updates, is {value}. All parameters are finite"):
+        trainer_of(kind()).fit(Infinite(), batches())
+
+
+def test_many_parameters_are_counted_and_masks_are_left_out() -> None:
+    class Many(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(1, 2, bias=False) for _ in range(9))
+            self.register_buffer("mask", torch.tensor([-math.inf, 0.0]))
+            self.register_buffer("seen", torch.tensor([0.0, 1.0]))
+            self.register_buffer("count", torch.tensor(0))
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            if batch_idx == 1:
+                with torch.no_grad():
+                    self.seen[0] = math.nan
+                    for number, part in enumerate(self.parts):
+                        part.weight[0, 0] = math.inf if number % 2 else math.nan
+            return super().training_step(batch, batch_idx) + sum(part(batch).sum() for part in self.parts)
+
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer_of(TerminateOnNaN()).fit(Many(), batches())
+    named = str(caught.value).partition("Not finite by now: ")[2].partition(". Try")[0]
+    assert named == ", ".join(f"parts.{n}.weight (1 of 2 values)" for n in range(8)) + " and 2 more"
+    module = Many()
+    module.training_step(GOOD, 1)
+    with torch.no_grad():
+        module.parts[1].weight.zero_()
+    assert non_finite(module)[-2:] == ["parts.8.weight (1 of 2 values)", "seen (1 of 2 values)"]
+    assert "mask" not in " ".join(non_finite(module)) and len(non_finite(module)) == 9
+
+
+# ------------------------------------------------------------------ which losses
+
+
+@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
+def test_gradients_that_overflow_and_losses_of_validation_are_none_of_it(kind: type[TerminateOnNaN]) -> None:
+    overflows: list[str] = []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-20)
+    trainer = trainer_of(kind(every_n_batches=3), MixedPrecision("fp16", scaler=scaler))
+    trainer.signals.optimizer_step_skipped.connect(lambda trainer, event: overflows.append(event.reason))
+    trainer.fit(Model(), batches(), [BAD])
+    assert set(overflows) == {"overflow"}
+    assert trainer.current_epoch == 2 and math.isnan(trainer.callback_metrics["val_loss"])
+
+
+@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
+def test_it_looks_at_the_raw_loss_and_another_policy_may_end_a_run(kind: type[TerminateOnNaN]) -> None:
+    class Rises(Model):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return self.net(batch).sum() * 0 + float(batch_idx)
+
+    class Above(kind):  # type: ignore[misc, valid-type]
+        def ends_run(self, loss: float) -> bool:
+            return loss > 4
+
+    with pytest.raises(NonFiniteLossError, match=r"in batch 5 of epoch 0, after 1 updates, is 5.0"):
+        trainer_of(Above(), GradientAccumulation(4)).fit(Rises(), batches())
+
+
+@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
+def test_in_manual_optimization_it_says_which_backward(kind: type[TerminateOnNaN]) -> None:
+    class Manual(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            for place in range(3):
+                optimizer.zero_grad()
+                scale = math.inf if (batch_idx, place) == (2, 1) else 1.0
+                loss: Any = self.net(batch * scale).square()
+                if place == 0:  # a loss for each sample, of another type
+                    self.manual_backward(loss.double(), torch.ones_like(loss).double())
+                else:
+                    self.manual_backward(loss.mean())
+                optimizer.step()
+
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss of backward 2 in batch 2 of epoch 0, after 2 updates, is (nan|inf)"
+    ):
+        trainer_of(kind()).fit(Manual(), batches())
+
+
+@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
+def test_an_optimizers_trials_may_be_bad(kind: type[TerminateOnNaN]) -> None:
+    class Trial(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            closure()
+            closure()
+            return super().step(closure)
+
+    class Tries(Model):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * (math.inf if self.trainer.batch.evaluations == 2 else 1.0)
+
+        def configure_optimizers(self) -> Any:
+            return Trial(self.parameters(), lr=0.1)
+
+    trainer = trainer_of(kind(), max_epochs=1)
+    trainer.fit(Tries(), batches())
+    assert trainer.global_step == 7
+
+
+def test_a_loss_that_is_overwritten_later_was_kept_as_it_was() -> None:
+    class Overwrites(Callback):
+        def on_train_batch_end(self, trainer: Trainer, event: Any) -> None:
+            event.loss.fill_(math.nan)
+
+    trainer = trainer_of(Elsewhere(every_n_batches=2), Overwrites())
+    trainer.fit(Model(), batches())
+    assert trainer.current_epoch == 2
+
+
+# ------------------------------------------------------------------ checkpoints and processes
+
+
+class Saves(Callback):
+    """At each safe point, and what an error has left."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_safe_point(self, trainer: Trainer, event: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.total_batch_idx}.ckpt")
+
+    def on_exception(self, trainer: Trainer, event: Any) -> None:
+        trainer.save_checkpoint(self.folder / "left.ckpt")
+
+
+@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
+@pytest.mark.parametrize("saves_first", [True, False])
+def test_no_checkpoint_is_written_of_a_run_whose_loss_was_bad(tmp_path: Path, saves_first: bool, kind: Any) -> None:
+    callbacks = [Saves(tmp_path), kind(every_n_batches=5)]
+    trainer = trainer_of(*callbacks if saves_first else callbacks[::-1])
+    with pytest.raises(NonFiniteLossError, match="batch 3 of epoch 0") as caught:
+        trainer.fit(Model(), batches(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.ckpt", "1.ckpt", "2.ckpt"]
+    assert any("and afterwards: NonFiniteLossError" in note for note in caught.value.__notes__)
+    with pytest.raises(NonFiniteLossError, match="batch 3 of epoch 0"):
+        save(trainer)  # after the run
+    trainer.fit(Model(), batches(), ckpt_path=tmp_path / "2.ckpt")
+    assert trainer.current_epoch == 2
+    assert (tmp_path / "13.ckpt").exists()
+
+
+def save(trainer: Trainer) -> None:
+    trainer.signals.save_checkpoint.publish(SaveCheckpoint({}))
+
+
+def test_losses_of_an_interrupted_run_are_looked_at_when_it_is_saved_and_never_in_another_run() -> None:
+    class Interrupts(Callback):
+        def on_train_batch_end(self, trainer: Trainer, event: Any) -> None:
+            if trainer.batch_idx == 4:
+                raise KeyboardInterrupt
+
+    trainer = trainer_of(Elsewhere(), Interrupts())
+    for bad, saved in (((3,), False), ((), True), ((3,), False)):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit(Model(), batches(*bad))
+        if saved:
+            save(trainer)
+    with pytest.raises(NonFiniteLossError, match="batch 3 of epoch 0"):
+        save(trainer)
+
+
+class Two(SingleProcess):
+    """Both processes are the same, until the other one says at a look that it has met a bad loss."""
+
+    world_size = 2
+    bad_after = 99
+    trainer: Trainer
+
+    def any(self, flag: bool) -> bool:
+        return flag or self.trainer.global_step == self.bad_after
+
+
+@pytest.mark.parametrize(
+    ("bad_after", "own", "message"),
+    [(4, (), "a loss of another process is not finite"), (99, (2,), "the loss in batch 2 of epoch 0")],
+)
+def test_processes_end_together(bad_after: int, own: tuple[int, ...], message: str) -> None:
+    trainer = trainer_of(TerminateOnNaN(every_n_batches=4))
+    trainer.distributed = distributed = Two()
+    distributed.trainer, distributed.bad_after = trainer, bad_after
+    with pytest.raises(NonFiniteLossError, match=f"TerminateOnNaN: {message}"):
+        trainer.fit(Model(), batches(*own))
+    assert trainer.global_step == 4, "nobody ends before all look"
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, None])
+def test_a_number_of_batches_that_cannot_be(every: Any) -> None:
+    with pytest.raises(MisconfigurationError, match=r"TerminateOnNaN: every_n_batches=.*it has to be a whole number from 1"):
+        TerminateOnNaN(every_n_batches=every)

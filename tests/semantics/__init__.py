@@ -1,0 +1,1 @@
+"""The rules of the optimization semantics, one file for each letter."""

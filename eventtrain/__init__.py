@@ -1,7 +1,7 @@
 """An event-driven PyTorch trainer: the loop only publishes, everything else is a callback."""
 
 from eventtrain import events
-from eventtrain.callback import Callback
+from eventtrain.callback import Callback, on_demand
 from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.closure import Closure
 from eventtrain.core.optimizer import LightningOptimizer
@@ -20,5 +20,6 @@ __all__ = [
     "Trainer",
     "__version__",
     "events",
+    "on_demand",
     "seed_everything",
 ]

@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from eventtrain.core.signals import Signals, check_listener
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.events import EVENTS
 from eventtrain.module.hooks import CallbackHooks
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def on_demand(handler: F) -> F:
+    """Mark a handler that is called only in runs that ask for it, by ``trainer.listen(self.on_...)``.
+
+    The handler is connected like any other, in the order of attachment, and ``trainer.describe()`` shows it. While nobody
+    asks for it, it is idle and costs nothing: not even its event is built. Every run begins with it idle.
+
+    Args:
+        handler: A callback's ``on_<event>`` method.
+
+    Returns:
+        The same method.
+
+    Example:
+        >>> class PrintBatches(Callback):
+        ...     def __init__(self, verbose):
+        ...         self.verbose = verbose
+        ...     def on_fit_start(self, trainer, event):
+        ...         if self.verbose:
+        ...             trainer.listen(self.on_train_batch_end)
+        ...     @on_demand
+        ...     def on_train_batch_end(self, trainer, event):
+        ...         print(event.batch_idx)
+    """
+    handler._on_demand = True  # type: ignore[attr-defined]
+    return handler
+
+
+def is_on_demand(handler: Any) -> bool:
+    """Return whether a handler is marked by :func:`on_demand`."""
+    return getattr(handler, "_on_demand", False) is True
 
 
 class Callback(CallbackHooks):
@@ -123,7 +157,21 @@ def attach(callback: Any, signals: Signals, attached: list[Any]) -> None:
         )
     for event_name, method in handled:
         signals[event_name].connect(method)
+        if is_on_demand(method):
+            signals[event_name].idle(method)
     attached.append(callback)
+
+
+def make_idle(callback: Any, signals: Signals) -> None:
+    """Make a callback's handlers idle that are marked by :func:`on_demand`: a run is over.
+
+    Args:
+        callback: An attached callback.
+        signals: The trainer's signals.
+    """
+    for event_name, method in handlers(callback):
+        if is_on_demand(method):
+            signals[event_name].idle(method)
 
 
 def detach(callback: Any, signals: Signals, attached: list[Any]) -> None:

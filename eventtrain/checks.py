@@ -1,128 +1,106 @@
-"""What the trainer is given, checked: the errors come before anything runs."""
+"""The checks of numbers and options that constructors share: every message has the same form."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
-from eventtrain.data.batches import Limit, check_limit
-from eventtrain.errors import MisconfigurationError
-from eventtrain.events import Stage
-from eventtrain.module.module import LightningDataModule, LightningModule
+from eventtrain.errors import MisconfigurationError, nearest
 
-
-def limit_name(stage: Stage) -> str:
-    """The argument of :class:`Trainer` that limits a stage."""
-    return f"limit_{'val' if stage == 'validation' else stage}_batches"
+T = TypeVar("T")
 
 
-def val_interval(interval: Limit, batches: int | None, *, across_epochs: bool) -> int | None:
-    """Batches between two validations; None for one at the epoch's end.
+def check_whole_number(value: Any, owner: str, argument: str, *, least: int = 0) -> int:
+    """Return a value if it is a whole number that is large enough.
 
     Args:
-        interval: ``val_check_interval``.
-        batches: Batches per epoch, None where unknown.
-        across_epochs: The interval counts the run's batches.
+        value: The value that the user wrote.
+        owner: The class or function that takes it, such as ``"ModelCheckpoint"``.
+        argument: The argument's name.
+        least: The smallest number that is allowed.
 
     Raises:
-        MisconfigurationError: The interval is longer than the epoch, or a fraction of an unknown length.
-    """
-    if interval is None or (isinstance(interval, float) and interval == 1.0):
-        return None
-    if isinstance(interval, float):
-        if batches is None:
-            raise MisconfigurationError(
-                f"val_check_interval={interval!r} is a fraction of an epoch whose length is unknown. Give a number of batches."
-            )
-        return max(1, int(batches * interval))
-    if batches is not None and interval > batches and not across_epochs:
-        raise MisconfigurationError(
-            f"val_check_interval={interval} is longer than the epoch, which has {batches} batches, so nothing would ever be "
-            "validated. Give at most that, or check_val_every_n_epoch=None to count the batches of the run."
-        )
-    return interval
+        MisconfigurationError: If it is anything else, ``True`` and ``False`` included.
 
-
-def check_module(module: Any) -> LightningModule:
-    """Refuses what is no module.
-
-    Raises:
-        MisconfigurationError: It is not.
-    """
-    if isinstance(module, LightningModule):
-        return module
-    if module is None:
-        raise MisconfigurationError("There is no module yet: give one to this call, or call fit first.")
-    if isinstance(module, type):
-        raise MisconfigurationError(f"{module.__name__} is a class. Give an object of it: {module.__name__}(...).")
-    kind = type(module)
-    if any(base.__name__ == "LightningModule" for base in kind.__mro__):
-        raise MisconfigurationError(
-            f"{kind.__name__} derives from {kind.__module__.partition('.')[0]}'s LightningModule. Change the import: "
-            "`from eventtrain import LightningModule`."
-        )
-    raise MisconfigurationError(f"The model is a {kind.__name__}. It has to derive from eventtrain.LightningModule.")
-
-
-def check_datamodule(datamodule: Any) -> LightningDataModule | None:
-    """Refuses what is no datamodule.
-
-    Raises:
-        MisconfigurationError: It is not.
-    """
-    if datamodule is None or isinstance(datamodule, LightningDataModule):
-        return datamodule
-    raise MisconfigurationError(
-        f"datamodule is a {type(datamodule).__name__}. It has to derive from eventtrain.LightningDataModule; loaders are given "
-        "as train_dataloaders=... and val_dataloaders=...."
-    )
-
-
-def check_count(value: Any, named: str, *, least: int = 0) -> int:
-    """Refuses what is no whole number from ``least``.
-
-    Raises:
-        MisconfigurationError: It is not.
+    Example:
+        >>> check_whole_number(3, "EarlyStopping", "patience", least=1)
+        3
+        >>> check_whole_number(0, "EarlyStopping", "patience", least=1)
+        Traceback (most recent call last):
+        eventtrain.errors.MisconfigurationError: EarlyStopping(patience=0): give a whole number from 1.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise MisconfigurationError(f"{named}={value!r}: it has to be a whole number from {least}.")
+        raise MisconfigurationError(f"{owner}({argument}={value!r}): give a whole number from {least}.")
     return value
 
 
-def check_interval(interval: Limit, every_n_epoch: int | None) -> Limit:
-    """Refuses what is no interval of validations.
+def check_number(
+    value: Any,
+    owner: str,
+    argument: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    finite: bool = True,
+    unit: str = "",
+) -> float:
+    """Return a value as a float if it is a number in a range.
+
+    Args:
+        value: The value that the user wrote.
+        owner: The class or function that takes it.
+        argument: The argument's name.
+        least: The smallest number that is allowed.
+        above: A number that the value has to exceed.
+        most: The largest number that is allowed.
+        finite: Whether infinities are refused; NaN always is.
+        unit: The unit, for the message, such as ``"seconds"``.
 
     Raises:
-        MisconfigurationError: It is not.
+        MisconfigurationError: If it is anything else, ``True`` and ``False`` included.
+
+    Example:
+        >>> check_number(0.9, "ExponentialMovingAverage", "decay", least=0, most=1)
+        0.9
+        >>> check_number(-1, "SystemMonitor", "interval", above=0, unit="seconds")
+        Traceback (most recent call last):
+        eventtrain.errors.MisconfigurationError: SystemMonitor(interval=-1): give a finite number above 0, in seconds.
     """
-    if every_n_epoch is not None:
-        check_count(every_n_epoch, "check_val_every_n_epoch", least=1)
-    elif not isinstance(interval, int):
-        raise MisconfigurationError(
-            f"check_val_every_n_epoch=None counts the batches of the run, so val_check_interval has to be their number; it is "
-            f"{interval!r}."
-        )
-    check_limit(interval, "val_check_interval")
-    if interval is not None and interval == 0:
-        raise MisconfigurationError("val_check_interval=0: for no validation give limit_val_batches=0.")
-    return interval
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    too_small = is_number and ((least is not None and value < least) or (above is not None and not value > above))
+    too_large = is_number and ((most is not None and value > most) or (finite and math.isinf(value)))
+    if not is_number or too_small or too_large:
+        bounds = [("from", least), ("above", above), ("to", most)]
+        limits = "".join(f" {word} {bound:g}" for word, bound in bounds if bound is not None)
+        kind = "finite number" if finite and most is None else "number"
+        raise MisconfigurationError(f"{owner}({argument}={value!r}): give a {kind}{limits}{unit and f', in {unit}'}.")
+    return float(value)
 
 
-def check_extent(max_epochs: Any, max_steps: Any, min_epochs: Any, min_steps: Any, fast_dev_run: bool) -> None:
-    """Refuses a run without an end, or with an impossible one.
+def check_option(value: T, owner: str, argument: str, options: Sequence[T]) -> T:
+    """Return a value if it is one of the options.
+
+    Args:
+        value: The value that the user wrote.
+        owner: The class or function that takes it.
+        argument: The argument's name.
+        options: The values that are allowed.
 
     Raises:
-        MisconfigurationError: It is such.
+        MisconfigurationError: If it is anything else.
+
+    Example:
+        >>> check_option("min", "EarlyStopping", "mode", ("min", "max"))
+        'min'
+        >>> check_option("minimum", "EarlyStopping", "mode", ("min", "max"))
+        Traceback (most recent call last):
+        eventtrain.errors.MisconfigurationError: EarlyStopping(mode='minimum'): give 'min' or 'max'. Did you mean 'min'?
     """
-    if max_epochs is None and max_steps in (None, -1) and not fast_dev_run:
-        raise MisconfigurationError(
-            "The run has no end: give Trainer(max_epochs=...) or Trainer(max_steps=...); max_epochs=-1 for a run that only a "
-            "callback stops."
-        )
-    for named, value, least in (
-        ("max_epochs", max_epochs, -1),
-        ("max_steps", max_steps, -1),
-        ("min_epochs", min_epochs, 0),
-        ("min_steps", min_steps, 0),
-    ):
-        if value is not None:
-            check_count(value, named, least=least)
+    if value not in options:
+        *others, last = [repr(option) for option in options]
+        names = f"{', '.join(others)} or {last}" if others else last
+        hint = nearest(str(value), [option for option in options if isinstance(option, str)])
+        raise MisconfigurationError(f"{owner}({argument}={value!r}): give {names}. {hint}".rstrip())
+    return value

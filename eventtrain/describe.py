@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from eventtrain.callback import is_on_demand
 from eventtrain.core.signals import EventSignal, Signals, describe_listener
 from eventtrain.events import EVENTS, LOOP_MAP, evaluation_map
 
@@ -119,7 +120,7 @@ def listeners(signal: EventSignal) -> Iterator[str]:
     """The names of a signal's listeners, in the order in which they are called, with what is to be said of them."""
     held = [receiver() for receiver in signal.receivers.values() if isinstance(receiver, weakref.ref)]
     for listener in signal.attached():
-        marks = " (weak)" * (listener in held) + " (muted)" * signal.is_muted
+        marks = " (weak)" * (listener in held) + " (muted)" * signal.is_muted + " (on demand)" * is_on_demand(listener)
         yield describe_listener(listener) + marks
 
 

@@ -1,12 +1,12 @@
-"""The seam between the core and several processes: one rank's view of the others.
+"""The seam between a run and several processes: one process's view of the others.
 
-The core asks this object and never whether a run is distributed. A callback that starts a process group
-puts an object with the same methods in its place, at ``join_processes``.
+The trainer talks to an object of type :class:`Processes` and never asks whether a run is distributed. A callback that
+starts a process group puts its own object there, at ``join_processes``.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,42 +14,76 @@ Reduction = Literal["mean", "sum", "min", "max"]
 T = TypeVar("T")
 
 
-class SingleProcess:
-    """The world of one process.
+class Processes(Protocol):
+    """The processes that train together, as one of them sees them.
 
-    Attributes:
-        world_size: The number of processes.
-        global_rank: This process's index among all.
-        local_rank: This process's index on its machine.
+    Every method is an exchange in which all processes take part, in the same order.
     """
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+
+    @property
+    def global_rank(self) -> int:
+        """The index of this process among all, from 0."""
+
+    @property
+    def local_rank(self) -> int:
+        """The index of this process on its machine, from 0."""
+
+    def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
+        """Combine a tensor of every process; return the result on all of them."""
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag holds in any process."""
+
+    def any_of(self, flags: list[bool]) -> list[bool]:
+        """Return for each flag whether it holds in any process, by one exchange."""
+
+    def broadcast(self, value: T) -> T:
+        """Return the first process's value, any object that can be pickled; tensors arrive on the CPU."""
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes in the first one, in their order; an empty list in the others."""
+
+    def gather_for_all(self, value: T) -> list[T]:
+        """Return the values of all processes, in their order, in every process."""
+
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+
+
+class SingleProcess:
+    """The :class:`Processes` of a run in one process: every exchange returns its own value."""
 
     world_size = 1
     global_rank = 0
     local_rank = 0
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
-        """Combines a tensor of every rank; all ranks get the result."""
+        """Return the value."""
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag holds on any rank."""
+        """Return the flag."""
         return flag
 
     def any_of(self, flags: list[bool]) -> list[bool]:
-        """Whether each flag holds on any rank, by one exchange."""
+        """Return the flags, each as :meth:`any` answers it."""
         return [self.any(flag) for flag in flags]
 
     def broadcast(self, value: T) -> T:
-        """Rank zero's value of any object that can be pickled, on all ranks; tensors come on the CPU."""
+        """Return the value."""
         return value
 
     def gather(self, value: T) -> list[T]:
-        """All ranks' values, in their order: on rank zero, and an empty list on others."""
+        """Return a list of the value."""
         return [value]
 
     def gather_for_all(self, value: T) -> list[T]:
-        """All ranks' values, in their order, on every rank."""
+        """Return a list of the value."""
         return [value]
 
     def barrier(self) -> None:
-        """Waits until every rank is here."""
+        """Return at once."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from eventtrain.core.optimizer import LightningOptimizer
-    from eventtrain.distributed import SingleProcess
+    from eventtrain.distributed import Processes
     from eventtrain.optim.lr_scheduler import LRSchedulerConfig
 
 T = TypeVar("T")
@@ -101,13 +101,12 @@ class JoinProcesses(Event):
     Attributes:
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         device: Where the module and batches are put.
-        distributed: This process's view of the others: :class:`~eventtrain.distributed.SingleProcess`, or what has its
-            methods.
+        processes: This process's view of the others.
     """
 
     stage: str
     device: torch.device = _writable()
-    distributed: SingleProcess = _writable()
+    processes: Processes = _writable()
 
 
 @dataclass(slots=True)
@@ -145,8 +144,20 @@ class FindCheckpoint(Event):
 
 
 @dataclass(slots=True)
+class CheckpointRead(Event):
+    """A checkpoint has been read from its file. If a listener of ``checkpoint_gathered`` moved a part of it elsewhere, this is
+    the place to put that part back. The module exists, loaders and optimizers do not.
+
+    Attributes:
+        checkpoint: The checkpoint's content. A listener may change it in place.
+    """
+
+    checkpoint: dict[str, Any]
+
+
+@dataclass(slots=True)
 class LoadCheckpoint(Event):
-    """A checkpoint has been read, and nothing is restored from it yet: loaders and optimizers do not exist. A module may
+    """A checkpoint is complete, and nothing is restored from it yet: loaders and optimizers do not exist. A module may
     take its shape from it here.
 
     Attributes:
@@ -312,7 +323,7 @@ class OptimizerStep(Phase):
 
 
 def call_step(step: Callable[..., Any], *args: Any) -> Any:
-    """Calls a module's step, unwrapped: what :attr:`BeforeForward.run` is where nobody replaced it."""
+    """Calls a module's step, unwrapped: the default of :attr:`BeforeForward.call`."""
     return step(*args)
 
 
@@ -327,14 +338,14 @@ class BeforeForward(Phase):
         batch_idx: Its index.
         closes_window: The batch's backward completes gradients: the one that a distributed wrapper
             has to synchronise in. False outside of automatic optimization.
-        run: How the step is called: ``run(step, *args)``. A distributed wrapper puts its own here.
+        call: How the step is called: ``call(step, *args)``. A distributed wrapper puts its own here.
     """
 
     stage: Stage
     batch: Any
     batch_idx: int
     closes_window: bool
-    run: Callable[..., Any] = _written(call_step)
+    call: Callable[..., Any] = _written(call_step)
 
 
 @dataclass(slots=True)
@@ -388,11 +399,13 @@ class BeforeBackward(Phase):
         raw_loss: The loss as the module returned it, a scalar tensor: whatever the window and the
             loss scale are.
         loss: The loss that backward runs on.
+        evaluation: The number of this evaluation of the closure in its batch, from 1; 1 in manual optimization.
     """
 
     module_arguments: ClassVar = ("raw_loss",)
     raw_loss: Tensor
     loss: Tensor = _writable()
+    evaluation: int = 1
 
 
 @dataclass(slots=True)
@@ -409,13 +422,15 @@ class AfterBackward(Event):
 
 @dataclass(slots=True)
 class ReduceGradients(Event):
-    """The window is complete: average gradients over ranks where backward has not done it.
+    """The window is complete: average gradients over processes if backward has not done it.
 
     Attributes:
         optimizer: The optimizer.
+        skipped: The batch that closes the window was skipped, so that no backward of its own has averaged gradients.
     """
 
     optimizer: LightningOptimizer
+    skipped: bool = False
 
 
 @dataclass(slots=True)
@@ -450,6 +465,19 @@ class GradientsReady(Event):
     batches: int | None
     weight: Tensor | float | None
     weight_reference: Tensor | float | None
+
+
+@dataclass(slots=True)
+class GradientsFinal(Event):
+    """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now.
+
+    Attributes:
+        optimizer: The optimizer.
+        in_step: A step has asked for them. False if the module asks for them to clip by itself.
+    """
+
+    optimizer: LightningOptimizer
+    in_step: bool
 
 
 @dataclass(slots=True)
@@ -494,6 +522,25 @@ class BeforeGradientClipping(Event):
     gradient_clip_val: float | None = _written()
     gradient_clip_algorithm: str | None = _written()
     norm_type: float = _written(2.0)
+
+
+@dataclass(slots=True)
+class ClippingDecided(Event):
+    """The policies have written how gradients are clipped, and nothing is clipped yet: the last place to measure them.
+
+    Attributes:
+        optimizer: The optimizer.
+        gradient_clip_val: The threshold; None for no clipping.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``; None means ``"norm"``.
+        norm_type: The order p of the norm for ``"norm"``.
+        by_module: The module's own ``configure_gradient_clipping`` clips, by these values or others.
+    """
+
+    optimizer: LightningOptimizer
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str | None
+    norm_type: float
+    by_module: bool
 
 
 @dataclass(slots=True)
@@ -778,11 +825,11 @@ class MetricsLogged(Event):
 
 @dataclass(slots=True)
 class SafePoint(Event):
-    """Nothing is under way: checkpoints, preemption and time limits live here. The last event of each
-    batch; for an epoch's last batch, the last event of the epoch.
+    """Nothing is under way: the last place where the state of the run may change before a checkpoint. Published after each
+    batch; after an epoch's last batch, once the epoch's own events are over.
 
     Attributes:
-        epoch_end: The epoch is complete. ``current_epoch`` is counted right after this event.
+        epoch_end: The epoch is complete. ``current_epoch`` is counted after ``take_checkpoint``.
         window_open: Gradients of an unfinished accumulation window are held.
     """
 
@@ -791,27 +838,73 @@ class SafePoint(Event):
 
 
 @dataclass(slots=True)
-class KeepCheckpoint(Event):
-    """``trainer.keep_checkpoint`` asks those who keep checkpoints to write one now: the run is about to end early.
+class RequestStop(Event):
+    """The place to end a run at this safe point: call ``trainer.stop(reason)``, or ``trainer.interrupt(reason)`` for a run
+    that is to be resumed. Listeners change nothing else.
 
     Attributes:
-        reason: Why, in a few words.
-        path: Where it was written. The first listener that writes one says so; the others do nothing.
+        epoch_end: The epoch is complete.
+        window_open: Gradients of an unfinished accumulation window are held.
     """
 
-    reason: str
+    epoch_end: bool
+    window_open: bool
+
+
+@dataclass(slots=True)
+class TakeCheckpoint(Event):
+    """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after
+    ``request_stop``; before ``train_end`` if the run ends elsewhere; and whenever ``trainer.keep_checkpoint`` is called.
+
+    Attributes:
+        epoch_end: The epoch is complete.
+        window_open: Gradients of an unfinished accumulation window are held.
+        reason: Why the run is interrupted; None if it is not. If there is a reason, a listener that keeps checkpoints writes
+            one now, unless it holds this very state already.
+        path: The file that holds this state; written by the listeners if there is a reason.
+    """
+
+    epoch_end: bool
+    window_open: bool
+    reason: str | None = None
     path: str | None = _written()
 
 
 @dataclass(slots=True)
+class RunInterrupted(Event):
+    """The run was interrupted by ``trainer.interrupt``, and its state is on disk. ``fit`` returns after this event, unless a
+    listener leaves it by an exception, such as ``SystemExit``.
+
+    Attributes:
+        reason: Why.
+        path: The file that ``fit(ckpt_path="last")`` resumes; None in a ``fast_dev_run``, which writes none.
+    """
+
+    reason: str
+    path: str | None
+
+
+@dataclass(slots=True)
 class SaveCheckpoint(Event):
-    """A checkpoint has been gathered and is about to be written.
+    """The state of the run was collected for a checkpoint: add to it, or change it.
 
     Attributes:
         checkpoint: The checkpoint's content. A listener may add to it or change it in place.
     """
 
     module_arguments: ClassVar = ("checkpoint",)
+    checkpoint: dict[str, Any]
+
+
+@dataclass(slots=True)
+class CheckpointGathered(Event):
+    """The content of a checkpoint is complete and about to be written. The place to move a part of it elsewhere, such as the
+    shards of weights; ``checkpoint_read`` is the place to put it back.
+
+    Attributes:
+        checkpoint: The checkpoint's content. A listener may change it in place.
+    """
+
     checkpoint: dict[str, Any]
 
 
@@ -907,7 +1000,8 @@ LOOP_MAP = """\
 join_processes
 setup
 find_checkpoint                             with ckpt_path="last" or "best"
-load_checkpoint                             with ckpt_path
+checkpoint_read                             with ckpt_path
+load_checkpoint
 prepare_loader                              each loader, when it is needed first
     configure_optimizers()
 estimate_stepping_batches                   when trainer.estimated_stepping_batches is read
@@ -934,8 +1028,10 @@ for epoch in epochs:
             reduce_gradients                where the batch closes a window
             unscale_gradients
             gradients_ready
+            gradients_final
             before_optimizer_step
             before_gradient_clipping
+            clipping_decided
                 clip_grad_norm_() or clip_grad_value_()
             after_gradient_clipping
                 the optimizer's update
@@ -953,10 +1049,13 @@ for epoch in epochs:
         if this was the last batch:
             train_epoch_end
             metrics_logged                  scope="epoch"
-        safe_point
-        keep_checkpoint                     when trainer.keep_checkpoint is called: the run is about to end early
-        save_checkpoint                     when trainer.save_checkpoint is called
-        checkpoint_saved
+        safe_point                          the last place where state may change
+        request_stop                        the place to end the run
+        take_checkpoint                     the state is final; also when trainer.keep_checkpoint is called
+            save_checkpoint                 for each checkpoint, and when trainer.save_checkpoint is called
+            checkpoint_gathered
+            checkpoint_saved
+        run_interrupted                     after trainer.interrupt, once the checkpoint is written
 train_end
 fit_end
 exception                                   where the run ends by an error

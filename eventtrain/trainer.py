@@ -11,24 +11,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from eventtrain.callback import attach, detach
+from eventtrain.callback import attach, detach, is_on_demand, make_idle
 from eventtrain.checkpoint import contents as checkpoints
 from eventtrain.checkpoint import storage
 from eventtrain.checkpoint.rng import seed_everything
-from eventtrain.checks import (
-    check_count,
-    check_datamodule,
-    check_extent,
-    check_interval,
-    check_module,
-    limit_name,
-    val_interval,
-)
+from eventtrain.checks import check_whole_number
 from eventtrain.core.closure import Closure
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage, step_arguments
 from eventtrain.core.loop import Extent, TrainLoop
 from eventtrain.core.optimizer import LightningOptimizer
-from eventtrain.core.signals import Signals
+from eventtrain.core.signals import EventSignal, Signals
 from eventtrain.core.state import BatchState, Progress, RunStage, StopRequest
 from eventtrain.data.batches import Limit, check_limit, check_train_loader, resolve_device
 from eventtrain.describe import describe, overview
@@ -37,23 +29,32 @@ from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import (
     AfterLRSchedulerStep,
     BeforeLRSchedulerStep,
+    CheckpointRead,
     CheckpointSaved,
     ExceptionRaised,
     FindCheckpoint,
     FitEnd,
     FitStart,
     JoinProcesses,
-    KeepCheckpoint,
     LoadCheckpoint,
     MetricsLogged,
     Setup,
     Stage,
+    TakeCheckpoint,
     Teardown,
 )
 from eventtrain.metrics.metrics import Metrics
 from eventtrain.module.module import LightningDataModule, LightningModule
 from eventtrain.optim.configure import configure_optimizers, own, warn_of_idle_schedulers
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
+from eventtrain.run.arguments import (
+    check_datamodule,
+    check_extent,
+    check_interval,
+    check_module,
+    limit_name,
+    val_interval,
+)
 from eventtrain.run.compiled import Model, Steps
 from eventtrain.run.hook_connections import ConnectedHooks
 from eventtrain.run.loaders import LOADER_HOOKS, DataSources
@@ -116,7 +117,9 @@ class Trainer(RunView):
         default_root_dir: str | os.PathLike[str] = ".",
     ) -> None:
         check_extent(max_epochs, max_steps, min_epochs, min_steps, bool(fast_dev_run))
-        self.fast_dev_run = int(fast_dev_run if isinstance(fast_dev_run, bool) else check_count(fast_dev_run, "fast_dev_run"))
+        self.fast_dev_run = int(
+            fast_dev_run if isinstance(fast_dev_run, bool) else check_whole_number(fast_dev_run, "Trainer", "fast_dev_run")
+        )
         self.limits: dict[Stage, Limit] = {
             "train": limit_train_batches,
             "validation": limit_val_batches,
@@ -126,7 +129,7 @@ class Trainer(RunView):
         for stage, limit in self.limits.items():
             check_limit(limit, limit_name(stage))
         self.val_check_interval = check_interval(val_check_interval, check_val_every_n_epoch)
-        self.num_sanity_val_steps = check_count(num_sanity_val_steps, "num_sanity_val_steps", least=-1)
+        self.num_sanity_val_steps = check_whole_number(num_sanity_val_steps, "Trainer", "num_sanity_val_steps", least=-1)
         self.extent = Extent(
             max_epochs=None if max_epochs == -1 else max_epochs,
             max_steps=None if max_steps == -1 else max_steps,
@@ -139,7 +142,7 @@ class Trainer(RunView):
         self.seed = seed
         self.default_root_dir = os.fspath(default_root_dir)
         self.device = resolve_device(device)
-        self.distributed = SingleProcess()
+        self.processes = SingleProcess()
         self.signals = Signals(self)
         self.callbacks: list[Any] = []
         self.optimizers: list[LightningOptimizer] = []
@@ -322,12 +325,71 @@ class Trainer(RunView):
         """
         if self.fast_dev_run:
             return None
-        event = KeepCheckpoint(reason)
-        self.signals.keep_checkpoint.publish(event)
-        if event.path is None:
-            event.path = os.fspath(self._kept_by_nobody)
-            self.save_checkpoint(event.path)
+        event = TakeCheckpoint(self.progress.epoch_is_over, self.batch.window_open, reason)
+        try:
+            self.signals.take_checkpoint.publish(event)
+            if event.path is None:
+                event.path = os.fspath(self._kept_by_nobody)
+                self.save_checkpoint(event.path)
+        finally:
+            # The first process that ends has its launcher end the others: not before all have written.
+            self.processes.barrier()
         return event.path
+
+    def interrupt(self, reason: str) -> None:
+        """Interrupt the fit at its next safe point: write a checkpoint there and return from ``fit``, so that
+        ``fit(ckpt_path="last")`` resumes the run. A validation is left at its next batch, and repeated by the resumed run.
+        Does not wait for ``min_epochs`` and ``min_steps``. If one of several processes asks, all are interrupted; a listener
+        of ``request_stop`` has to be attached in all of them.
+
+        A signal handler may call it.
+
+        Args:
+            reason: Why, in a few words.
+        """
+        self.stop_request.interruption = reason
+        self.stop_request.at_once = True
+
+    def listen(self, handler: Callable[..., Any]) -> None:
+        """Have a handler that is marked ``@on_demand`` called from the next event on, until the run ends or
+        :meth:`stop_listening`.
+
+        Args:
+            handler: A method of an attached callback, such as ``self.on_train_batch_end``.
+
+        Raises:
+            MisconfigurationError: If the handler is not marked, or its callback is not attached.
+        """
+        self._signal_of(handler).wake(handler)
+
+    def stop_listening(self, handler: Callable[..., Any]) -> None:
+        """Undo :meth:`listen`.
+
+        Args:
+            handler: The method that was given to :meth:`listen`.
+
+        Raises:
+            MisconfigurationError: If the handler is not marked, or its callback is not attached.
+        """
+        self._signal_of(handler).idle(handler)
+
+    def times_logged(self, name: str) -> int:
+        """Return how often a metric in :attr:`callback_metrics` got a new value in this run. A listener that acts on new
+        values compares it with the count that it saw last.
+
+        Args:
+            name: The metric's name.
+        """
+        return self.metrics.renewals.get(name, 0)
+
+    def _signal_of(self, handler: Callable[..., Any]) -> EventSignal:
+        name = getattr(handler, "__name__", repr(handler))
+        signal = getattr(self.signals.table, name.removeprefix("on_"), None)
+        if signal is None or not is_on_demand(handler) or handler not in signal.attached():
+            raise MisconfigurationError(
+                f"trainer.listen({name}): give a method on_<event> of an attached callback that is marked with @on_demand."
+            )
+        return signal  # type: ignore[no-any-return]
 
     def describe(self, *, all_events: bool = True) -> str:
         """The loop as a tree, with what is attached at each event in the order in which it is called.
@@ -379,7 +441,7 @@ class Trainer(RunView):
             self._attach(module, connections, brought)
             self._join(stage)
             self._data = DataSources(
-                given, module, self.datamodule, self.limits, self.signals.table, self.device, self.distributed
+                given, module, self.datamodule, self.limits, self.signals.table, self.device, self.processes
             )
             self._build(module, stage)
             with steps.calling_the_trainer():
@@ -406,10 +468,10 @@ class Trainer(RunView):
 
     def _join(self, stage: RunStage) -> None:
         """Joins the other processes of the run, where there are any."""
-        event = JoinProcesses(stage, self.device, self.distributed)
+        event = JoinProcesses(stage, self.device, self.processes)
         self.signals.join_processes.publish(event)
         self.device = event.device
-        self.distributed = self.metrics.distributed = event.distributed
+        self.processes = self.metrics.processes = event.processes
         self.metrics.device = self.device
 
     def _build(self, module: LightningModule, stage: RunStage) -> None:
@@ -434,6 +496,8 @@ class Trainer(RunView):
                 connection.disconnect()
             for callback in brought:
                 detach(callback, self.signals, self.callbacks)
+            for callback in self.callbacks:
+                make_idle(callback, self.signals)
             for optimizer in self.optimizers:
                 optimizer.leave_run()
             if self._loop is not None and self._loop.batches is not None:
@@ -493,8 +557,8 @@ class Trainer(RunView):
             warn_of_idle_schedulers(module, self.callbacks)
         self.lr_scheduler_configs = configuration.schedulers
         self.optimizers = configuration.optimizers
-        alone = self.distributed.world_size == 1
-        self.batch = BatchState(automatic=automatic, ranks=None if alone else self.distributed)
+        alone = self.processes.world_size == 1
+        self.batch = BatchState(automatic=automatic, processes=None if alone else self.processes)
         clip_hook = own(module, "configure_gradient_clipping") if automatic else None
         for optimizer in self.optimizers:
             optimizer.join_run(self.signals.table, self.batch, module, clip_hook)
@@ -533,6 +597,7 @@ class Trainer(RunView):
             optimizer=optimizer,
             optimizer_step=own(module, "optimizer_step"),
             validate=validation,
+            keep_checkpoint=self.keep_checkpoint,
         )
 
     def _zero_grad_hook(self, module: LightningModule) -> Callable[..., Any] | None:
@@ -585,6 +650,7 @@ class Trainer(RunView):
                     f"{LOADER_HOOKS[stage]} in the module."
                 )
             if ckpt_path is not None and (checkpoint := self._read_checkpoint(ckpt_path)) is not None:
+                self.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
                 self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
                 module.load_state_dict(checkpoint["state_dict"])
             outputs = self._evaluation_loop(module, stage, within_fit=False).run()
@@ -607,12 +673,12 @@ class Trainer(RunView):
             open_loaders=self._data.passes(stage, most=most, number=self.progress.total_batch_idx + 1),
             within_fit=within_fit,
             is_interrupted=self._is_interrupted,
-            ranks=self.distributed if self.world_size > 1 else None,
+            processes=self.processes if self.world_size > 1 else None,
         )
 
     def _is_interrupted(self) -> bool:
         """Whether an evaluation is to be left: on all ranks, where one is asked to."""
-        return self.distributed.any(self.stop_request.at_once)
+        return self.processes.any(self.stop_request.at_once)
 
     @property
     def _kept_by_nobody(self) -> Path:
@@ -629,7 +695,7 @@ class Trainer(RunView):
             except BaseException as error:
                 failure = error
         # One process finds it and says where, so that all go on from the same.
-        path, reason = self.distributed.broadcast((found[0], None if failure is None else storage.first_line(failure)))
+        path, reason = self.processes.broadcast((found[0], None if failure is None else storage.first_line(failure)))
         if failure is not None:
             raise failure
         if reason is not None:
@@ -666,7 +732,7 @@ class Trainer(RunView):
         self.progress = Progress()
         self.stop_request = StopRequest()
         self.batch = BatchState()
-        self.metrics = Metrics(self.distributed)
+        self.metrics = Metrics(self.processes)
 
     def _default_callbacks(self, given: list[Any]) -> list[Any]:
         # The one place where the core knows callbacks, and late: they import the core.

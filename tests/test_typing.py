@@ -29,7 +29,7 @@ class Warmup(GradientAccumulation):
         return 1 if trainer.global_step < 100 else 8
 
 def wrap(trainer: Trainer, event: events.BeforeForward) -> None:
-    event.run = lambda step, *args: step(*args)
+    event.call = lambda step, *args: step(*args)
 
 trainer = Trainer(max_epochs=1, callbacks=[Good(), Warmup(1)])
 trainer.signals.before_forward.connect(wrap)

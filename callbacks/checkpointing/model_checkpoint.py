@@ -18,20 +18,18 @@ from eventtrain.callbacks.checkpointing.staging import Snapshot
 from eventtrain.callbacks.checkpointing.top_k import Ranking
 from eventtrain.checkpoint import contents as checkpoints
 from eventtrain.checkpoint import storage
-from eventtrain.checks import check_count
-from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.checks import check_number, check_option, check_whole_number
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     CheckpointSaved,
     ExceptionRaised,
     FindCheckpoint,
     FitStart,
-    KeepCheckpoint,
-    SafePoint,
     Setup,
+    TakeCheckpoint,
     Teardown,
-    TrainEnd,
-    TrainStart,
 )
+from eventtrain.metrics.watched import WatchedMetric
 from eventtrain.trainer import Trainer
 
 
@@ -91,14 +89,12 @@ class ModelCheckpoint(Callback):
     ) -> None:
         for name, every in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
             if every is not None:
-                check_count(every, f"ModelCheckpoint: {name}", least=1)
-        if every_n_minutes is not None and not every_n_minutes > 0:
-            raise MisconfigurationError(f"ModelCheckpoint(every_n_minutes={every_n_minutes!r}): it has to be more than 0.")
-        if mode not in ("min", "max"):
-            raise MisconfigurationError(f"ModelCheckpoint(mode={mode!r}): it has to be 'min' or 'max'.")
-        if on_error not in ("raise", "warn"):
-            raise MisconfigurationError(f"ModelCheckpoint(on_error={on_error!r}): it has to be 'raise' or 'warn'.")
-        check_count(save_top_k, "ModelCheckpoint: save_top_k", least=-1)
+                check_whole_number(every, "ModelCheckpoint", name, least=1)
+        if every_n_minutes is not None:
+            check_number(every_n_minutes, "ModelCheckpoint", "every_n_minutes", above=0)
+        check_option(mode, "ModelCheckpoint", "mode", ("min", "max"))
+        check_option(on_error, "ModelCheckpoint", "on_error", ("raise", "warn"))
+        check_whole_number(save_top_k, "ModelCheckpoint", "save_top_k", least=-1)
         if save_top_k == 0 and not save_last:
             raise MisconfigurationError("ModelCheckpoint(save_top_k=0, save_last=False) keeps nothing. Change one of them.")
         self.dirpath = Path(dirpath).expanduser()
@@ -119,20 +115,21 @@ class ModelCheckpoint(Callback):
         self._path: Path | None = None
         self._steps = self._validations = 0  # the counters then
         self._time = time.monotonic()
-        self._seen = 0  # how often the monitored metric was renewed until the last safe point
-        self._is_fresh = False  # whether it was since
-        self._warned = False
+        self._metric = (
+            None if self.monitor is None else WatchedMetric(self.monitor, f"ModelCheckpoint(monitor={self.monitor!r})")
+        )
+        self._is_new = False  # the metric was logged between the last two safe points
         self._writing: tuple[dict[str, float | None], Future[None]] | None = None  # what was kept before, and the thread's work
         self._held: dict[str, Any] | None = None  # the last safe point's state
 
     # ------------------------------------------------------------------ the policy
 
-    def is_due(self, trainer: Trainer, event: SafePoint) -> bool:
+    def is_due(self, trainer: Trainer, event: TakeCheckpoint) -> bool:
         """The policy: whether a checkpoint is written at a safe point.
 
         Args:
             trainer: The trainer.
-            event: The safe point.
+            event: The event; its ``epoch_end`` and ``window_open`` describe the safe point.
         """
         progress = trainer.progress
         if trainer.is_ending:
@@ -142,7 +139,7 @@ class ModelCheckpoint(Callback):
         if self.every_n_epochs and event.epoch_end and progress.epochs_done % self.every_n_epochs == 0:
             return True
         if self.every_n_minutes:
-            return trainer.distributed.any(time.monotonic() - self._time >= 60 * self.every_n_minutes)
+            return trainer.processes.any(time.monotonic() - self._time >= 60 * self.every_n_minutes)
         if self.every_n_steps or self.every_n_epochs:
             return False
         return event.epoch_end or progress.validations != self._validations
@@ -178,36 +175,23 @@ class ModelCheckpoint(Callback):
                     f"{storage.first_line(error)}. Give another directory."
                 ) from error
         self._ranking.surplus.clear()
-        there = trainer.distributed.broadcast([name for name in self.kept if (self._folder.path / name).is_file()])
+        there = trainer.processes.broadcast([name for name in self.kept if (self._folder.path / name).is_file()])
         self._ranking.scores = {name: self.kept[name] for name in there}  # the checkpoint may be of another folder
         self._place = place(trainer)
         self._time = time.monotonic()
 
-    def on_train_start(self, trainer: Trainer, event: TrainStart) -> None:
-        trainer.signals.safe_point.connect(self.save_if_due)
-
-    def save_if_due(self, trainer: Trainer, event: SafePoint) -> None:
-        """Connected to ``safe_point`` when training begins."""
+    def on_take_checkpoint(self, trainer: Trainer, event: TakeCheckpoint) -> None:
         if self._writing is not None and self._writing[1].done():
             self.wait(trainer)
         if trainer.fast_dev_run:
             return
-        if self.monitor is not None:
-            renewals = trainer.metrics.renewals.get(self.monitor, 0)
-            self._is_fresh, self._seen = renewals != self._seen, renewals
-        if self.is_due(trainer, event):
-            self._save(trainer, ranked=True)
-        if self.save_on_exception:
-            self._held = self._last_safe_point.copy(checkpoints.gather(trainer))
-
-    def on_train_end(self, trainer: Trainer, event: TrainEnd) -> None:
-        # A run may be asked to stop where no safe point is left to hear of it.
-        if not trainer.fast_dev_run and self._place != place(trainer):
-            self._is_fresh = False
-            self.save_if_due(trainer, SafePoint(False, trainer.batch.window_open))
-
-    def on_keep_checkpoint(self, trainer: Trainer, event: KeepCheckpoint) -> None:
-        if event.path is None:
+        if self._place != place(trainer):
+            self._is_new = self._metric is not None and self._metric.look(trainer)
+            if self.is_due(trainer, event):
+                self._save(trainer, ranked=True)
+            if self.save_on_exception:
+                self._held = self._last_safe_point.copy(checkpoints.gather(trainer))
+        if event.reason is not None:
             if self._place != place(trainer) or self._path is None:
                 self._save(trainer, ranked=False)
             self.wait(trainer)
@@ -230,7 +214,6 @@ class ModelCheckpoint(Callback):
             self._folder.write(held, [LAST], [])
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        trainer.signals.safe_point.disconnect(self.save_if_due)
         try:
             self.wait(trainer)
         finally:
@@ -276,10 +259,12 @@ class ModelCheckpoint(Callback):
         """Takes the checkpoint at hand among those that are kept, where it is good enough."""
         if self.monitor is None:
             return self._ranking.take(name, None)
-        score = float(trainer.callback_metrics[self.monitor]) if self._is_fresh else None
-        if self._seen == 0:
-            self._warn_of_absence(trainer)
-        score = trainer.distributed.broadcast(score)  # what is logged on step is each process's own
+        assert self._metric is not None
+        score = float(self._metric.value(trainer)) if self._is_new else None
+        if self._metric.is_missing(trainer) and (trainer.progress.epochs_done > 0 or not trainer.should_stop):
+            last = "only the last checkpoint is" if self.save_last else "nothing is"
+            self._metric.report_missing(trainer, strict=False, remedy=f"Until then {last} kept.")
+        score = trainer.processes.broadcast(score)  # what is logged on step is each process's own
         return score is not None and self._ranking.take(name, score)
 
     def wait(self, trainer: Trainer) -> None:
@@ -337,21 +322,6 @@ class ModelCheckpoint(Callback):
         """The newest file in the folder; empty where there is none."""
         return next((os.fspath(path) for path in self._folder.newest()), "")
 
-    def _warn_of_absence(self, trainer: Trainer) -> None:
-        """Says once that the monitored metric was never logged, when whoever may log it has been there."""
-        progress = trainer.progress
-        had_its_turn = progress.epochs_done > 0 and (progress.validations > 0 or not trainer.validates)
-        if self._warned or not (had_its_turn or (trainer.is_ending and not trainer.should_stop)):
-            return
-        self._warned = True
-        known = sorted(trainer.callback_metrics)
-        hint = nearest(self.monitor or "", known, otherwise=f"Log it with self.log({self.monitor!r}, ...).")
-        warnings.warn(
-            f"ModelCheckpoint(monitor={self.monitor!r}): no such metric was logged yet; there are {known}. {hint} Until then "
-            f"{'only the last checkpoint is' if self.save_last else 'nothing is'} kept.",
-            stacklevel=2,
-        )
-
     # ------------------------------------------------------------------ state
 
     @property
@@ -366,12 +336,14 @@ class ModelCheckpoint(Callback):
             "surplus": list(self._ranking.surplus),
             "steps": self._steps,
             "validations": self._validations,
-            "seen": self._seen,
+            "seen": 0 if self._metric is None else self._metric.seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._ranking.scores, self._ranking.surplus = dict(state["kept"]), list(state["surplus"])
-        self._steps, self._validations, self._seen = state["steps"], state["validations"], state["seen"]
+        self._steps, self._validations = state["steps"], state["validations"]
+        if self._metric is not None:
+            self._metric.seen = state["seen"]
 
 
 def place(trainer: Trainer) -> tuple[Any, ...]:

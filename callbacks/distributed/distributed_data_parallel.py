@@ -98,7 +98,7 @@ class DistributedDataParallel(Callback):
         if self._processes is None:
             self._processes = join(event.device, self.timeout)
         if self._processes is not None:
-            event.distributed = self._processes
+            event.processes = self._processes
             event.device = own_device(event.device, self._processes.local_rank)
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
@@ -134,7 +134,7 @@ class DistributedDataParallel(Callback):
             self._epoch_begins = False
             self._wrap(trainer.module)
         if self._wrapper is not None:
-            event.run = self._wrapper
+            event.call = self._wrapper
             if not event.closes_window:
                 event.enter(self._wrapper.no_sync())
 

@@ -26,7 +26,7 @@ from eventtrain.callbacks.distributed.processes import (
     with_sampler,
 )
 from eventtrain.core.optimizer import evaluates_often
-from eventtrain.distributed import SingleProcess
+from eventtrain.distributed import Processes, SingleProcess
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     AfterZeroGrad,
@@ -133,7 +133,7 @@ class FullyShardedDataParallel(Callback):
             joined = join(event.device, self.timeout)
             self._processes = joined and shards.ShardedProcesses(joined.local_rank, self.timeout)
         if self._processes is not None:
-            event.distributed = self._processes
+            event.processes = self._processes
             event.device = own_device(event.device, self._processes.local_rank)
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
@@ -200,9 +200,9 @@ class FullyShardedDataParallel(Callback):
         module: Any = trainer.module
         self._has_run = True
         if event.stage != "train":
-            event.run = lambda step, *args: evaluate(module, step, *args)
+            event.call = lambda step, *args: evaluate(module, step, *args)
             return
-        event.run = getattr(module, CALL)
+        event.call = getattr(module, CALL)
         syncs = event.closes_window or not trainer.batch.automatic
         if syncs is not self._syncs:
             self._syncs = syncs
@@ -301,7 +301,7 @@ def evaluate(module: Any, step: Callable[..., Any], *args: Any) -> Any:
         shards.reshard(module)
 
 
-def padded(loader: Any, processes: SingleProcess) -> Any:
+def padded(loader: Any, processes: Processes) -> Any:
     """A loader that reads this process's share in as many batches as the others: at its end some samples are repeated."""
     own: DistributedSampler[Any] = DistributedSampler(
         loader.dataset, processes.world_size, processes.global_rank, shuffle=False

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from eventtrain.data.resumable import describe_loader, has_plain_sampler
-from eventtrain.distributed import Reduction, SingleProcess
+from eventtrain.distributed import Processes, Reduction
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 
@@ -30,7 +30,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
-class TorchProcesses(SingleProcess):
+class TorchProcesses:
     """This process's view of the others in torch's default process group.
 
     Flags and objects go over a group of their own where the default one is for GPUs, so that no GPU is waited for.
@@ -260,7 +260,7 @@ class EveryNth(Sampler[int]):
         return len(self.indices)
 
 
-def shared_out(loader: Any, stage: Stage, processes: SingleProcess) -> Any:
+def shared_out(loader: Any, stage: Stage, processes: Processes) -> Any:
     """A loader that reads this process's share, in place of one that reads everything.
 
     Args:

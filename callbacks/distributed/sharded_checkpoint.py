@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from eventtrain.callbacks.checkpointing.folder import SUFFIX
 from eventtrain.callbacks.distributed.processes import TorchProcesses
 from eventtrain.checkpoint.storage import first_line
-from eventtrain.distributed import SingleProcess
+from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 
 KEY = "shards"
@@ -44,7 +44,7 @@ class Shards:
         processes: Those that hold the tensors.
     """
 
-    def __init__(self, root: Path, processes: SingleProcess) -> None:
+    def __init__(self, root: Path, processes: Processes) -> None:
         self.root = root
         self.processes = processes
         self._used: set[str] = set()  # in this run: written, or read

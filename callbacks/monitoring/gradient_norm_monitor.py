@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from eventtrain.callback import Callback
-from eventtrain.checks import check_count
+from eventtrain.checks import check_whole_number
 from eventtrain.core.optimizer import LightningOptimizer, numbered
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
@@ -65,8 +65,8 @@ class GradientNormMonitor(Callback):
             raise MisconfigurationError(f"GradientNormMonitor(norm_type={norm_type!r}): it has to be a positive number.")
         self.norm_type = float(norm_type)
         self.per_layer = per_layer
-        self.every_n_steps = check_count(every_n_steps, "GradientNormMonitor: every_n_steps", least=1)
-        self.window = check_count(window, "GradientNormMonitor: window", least=1)
+        self.every_n_steps = check_whole_number(every_n_steps, "GradientNormMonitor", "every_n_steps", least=1)
+        self.window = check_whole_number(window, "GradientNormMonitor", "window", least=1)
         self._norms: dict[LightningOptimizer, OptimizerNorms] = {}
 
     def is_due(self, global_step: int) -> bool:

@@ -133,7 +133,7 @@ class GradientAccumulation(Callback):
             return
         factor: Any
         if event.weight is not None:
-            world = trainer.distributed
+            world = trainer.processes
             weight = event.weight
             if world.world_size > 1:
                 weight = world.reduce(torch.as_tensor(weight, device=trainer.device), "sum")

@@ -111,7 +111,7 @@ class LRSchedulerStepping(Callback):
             self._seen[index] = renewals
             metric = trainer.callback_metrics[config.monitor]
             if config.interval in ("step", "batch") and trainer.world_size > 1:  # an epoch's value is that of all processes
-                metric = trainer.distributed.reduce(metric.clone(), "mean")
+                metric = trainer.processes.reduce(metric.clone(), "mean")
         self._last_update[index] = global_step
         trainer.step_lr_scheduler(config, metric)
 

@@ -8,7 +8,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from eventtrain.callback import Callback
-from eventtrain.checks import check_count
+from eventtrain.checks import check_whole_number
 from eventtrain.core.optimizer import LightningOptimizer, evaluates_often, has_gradients
 from eventtrain.errors import MisconfigurationError, NonFiniteGradientError
 from eventtrain.events import (
@@ -61,7 +61,7 @@ class MixedPrecision(Callback):
             raise MisconfigurationError("MixedPrecision('bf16', scaler=...): bf16 has the range of float32 and is not scaled.")
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise MisconfigurationError(f"MixedPrecision(scaler={scaler!r}): it has to be a torch.amp.GradScaler.")
-        check_count(max_consecutive_overflows, "MixedPrecision: max_consecutive_overflows", least=1)
+        check_whole_number(max_consecutive_overflows, "MixedPrecision", "max_consecutive_overflows", least=1)
         self.precision = precision
         self.scaler = scaler
         self.max_consecutive_overflows = max_consecutive_overflows

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Literal
 
 from eventtrain.callback import Callback
-from eventtrain.checks import check_count
-from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.checks import check_number, check_option, check_whole_number
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import FitStart, MetricsLogged, Setup, ValidationStart
+from eventtrain.metrics.watched import WatchedMetric
 from eventtrain.trainer import Trainer
 
 
@@ -60,16 +60,13 @@ class EarlyStopping(Callback):
     ) -> None:
         if not isinstance(monitor, str) or not monitor:
             raise MisconfigurationError(f"EarlyStopping(monitor={monitor!r}): it has to be the name of a metric.")
-        if mode not in ("min", "max"):
-            raise MisconfigurationError(f"EarlyStopping(mode={mode!r}): it has to be 'min' or 'max'.")
-        if not is_number(min_delta) or min_delta < 0:
-            raise MisconfigurationError(f"EarlyStopping(min_delta={min_delta!r}): it has to be a number from 0.")
+        check_number(min_delta, "EarlyStopping", "min_delta", least=0)
         for name, limit in (("threshold", threshold), ("divergence_threshold", divergence_threshold)):
-            if limit is not None and not is_number(limit):
-                raise MisconfigurationError(f"EarlyStopping({name}={limit!r}): it has to be a finite number, or None.")
+            if limit is not None:
+                check_number(limit, "EarlyStopping", name)
         self.monitor = monitor
-        self.mode = mode
-        self.patience = check_count(patience, "EarlyStopping: patience", least=1)
+        self.mode = check_option(mode, "EarlyStopping", "mode", ("min", "max"))
+        self.patience = check_whole_number(patience, "EarlyStopping", "patience", least=1)
         self.min_delta = min_delta
         self.threshold = threshold
         self.divergence_threshold = divergence_threshold
@@ -81,10 +78,10 @@ class EarlyStopping(Callback):
         self.best = math.inf if self.mode == "min" else -math.inf
         self.wait_count = 0
         self.value: float | None = None
-        self._seen = 0  # how often the metric had been renewed when it was looked at last
-        self._before_validation = 0  # and when the validation at hand began
+        self._metric = WatchedMetric(self.monitor, f"EarlyStopping(monitor={self.monitor!r})")
+        self._before_validation = 0  # how often the metric was logged before the current validation
         self._is_validated = False  # validation logs it
-        self._asked = self._warned = False
+        self._asked = False
 
     def reason_to_stop(self, trainer: Trainer, value: float) -> str | None:
         """The policy: why the run is to stop; None where it goes on.
@@ -116,23 +113,22 @@ class EarlyStopping(Callback):
         self._agree(trainer, None if self.value is None else self.reason_to_stop(trainer, self.value))
 
     def on_validation_start(self, trainer: Trainer, event: ValidationStart) -> None:
-        self._before_validation = trainer.metrics.renewals.get(self.monitor, 0)
+        self._before_validation = trainer.times_logged(self.monitor)
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
         if event.scope != "epoch" or trainer.stage != "fit" or trainer.fast_dev_run or self._asked:
             return
-        renewals = trainer.metrics.renewals.get(self.monitor, 0)
         if event.stage == "validation":
-            is_fresh = renewals != self._before_validation
-            self._is_validated |= is_fresh
+            is_new = trainer.times_logged(self.monitor) != self._before_validation
+            self._is_validated |= is_new
         else:
-            is_fresh = event.epoch_complete and renewals != self._seen and not self._is_validated
-            if renewals == 0:
-                self._on_absent_metric(trainer)
+            is_new = event.epoch_complete and self._metric.has_new_value(trainer) and not self._is_validated
+            if self._metric.is_missing(trainer):
+                self._metric.report_missing(trainer, strict=self.strict, remedy="strict=False makes this a warning.")
         reason = None
-        if is_fresh:
-            self._seen = renewals
-            self.value = value = float(trainer.callback_metrics[self.monitor])
+        if is_new:
+            self._metric.look(trainer)
+            self.value = value = float(self._metric.value(trainer))
             improvement = self.best - value if self.mode == "min" else value - self.best
             if improvement > self.min_delta:  # never of NaN
                 self.best, self.wait_count = value, 0
@@ -143,39 +139,21 @@ class EarlyStopping(Callback):
 
     def _agree(self, trainer: Trainer, reason: str | None) -> None:
         """Asks the run to stop where any process has a reason; each takes part, whether it has a fresh value or not."""
-        self._asked = trainer.distributed.any(reason is not None)
+        self._asked = trainer.processes.any(reason is not None)
         if self._asked:
             trainer.stop(f"EarlyStopping: {reason or f'{self.monitor}, as another process sees it'}", by_all=True)
-
-    def _on_absent_metric(self, trainer: Trainer) -> None:
-        if self._warned or (trainer.validates and trainer.progress.validations == 0):
-            return  # the stage that may log it has not been there yet
-        known = sorted(trainer.callback_metrics)
-        otherwise = f"Log it with self.log({self.monitor!r}, ...), or monitor one of those."
-        message = (
-            f"EarlyStopping(monitor={self.monitor!r}): it was never logged; there are {known}. "
-            f"{nearest(self.monitor, known, otherwise=otherwise)}"
-        )
-        if self.strict:
-            raise MisconfigurationError(f"{message} strict=False makes this a warning.")
-        self._warned = True
-        warnings.warn(message, stacklevel=2)
 
     @property
     def state_key(self) -> str:
         return f"{type(self).__qualname__}({self.monitor}, {self.mode})"
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in STATE}
+        return {name: getattr(self, name) for name in STATE} | {"_seen": self._metric.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in STATE:
             setattr(self, name, state[name])
+        self._metric.seen = state["_seen"]
 
 
-STATE = ("best", "wait_count", "value", "_seen", "_is_validated")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+STATE = ("best", "wait_count", "value", "_is_validated")

@@ -13,9 +13,9 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from eventtrain.callback import Callback
+from eventtrain.callback import Callback, on_demand
 from eventtrain.errors import MisconfigurationError, nearest
-from eventtrain.events import AfterBatchFetch, FindCheckpoint, FitEnd, FitStart, SafePoint, Teardown, TrainStart
+from eventtrain.events import AfterBatchFetch, FindCheckpoint, FitEnd, FitStart, RunInterrupted, Teardown, TrainStart
 from eventtrain.trainer import Trainer
 
 DEFAULT = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -64,7 +64,6 @@ class Preemption(Callback):
         self.received: int | None = None
         self._when = 0.0
         self._pid = 0
-        self._alone = True
         self._is_over = False  # it was asked to end, by all that this callback does about it
         self._installed: dict[int, tuple[Any, Any]] = {}  # by number the handler, and the one before
 
@@ -92,7 +91,6 @@ class Preemption(Callback):
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self.received, self._is_over = None, False
         self._pid = os.getpid()
-        self._alone = trainer.world_size == 1
         if threading.current_thread() is not threading.main_thread():
             warnings.warn(
                 "Preemption: signals can't be handled in a thread other than the main one, so that they end this run without "
@@ -106,42 +104,36 @@ class Preemption(Callback):
                 self._install(number, handler)
 
     def on_train_start(self, trainer: Trainer, event: TrainStart) -> None:
-        self._end_if_asked(trainer, keep=False)
-        trainer.signals.safe_point.connect(self.end_at_safe_point)
-        trainer.signals.after_batch_fetch.connect(self.outlive_workers)
+        if trainer.processes.any(self.received is not None):
+            self._end(trainer, None)
+        trainer.listen(self.on_after_batch_fetch)
 
-    def end_at_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
-        """Connected to ``safe_point`` when training begins: after those whose state the checkpoint is to have."""
-        if self.received is not None or not self._alone:
-            self._end_if_asked(trainer, keep=True)
+    def on_run_interrupted(self, trainer: Trainer, event: RunInterrupted) -> None:
+        if trainer.processes.any(self.received is not None):
+            self._end(trainer, event.path)
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
-        self._end_if_asked(trainer, keep=True)
+        if not self._is_over and trainer.processes.any(self.received is not None):
+            self._end(trainer, trainer.keep_checkpoint(self._reason()))
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        trainer.signals.safe_point.disconnect(self.end_at_safe_point)
-        trainer.signals.after_batch_fetch.disconnect(self.outlive_workers)
         self._restore()  # before the look, so that none comes in between
         if self.received is not None and not self._is_over:
             self._is_over = True
             self.end_run(trainer, self.received)
 
-    def _end_if_asked(self, trainer: Trainer, *, keep: bool) -> None:
-        if self._is_over or not trainer.distributed.any(self.received is not None):
+    def _end(self, trainer: Trainer, path: str | None) -> None:
+        """Say where the run is kept, and end it by the policy."""
+        if self._is_over:
             return
         self._is_over = True
-        signum = self.received or signal.SIGTERM
-        reason = f"Preemption: {signal.Signals(signum).name}"
-        trainer.stop(reason, at_once=True, by_all=True)
-        if keep:
-            try:
-                path = trainer.keep_checkpoint(reason)
-            finally:
-                # A process that ends has its launcher end the others: not while one still writes.
-                trainer.distributed.any(False)
-            if path is not None and trainer.is_global_zero:
-                say(f"{reason}: the run is kept in {path}")
-        self.end_run(trainer, signum)
+        trainer.stop(self._reason(), force=True, by_all=True)
+        if path is not None and trainer.is_global_zero:
+            say(f"{self._reason()}: the run is kept in {path}")
+        self.end_run(trainer, self.received or signal.SIGTERM)
+
+    def _reason(self) -> str:
+        return f"Preemption: {signal.Signals(self.received or signal.SIGTERM).name}"
 
     # ------------------------------------------------------------------ signals
 
@@ -153,8 +145,7 @@ class Preemption(Callback):
                 signal.raise_signal(signum)
         elif self.received is None:
             self.received, self._when = signum, time.monotonic()
-            # Not trainer.stop, which would let the loop leave an epoch without another safe point.
-            trainer.stop_request.at_once = True
+            trainer.interrupt(self._reason())
             if trainer.is_global_zero:
                 name = signal.Signals(signum).name
                 say(f"{name}: the run saves at the next safe point and ends; a second one ends it at once")
@@ -163,13 +154,14 @@ class Preemption(Callback):
             self._restore()
             signal.raise_signal(signum)
 
-    def outlive_workers(self, trainer: Trainer, event: AfterBatchFetch) -> None:
-        """Connected to ``after_batch_fetch`` for the first batch of training, before which torch has installed a handler.
+    @on_demand
+    def on_after_batch_fetch(self, trainer: Trainer, event: AfterBatchFetch) -> None:
+        """Outlive workers: for the first batch of training, before which torch has installed a handler.
 
         Workers that got the same signal may die of it, and one may before this process has got it: torch's handler would make
         that an error in the midst of a batch. One that is still waited for is an error of the loader's all the same.
         """
-        trainer.signals.after_batch_fetch.disconnect(self.outlive_workers)
+        trainer.stop_listening(self.on_after_batch_fetch)
         before = signal.getsignal(signal.SIGCHLD) if self._installed and hasattr(signal, "SIGCHLD") else None
         if callable(before):
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eventtrain.callback import Callback
-from eventtrain.checks import check_count
+from eventtrain.checks import check_whole_number
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import BeforeBackward, FitStart, SafePoint, SaveCheckpoint, TrainEpochEnd
 from eventtrain.trainer import Trainer
@@ -63,7 +63,7 @@ class TerminateOnNaN(Callback):
     """
 
     def __init__(self, *, every_n_batches: int = 50) -> None:
-        self.every_n_batches = check_count(every_n_batches, "TerminateOnNaN: every_n_batches", least=1)
+        self.every_n_batches = check_whole_number(every_n_batches, "TerminateOnNaN", "every_n_batches", least=1)
         self._at_once = False
         self._kept: list[Loss] = []  # not looked at yet
         self._last: tuple[int, int] = (-1, 0)  # the batch of the last loss, and its backwards so far
@@ -114,7 +114,7 @@ class TerminateOnNaN(Callback):
         losses, self._kept = self._kept, []
         values = torch.stack([loss.value.to(trainer.device) for loss in losses]).tolist() if losses else []
         bad = next((pair for pair in zip(losses, values, strict=True) if self.ends_run(pair[1])), (None, math.nan))
-        if trainer.distributed.any(bad[0] is not None):
+        if trainer.processes.any(bad[0] is not None):
             self._end(trainer, *bad)
 
     def _end(self, trainer: Trainer, loss: Loss | None, value: float) -> None:

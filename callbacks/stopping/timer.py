@@ -11,7 +11,7 @@ from typing import Any
 
 from eventtrain.callback import Callback
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import FindCheckpoint, SafePoint, Setup, Teardown, TrainStart, ValidationBatchEnd, ValidationStart
+from eventtrain.events import FindCheckpoint, RequestStop, Setup, Teardown, TrainStart, ValidationBatchEnd, ValidationStart
 from eventtrain.trainer import Trainer
 
 Duration = timedelta | Mapping[str, float] | float | str
@@ -83,34 +83,27 @@ class Timer(Callback):
             self._before, self._began = 0.0, monotonic()
 
     def on_train_start(self, trainer: Trainer, event: TrainStart) -> None:
-        if trainer.distributed.any(self.is_due(trainer)):
-            self._stop(trainer)
-        trainer.signals.safe_point.connect(self.end_if_due)
+        if trainer.processes.any(self.is_due(trainer)):
+            trainer.stop(self._reason(), force=True, by_all=True)
 
-    def end_if_due(self, trainer: Trainer, event: SafePoint) -> None:
-        """Connected to ``safe_point`` when training begins: after those whose state the checkpoint is to have."""
-        if trainer.distributed.any(self.is_due(trainer)):
-            trainer.keep_checkpoint(self._stop(trainer))
+    def on_request_stop(self, trainer: Trainer, event: RequestStop) -> None:
+        self._interrupt_if_due(trainer)
 
     def on_validation_start(self, trainer: Trainer, event: ValidationStart) -> None:
-        self._leave_if_due(trainer)
+        self._interrupt_if_due(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, event: ValidationBatchEnd) -> None:
-        self._leave_if_due(trainer)
+        self._interrupt_if_due(trainer)
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        trainer.signals.safe_point.disconnect(self.end_if_due)
         self._before, self._began = self.elapsed, None
 
-    def _leave_if_due(self, trainer: Trainer) -> None:
+    def _interrupt_if_due(self, trainer: Trainer) -> None:
         if self.is_due(trainer):
-            # Only of an evaluation inside of the fit, which asks all processes: they end at the safe point that follows.
-            trainer.stop_request.at_once = True
+            trainer.interrupt(self._reason())
 
-    def _stop(self, trainer: Trainer) -> str:
-        reason = f"Timer: {timedelta(seconds=round(self.elapsed))} of {timedelta(seconds=self.max_time)} are over"
-        trainer.stop(reason, at_once=True, by_all=True)
-        return reason
+    def _reason(self) -> str:
+        return f"Timer: {timedelta(seconds=round(self.elapsed))} of {timedelta(seconds=self.max_time)} are over"
 
     # ------------------------------------------------------------------ state
 

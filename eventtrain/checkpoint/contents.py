@@ -15,7 +15,7 @@ from eventtrain.checkpoint import ranks as shares
 from eventtrain.checkpoint.rng import set_rng_state
 from eventtrain.core.loop import Resumption
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import LoadCheckpoint, SaveCheckpoint
+from eventtrain.events import CheckpointGathered, CheckpointRead, LoadCheckpoint, SaveCheckpoint
 from eventtrain.metrics.metrics import on_device
 from eventtrain.version import __version__
 
@@ -35,6 +35,7 @@ def gather(trainer: Trainer) -> dict[str, Any]:
     """
     checkpoint = state_of(trainer)
     trainer.signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
+    trainer.signals.checkpoint_gathered.publish(CheckpointGathered(checkpoint))
     return checkpoint
 
 
@@ -69,7 +70,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "epoch": trainer.progress.current_epoch,
         "global_step": trainer.progress.global_step,
         **mine,
-        "ranks": trainer.distributed.gather(mine)[1:],
+        "ranks": trainer.processes.gather(mine)[1:],
         "epoch_reason": None if mine["data"] is None or mine["data"]["position"] is None else stop.epoch_reason,
         # A request to stop that min_epochs or min_steps hold off; one that holds now was made for this process.
         "stop_reason": None if stop.force or trainer.is_ending else stop.reason,
@@ -91,6 +92,7 @@ def announce(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MisconfigurationError: It has a schema that is not known.
     """
+    trainer.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
     trainer.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
     checkpoint = migrated(checkpoint)
     if trainer.datamodule is not None:

@@ -36,26 +36,35 @@ def forward(
         return step(*args)
     with (phase := BeforeForward(stage, args[0], args[1] if len(args) > 1 else 0, closes_window)):
         signals.before_forward.publish(phase)
-        return phase.run(step, *args)
+        return phase.call(step, *args)
 
 
-def backward(signals: SignalTable, run: Callable[..., Any], raw_loss: Tensor, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Runs backward inside of its phase.
+def backward(
+    signals: SignalTable,
+    call: Callable[..., Any],
+    raw_loss: Tensor,
+    loss: Tensor,
+    *args: Any,
+    evaluation: int = 1,
+    **kwargs: Any,
+) -> None:
+    """Run backward in its phase.
 
     Args:
-        signals: Where ``before_backward`` and ``after_backward`` are published.
-        run: What backward is: called as ``run(loss, *args, **kwargs)``.
+        signals: The signals on which ``before_backward`` and ``after_backward`` are published.
+        call: The backward, called as ``call(loss, *args, **kwargs)``.
         raw_loss: The loss that the module returned.
         loss: The loss that backward runs on; listeners may replace it.
-        *args: Passed on to ``run``.
-        **kwargs: Passed on to ``run``.
+        *args: Passed on to ``call``.
+        evaluation: The number of this evaluation of the closure in its batch.
+        **kwargs: Passed on to ``call``.
     """
     if signals.before_backward.listeners:
-        with (phase := BeforeBackward(raw_loss, loss)):
+        with (phase := BeforeBackward(raw_loss, loss, evaluation)):
             signals.before_backward.publish(phase)
-            run(phase.loss, *args, **kwargs)
+            call(phase.loss, *args, **kwargs)
     else:
-        run(loss, *args, **kwargs)
+        call(loss, *args, **kwargs)
     if signals.after_backward.listeners:
         signals.after_backward.publish(AfterBackward(raw_loss))
 
@@ -138,7 +147,7 @@ class Closure:
                 outputs, loss = event.outputs, event.loss
             state.outputs = outputs
             state.loss = loss
-            if state.ranks is not None and plan.step and state.ranks.any(loss is None):
+            if state.processes is not None and plan.step and state.processes.any(loss is None):
                 raise MisconfigurationError(
                     f"training_step returned no loss on a rank in batch {state.batch_idx}, which closes a window: the "
                     "other ranks would wait for its gradients. Return a loss of zero with 'weight': 0 there."
@@ -161,7 +170,7 @@ class Closure:
                 divisor = whole_divisor(plan.loss_scale)
                 scaled = loss / divisor if divisor else loss * plan.loss_scale
             if signals.before_backward.listeners or signals.after_backward.listeners:
-                backward(signals, self._backward, loss, scaled)
+                backward(signals, self._backward, loss, scaled, evaluation=state.evaluations)
             else:
                 self._backward(scaled)
         if plan.step:

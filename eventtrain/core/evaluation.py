@@ -16,7 +16,7 @@ from eventtrain.core.closure import forward
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import Progress
 from eventtrain.data.batches import END, Batches
-from eventtrain.distributed import SingleProcess
+from eventtrain.distributed import Processes
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import AfterForward, MetricsLogged
 from eventtrain.metrics.metrics import Metrics
@@ -39,7 +39,7 @@ class EvaluationLoop:
         within_fit: Whether training goes on afterwards: then without ``inference_mode``, whose tensors
             training could not use, and without touching training's random numbers.
         is_interrupted: Asked before each batch inside of a fit: whether the evaluation is to be left.
-        ranks: The processes that ask each other; None in a run of one.
+        processes: The processes that ask each other; None in a run of one.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class EvaluationLoop:
         open_loaders: list[Callable[[], Batches]],
         within_fit: bool,
         is_interrupted: Callable[[], bool],
-        ranks: SingleProcess | None,
+        processes: Processes | None,
     ) -> None:
         self.stage = stage
         self.signals = signals
@@ -64,7 +64,7 @@ class EvaluationLoop:
         self.open_loaders = open_loaders
         self.within_fit = within_fit
         self.is_interrupted = is_interrupted
-        self.ranks = ranks
+        self.processes = processes
         self.step = step
         self.arguments = step_arguments(step, len(open_loaders))
         # The stage's own event classes, in the order in which they come.
@@ -126,12 +126,12 @@ class EvaluationLoop:
         start, end = signals[f"{self.stage}_batch_start"], signals[f"{self.stage}_batch_end"]
         kept: list[Any] = []
         batch_idx = 0
-        ranks = self.ranks if self.within_fit else None
+        processes = self.processes if self.within_fit else None
         while True:
             if self.within_fit and self.is_interrupted():
                 raise EvaluationInterrupted
             is_left = (batch := batches.fetch()) is not END
-            if not (is_left if ranks is None else ranks.any(is_left)):
+            if not (is_left if processes is None else processes.any(is_left)):
                 break
             if not is_left:
                 continue  # other processes have a batch more, and ask each time whether the run is interrupted

@@ -19,7 +19,10 @@ from eventtrain.events import (
     AfterForward,
     AfterUpdate,
     MetricsLogged,
+    RequestStop,
+    RunInterrupted,
     SafePoint,
+    TakeCheckpoint,
     TrainBatchEnd,
     TrainBatchStart,
     TrainDataEnd,
@@ -29,10 +32,6 @@ from eventtrain.events import (
     TrainStart,
 )
 from eventtrain.metrics.metrics import Metrics
-
-# The two safe points inside of an epoch: built once, since there is one in every batch and nobody writes to it.
-IN_WINDOW = SafePoint(epoch_end=False, window_open=True)
-BETWEEN_WINDOWS = SafePoint(epoch_end=False, window_open=False)
 
 
 @dataclass(slots=True)
@@ -92,6 +91,7 @@ class TrainLoop:
         optimizer: Its optimizer.
         optimizer_step: The module's overridden ``optimizer_step``, or None.
         validate: Runs a validation; None where there is nothing to validate.
+        keep_checkpoint: Has a checkpoint written for a reason; returns its file.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class TrainLoop:
         optimizer: LightningOptimizer | None,
         optimizer_step: Callable[..., Any] | None,
         validate: Callable[[], Any] | None,
+        keep_checkpoint: Callable[[str], str | None],
     ) -> None:
         self.signals = signals
         self.progress = progress
@@ -126,6 +127,7 @@ class TrainLoop:
         self.optimizer = optimizer
         self.optimizer_step = optimizer_step
         self.validate = validate
+        self.keep_checkpoint = keep_checkpoint
         self.is_last_batch = False
         self.batches: Batches | None = None  # of the epoch at hand, or of the one that the run has ended inside of
         self.resumption: Resumption | None = None
@@ -143,6 +145,9 @@ class TrainLoop:
         self.agree()
         while self.resumes_inside() or not (self.is_complete() or self.is_stopping()):
             self.train_epoch()
+        # Once more, because the run may have been asked to stop after its last safe point.
+        if signals.take_checkpoint.listeners:
+            signals.take_checkpoint.publish(TakeCheckpoint(False, self.batch.window_open))
         signals.train_end.publish(TrainEnd())
 
     def train_epoch(self) -> None:
@@ -180,8 +185,8 @@ class TrainLoop:
             if ends_epoch:
                 self.end_epoch()
                 return
-            if self.signals.safe_point.listeners:
-                self.signals.safe_point.publish(IN_WINDOW if self.batch.window_open else BETWEEN_WINDOWS)
+            if self.reach_safe_point(epoch_end=False):
+                break
         self.leave_epoch()
 
     def train_batch(self, batch: Any, batch_idx: int, is_last: bool) -> bool:
@@ -218,7 +223,7 @@ class TrainLoop:
         metrics.moment = "epoch"
         if state.updated and signals.metrics_logged.listeners:
             signals.metrics_logged.publish(MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
-        if state.ranks is not None:
+        if state.processes is not None:
             self.agree()
         ends_epoch = is_last or self.stop.epoch_reason is not None
         return ends_epoch if self.validate is None else self.validate_if_due(batch_idx, ends_epoch)
@@ -233,8 +238,8 @@ class TrainLoop:
         event = TrainBatchStart(batch, batch_idx, is_last, plan)
         self.signals.train_batch_start.publish(event)
         state.plan = event.plan
-        if state.ranks is not None:
-            event.skipped, event.ends_epoch = state.ranks.any_of([event.skipped, event.ends_epoch])
+        if state.processes is not None:
+            event.skipped, event.ends_epoch = state.processes.any_of([event.skipped, event.ends_epoch])
         state.skipped = event.skipped
         if event.ends_epoch:
             self.stop.epoch_reason = "a listener of train_batch_start"
@@ -300,6 +305,7 @@ class TrainLoop:
             self.validate()
         except EvaluationInterrupted:
             progress.validated_at = before
+            self.agree()
             return False
         finally:
             self.metrics.enter("train", "epoch")
@@ -337,15 +343,38 @@ class TrainLoop:
         self.batches = None
         self.agree()
         self.progress.epoch_is_over = True  # what a checkpoint written at the safe point says
-        self.signals.safe_point.publish(SafePoint(True, self.batch.window_open))
+        self.reach_safe_point(epoch_end=True)
         self.progress.count_epoch()
         self.agree()
+
+    def reach_safe_point(self, *, epoch_end: bool) -> bool:
+        """Publish the events of a safe point: state may change, then the run may be ended, then checkpoints are taken.
+
+        Args:
+            epoch_end: Whether the epoch is complete.
+
+        Returns:
+            Whether the run was interrupted.
+        """
+        signals, stop, window_open = self.signals, self.stop, self.batch.window_open
+        if signals.safe_point.listeners:
+            signals.safe_point.publish(SafePoint(epoch_end, window_open))
+        if signals.request_stop.listeners:
+            signals.request_stop.publish(RequestStop(epoch_end, window_open))
+            self.agree()
+        if stop.interruption is not None and (stop.interrupts or self.batch.processes is None):
+            path = self.keep_checkpoint(stop.interruption)
+            signals.run_interrupted.publish(RunInterrupted(stop.interrupt(), path))
+            return True
+        if signals.take_checkpoint.listeners:
+            signals.take_checkpoint.publish(TakeCheckpoint(epoch_end, window_open))
+        return False
 
     def agree(self) -> None:
         """Lets all processes know what one was asked to end. A request that one makes after its batch's end, at a safe
         point for example, is known to all after the next batch."""
-        if self.batch.ranks is not None:
-            self.stop.agree(self.batch.ranks)
+        if self.batch.processes is not None:
+            self.stop.agree(self.batch.processes)
 
     def leave_epoch(self) -> None:
         """Winds down an epoch that the run ends inside of: it is not counted. Its last safe point lies
@@ -391,7 +420,7 @@ class TrainLoop:
     def is_stopping(self) -> bool:
         """Whether a request to stop holds now."""
         stop, progress = self.stop, self.progress
-        if stop.reason is None or not (stop.is_agreed or self.batch.ranks is None):
+        if stop.reason is None or not (stop.is_agreed or self.batch.processes is None):
             return False
         early = progress.epochs_done < self.extent.min_epochs or progress.global_step < self.extent.min_steps
         return stop.force or not early

@@ -43,6 +43,7 @@ class EventSignal(blinker.Signal):
         self.event_type = event_type
         self.listeners: tuple[Listener, ...] = ()
         self._sender = sender
+        self._idle: list[Listener] = []
         self._reached: tuple[Listener, ...] = ()
         self._observers: tuple[Observer, ...] = ()
         super().__init__(event_type.__doc__)
@@ -104,9 +105,30 @@ class EventSignal(blinker.Signal):
         return receiver
 
     def disconnect(self, receiver: Listener, sender: Any = ANY) -> None:
-        """Disconnects a listener; does nothing where it is not connected."""
+        """Disconnect a listener; do nothing if it is not connected."""
         super().disconnect(receiver, sender)
+        self._idle = [listener for listener in self._idle if listener != receiver]
         self._renew()
+
+    def idle(self, listener: Listener) -> None:
+        """Keep a listener connected, in its place, without calling it. It costs nothing until :meth:`wake`.
+
+        Args:
+            listener: A connected listener.
+        """
+        if listener not in self._idle:
+            self._idle.append(listener)
+            self._renew()
+
+    def wake(self, listener: Listener) -> None:
+        """Call a listener again that :meth:`idle` put to rest; do nothing if it is not idle.
+
+        Args:
+            listener: A connected listener.
+        """
+        if listener in self._idle:
+            self._idle.remove(listener)
+            self._renew()
 
     @property
     def is_muted(self) -> bool:
@@ -141,7 +163,9 @@ class EventSignal(blinker.Signal):
         """Rebuilds ``listeners`` after whatever may change it."""
         self._reached = ()
         if not self._is_muted:
-            self._reached = (self._send,) if self.has_weak_receivers else tuple(self.attached())
+            self._reached = tuple(listener for listener in self.attached() if listener not in self._idle)
+            if self.has_weak_receivers:
+                self._reached = (self._send,)
         self.observe(self._observers)
 
     def observe(self, observers: tuple[Observer, ...]) -> None:

@@ -11,7 +11,7 @@ from eventtrain.events import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eventtrain.distributed import SingleProcess
+    from eventtrain.distributed import Processes
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class BatchState:
         contributions: Batches of the open window that had a loss.
         weight: The sum of their weights, None where they carry none.
         weight_reference: The run's first weight; 1 where that is 0.
-        ranks: The processes that have to agree; None in a run of one, which has nobody to ask.
+        processes: The processes that have to agree; None in a run of one, which has nobody to ask.
     """
 
     automatic: bool = True
@@ -83,7 +83,7 @@ class BatchState:
     contributions: int = 0
     weight: Tensor | float | None = None
     weight_reference: Tensor | float | None = None
-    ranks: SingleProcess | None = None
+    processes: Processes | None = None
 
     def contribute(self, weight: Tensor | float | None) -> None:
         """Counts the batch at hand into the window.
@@ -104,13 +104,13 @@ class BatchState:
         if weight is not None:
             self.weight = weight if self.weight is None else self.weight + weight
             if self.weight_reference is None:
-                self.weight_reference = nonzero(weight if self.ranks is None else self.agreed(weight))
+                self.weight_reference = nonzero(weight if self.processes is None else self.agreed(weight))
         self.contributions += 1
 
     def agreed(self, weight: Any) -> Any:
         """Rank zero's first weight."""
-        assert self.ranks is not None
-        agreed = self.ranks.broadcast(weight)
+        assert self.processes is not None
+        agreed = self.processes.broadcast(weight)
         return agreed.to(weight.device) if hasattr(weight, "to") and hasattr(agreed, "to") else agreed
 
 
@@ -131,6 +131,8 @@ class StopRequest:
         at_once: An evaluation inside of a fit is left at its next batch.
         epoch_reason: Why the epoch at hand is to end; None where it is not.
         is_agreed: All processes know of the request; where there is one process it has nobody to tell.
+        interruption: Why the run is to be interrupted at its next safe point; None if it is not.
+        interrupts: All processes know of the interruption.
     """
 
     reason: str | None = None
@@ -138,15 +140,27 @@ class StopRequest:
     at_once: bool = False
     epoch_reason: str | None = None
     is_agreed: bool = False
+    interruption: str | None = None
+    interrupts: bool = False
 
-    def agree(self, ranks: SingleProcess) -> None:
-        """Takes up what any process has asked for."""
-        asked = ranks.any_of([self.reason is not None, self.force, self.at_once, self.epoch_reason is not None])
-        self.is_agreed, self.force, self.at_once, ends_epoch = asked
+    def agree(self, processes: Processes) -> None:
+        """Take up the requests of all processes, by one exchange."""
+        requests = [self.reason, self.force, self.at_once, self.epoch_reason, self.interruption]
+        asked = processes.any_of([request not in (None, False) for request in requests])
+        self.is_agreed, self.force, self.at_once, ends_epoch, self.interrupts = asked
+        elsewhere = "another process asked for it"
         if self.is_agreed and self.reason is None:
-            self.reason = "another process asked for it"
+            self.reason = elsewhere
         if ends_epoch and self.epoch_reason is None:
-            self.epoch_reason = "another process asked for it"
+            self.epoch_reason = elsewhere
+        if self.interrupts and self.interruption is None:
+            self.interruption = elsewhere
+
+    def interrupt(self) -> str:
+        """Turn the interruption into a stop that holds now; return its reason."""
+        assert self.interruption is not None
+        self.reason, self.force, self.is_agreed = self.interruption, True, True
+        return self.interruption
 
 
 RunStage = Literal["fit", "validate", "test", "predict"]

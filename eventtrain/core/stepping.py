@@ -13,6 +13,8 @@ from eventtrain.events import (
     BeforeGradientClipping,
     BeforeOptimizerStep,
     BeforeZeroGrad,
+    ClippingDecided,
+    GradientsFinal,
     GradientsReady,
     OptimizerStepSkipped,
     ReduceGradients,
@@ -151,11 +153,11 @@ class Stepping:
             event = BeforeOptimizerStep(self.optimizer, max(self.evaluations, 1))
             signals.before_optimizer_step.publish(event)
             reason = event.skip_reason
-        if batch.ranks is not None and batch.ranks.any(reason is not None):
+        if batch.processes is not None and batch.processes.any(reason is not None):
             reason = reason or "another rank's veto"
         if reason is not None:
             self._skip(reason)
-        if signals.before_gradient_clipping.listeners or self.clip_hook is not None:
+        if signals.before_gradient_clipping.listeners or signals.clipping_decided.listeners or self.clip_hook is not None:
             self._clip()
         return self.result
 
@@ -185,7 +187,7 @@ class Stepping:
         self.ready = True
         signals, batch = self.signals, self.batch
         if signals.reduce_gradients.listeners:
-            signals.reduce_gradients.publish(ReduceGradients(self.optimizer))
+            signals.reduce_gradients.publish(ReduceGradients(self.optimizer, batch.automatic and batch.skipped))
         if signals.unscale_gradients.listeners:
             can_skip = self.stepping or self.depth == 0
             signals.unscale_gradients.publish(UnscaleGradients(self.optimizer, max(self.evaluations, 1), can_skip))
@@ -195,12 +197,19 @@ class Stepping:
             else:
                 ready = GradientsReady(self.optimizer, None, None, None)
             signals.gradients_ready.publish(ready)
+        if signals.gradients_final.listeners:
+            signals.gradients_final.publish(GradientsFinal(self.optimizer, self.stepping or self.depth > 0))
 
     def _clip(self) -> None:
         """Asks the policies, and clips by what they wrote."""
         event = BeforeGradientClipping(self.optimizer)
         self.signals.before_gradient_clipping.publish(event)
-        if self.clip_hook is not None and self.batch.automatic:
+        by_module = self.clip_hook is not None
+        if self.signals.clipping_decided.listeners:
+            value, algorithm = event.gradient_clip_val, event.gradient_clip_algorithm
+            decided = ClippingDecided(self.optimizer, value, algorithm, event.norm_type, by_module)
+            self.signals.clipping_decided.publish(decided)
+        if self.clip_hook is not None:
             self.norm_type = event.norm_type
             try:
                 self.clip_hook(self.optimizer, event.gradient_clip_val, event.gradient_clip_algorithm)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from eventtrain.distributed import SingleProcess
+from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 
@@ -136,15 +136,15 @@ class Metrics:
             values only compares it with what it saw.
         fresh: What was logged for loggers since the last ``metrics_logged`` of scope ``"step"``.
         device: Where the run's values are.
-        distributed: The processes whose epochs are merged.
+        processes: The processes whose epochs are merged.
         moment: Where the run is: in a ``"batch"``, in an ``"epoch"`` outside of its batches, or, where
             nothing can be logged, None. The loops write it, and ``batch``.
         batch: The batch at hand, for its size.
     """
 
-    def __init__(self, distributed: SingleProcess) -> None:
+    def __init__(self, processes: Processes) -> None:
         self.device = torch.device("cpu")
-        self.distributed = distributed
+        self.processes = processes
         self.callback_metrics: dict[str, Tensor] = {}
         self.logged_metrics: dict[str, Any] = {}
         self.progress_bar_metrics: dict[str, Tensor] = {}
@@ -212,7 +212,7 @@ class Metrics:
         if (step_name := entry.step_name) is None:
             return
         if entry.sync_dist:
-            value = self.distributed.reduce(value.clone(), entry.reduction)
+            value = self.processes.reduce(value.clone(), entry.reduction)
         if self.silent:
             return
         self.callback_metrics[step_name] = value
@@ -246,11 +246,11 @@ class Metrics:
         By one exchange for all names, in which each process says which it has: one that had no batch has none.
         """
         entries = [entry for entry in self._stage_entries.values() if entry.epoch_name is not None]
-        if self.distributed.world_size == 1:
+        if self.processes.world_size == 1:
             return entries
         mine = [entry.state_dict() for entry in entries if entry.metric is None]
         merged: dict[str, Entry] = {entry.name: entry for entry in entries if entry.metric is not None}
-        for states in self.distributed.gather_for_all(mine):
+        for states in self.processes.gather_for_all(mine):
             for state in states:
                 if state["name"] in merged:
                     merged[state["name"]].merge(state["total"], state["weight"])

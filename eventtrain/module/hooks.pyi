@@ -16,8 +16,10 @@ class CallbackHooks:
         """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders and optimizers do not exist yet. The place to wrap or shard the module."""
     def on_find_checkpoint(self, trainer: Trainer, event: events.FindCheckpoint) -> None:
         """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are."""
+    def on_checkpoint_read(self, trainer: Trainer, event: events.CheckpointRead) -> None:
+        """A checkpoint has been read from its file. If a listener of ``checkpoint_gathered`` moved a part of it elsewhere, this is the place to put that part back. The module exists, loaders and optimizers do not."""
     def on_load_checkpoint(self, trainer: Trainer, event: events.LoadCheckpoint) -> None:
-        """A checkpoint has been read, and nothing is restored from it yet: loaders and optimizers do not exist. A module may take its shape from it here."""
+        """A checkpoint is complete, and nothing is restored from it yet: loaders and optimizers do not exist. A module may take its shape from it here."""
     def on_prepare_loader(self, trainer: Trainer, event: events.PrepareLoader) -> None:
         """A run is about to use a loader for the first time. The place to have it read this process's share."""
     def on_estimate_stepping_batches(self, trainer: Trainer, event: events.EstimateSteppingBatches) -> None:
@@ -49,15 +51,19 @@ class CallbackHooks:
     def on_after_backward(self, trainer: Trainer, event: events.AfterBackward) -> None:
         """Backward has run: gradients were added to."""
     def on_reduce_gradients(self, trainer: Trainer, event: events.ReduceGradients) -> None:
-        """The window is complete: average gradients over ranks where backward has not done it."""
+        """The window is complete: average gradients over processes if backward has not done it."""
     def on_unscale_gradients(self, trainer: Trainer, event: events.UnscaleGradients) -> None:
         """Loss scaling is to be taken off the gradients."""
     def on_gradients_ready(self, trainer: Trainer, event: events.GradientsReady) -> None:
         """Gradients are complete and unscaled: normalise what is short or weighted. After this event they are the true gradients."""
+    def on_gradients_final(self, trainer: Trainer, event: events.GradientsFinal) -> None:
+        """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now."""
     def on_before_optimizer_step(self, trainer: Trainer, event: events.BeforeOptimizerStep) -> None:
         """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step."""
     def on_before_gradient_clipping(self, trainer: Trainer, event: events.BeforeGradientClipping) -> None:
         """Gradients may be clipped now: policies write the three fields."""
+    def on_clipping_decided(self, trainer: Trainer, event: events.ClippingDecided) -> None:
+        """The policies have written how gradients are clipped, and nothing is clipped yet: the last place to measure them."""
     def on_after_gradient_clipping(self, trainer: Trainer, event: events.AfterGradientClipping) -> None:
         """Gradients were clipped."""
     def on_after_optimizer_step(self, trainer: Trainer, event: events.AfterOptimizerStep) -> None:
@@ -115,11 +121,17 @@ class CallbackHooks:
     def on_metrics_logged(self, trainer: Trainer, event: events.MetricsLogged) -> None:
         """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
     def on_safe_point(self, trainer: Trainer, event: events.SafePoint) -> None:
-        """Nothing is under way: checkpoints, preemption and time limits live here. The last event of each batch; for an epoch's last batch, the last event of the epoch."""
-    def on_keep_checkpoint(self, trainer: Trainer, event: events.KeepCheckpoint) -> None:
-        """``trainer.keep_checkpoint`` asks those who keep checkpoints to write one now: the run is about to end early."""
+        """Nothing is under way: the last place where the state of the run may change before a checkpoint. Published after each batch; after an epoch's last batch, once the epoch's own events are over."""
+    def on_request_stop(self, trainer: Trainer, event: events.RequestStop) -> None:
+        """The place to end a run at this safe point: call ``trainer.stop(reason)``, or ``trainer.interrupt(reason)`` for a run that is to be resumed. Listeners change nothing else."""
+    def on_take_checkpoint(self, trainer: Trainer, event: events.TakeCheckpoint) -> None:
+        """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after ``request_stop``; before ``train_end`` if the run ends elsewhere; and whenever ``trainer.keep_checkpoint`` is called."""
+    def on_run_interrupted(self, trainer: Trainer, event: events.RunInterrupted) -> None:
+        """The run was interrupted by ``trainer.interrupt``, and its state is on disk. ``fit`` returns after this event, unless a listener leaves it by an exception, such as ``SystemExit``."""
     def on_save_checkpoint(self, trainer: Trainer, event: events.SaveCheckpoint) -> None:
-        """A checkpoint has been gathered and is about to be written."""
+        """The state of the run was collected for a checkpoint: add to it, or change it."""
+    def on_checkpoint_gathered(self, trainer: Trainer, event: events.CheckpointGathered) -> None:
+        """The content of a checkpoint is complete and about to be written. The place to move a part of it elsewhere, such as the shards of weights; ``checkpoint_read`` is the place to put it back."""
     def on_checkpoint_saved(self, trainer: Trainer, event: events.CheckpointSaved) -> None:
         """A checkpoint is on disk under its final name."""
     def on_train_end(self, trainer: Trainer, event: events.TrainEnd) -> None:
@@ -138,8 +150,10 @@ class ModuleHooks:
         """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders and optimizers do not exist yet. The place to wrap or shard the module."""
     def on_find_checkpoint(self, event: events.FindCheckpoint) -> None:
         """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are."""
+    def on_checkpoint_read(self, event: events.CheckpointRead) -> None:
+        """A checkpoint has been read from its file. If a listener of ``checkpoint_gathered`` moved a part of it elsewhere, this is the place to put that part back. The module exists, loaders and optimizers do not."""
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint has been read, and nothing is restored from it yet: loaders and optimizers do not exist. A module may take its shape from it here."""
+        """A checkpoint is complete, and nothing is restored from it yet: loaders and optimizers do not exist. A module may take its shape from it here."""
     def on_prepare_loader(self, event: events.PrepareLoader) -> None:
         """A run is about to use a loader for the first time. The place to have it read this process's share."""
     def on_estimate_stepping_batches(self, event: events.EstimateSteppingBatches) -> None:
@@ -171,15 +185,19 @@ class ModuleHooks:
     def on_after_backward(self) -> None:
         """Backward has run: gradients were added to."""
     def on_reduce_gradients(self, event: events.ReduceGradients) -> None:
-        """The window is complete: average gradients over ranks where backward has not done it."""
+        """The window is complete: average gradients over processes if backward has not done it."""
     def on_unscale_gradients(self, event: events.UnscaleGradients) -> None:
         """Loss scaling is to be taken off the gradients."""
     def on_gradients_ready(self, event: events.GradientsReady) -> None:
         """Gradients are complete and unscaled: normalise what is short or weighted. After this event they are the true gradients."""
+    def on_gradients_final(self, event: events.GradientsFinal) -> None:
+        """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now."""
     def on_before_optimizer_step(self, optimizer: LightningOptimizer) -> None:
         """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step."""
     def on_before_gradient_clipping(self, event: events.BeforeGradientClipping) -> None:
         """Gradients may be clipped now: policies write the three fields."""
+    def on_clipping_decided(self, event: events.ClippingDecided) -> None:
+        """The policies have written how gradients are clipped, and nothing is clipped yet: the last place to measure them."""
     def on_after_gradient_clipping(self, event: events.AfterGradientClipping) -> None:
         """Gradients were clipped."""
     def on_after_optimizer_step(self, event: events.AfterOptimizerStep) -> None:
@@ -237,11 +255,17 @@ class ModuleHooks:
     def on_metrics_logged(self, event: events.MetricsLogged) -> None:
         """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
     def on_safe_point(self, event: events.SafePoint) -> None:
-        """Nothing is under way: checkpoints, preemption and time limits live here. The last event of each batch; for an epoch's last batch, the last event of the epoch."""
-    def on_keep_checkpoint(self, event: events.KeepCheckpoint) -> None:
-        """``trainer.keep_checkpoint`` asks those who keep checkpoints to write one now: the run is about to end early."""
+        """Nothing is under way: the last place where the state of the run may change before a checkpoint. Published after each batch; after an epoch's last batch, once the epoch's own events are over."""
+    def on_request_stop(self, event: events.RequestStop) -> None:
+        """The place to end a run at this safe point: call ``trainer.stop(reason)``, or ``trainer.interrupt(reason)`` for a run that is to be resumed. Listeners change nothing else."""
+    def on_take_checkpoint(self, event: events.TakeCheckpoint) -> None:
+        """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after ``request_stop``; before ``train_end`` if the run ends elsewhere; and whenever ``trainer.keep_checkpoint`` is called."""
+    def on_run_interrupted(self, event: events.RunInterrupted) -> None:
+        """The run was interrupted by ``trainer.interrupt``, and its state is on disk. ``fit`` returns after this event, unless a listener leaves it by an exception, such as ``SystemExit``."""
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint has been gathered and is about to be written."""
+        """The state of the run was collected for a checkpoint: add to it, or change it."""
+    def on_checkpoint_gathered(self, event: events.CheckpointGathered) -> None:
+        """The content of a checkpoint is complete and about to be written. The place to move a part of it elsewhere, such as the shards of weights; ``checkpoint_read`` is the place to put it back."""
     def on_checkpoint_saved(self, event: events.CheckpointSaved) -> None:
         """A checkpoint is on disk under its final name."""
     def on_train_end(self) -> None:

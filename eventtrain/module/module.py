@@ -144,7 +144,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
     def local_rank(self) -> int:
         """This process's index on its machine; 0 without a trainer."""
         trainer = self.__dict__.get("_trainer")
-        return trainer.distributed.local_rank if trainer is not None else 0
+        return trainer.processes.local_rank if trainer is not None else 0
 
     @property
     def device(self) -> torch.device:

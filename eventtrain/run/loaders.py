@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from eventtrain.checks import limit_name
 from eventtrain.core.signals import SignalTable
 from eventtrain.data.batches import Batches, Limit, as_loaders, known_length, limited_length, move_to_device
 from eventtrain.data.resumable import Source, generator_states, is_stateful, set_epoch, set_generator_states
-from eventtrain.distributed import SingleProcess
+from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module.module import DataHooks, LightningDataModule, LightningModule, overridden
+from eventtrain.run.arguments import limit_name
 
 LOADER_HOOKS: dict[Stage, str] = {
     "train": "train_dataloader",
@@ -38,7 +38,7 @@ class DataSources:
         limits: How many batches of each stage are used.
         signals: Where fetching is published.
         device: Where batches go.
-        distributed: The processes that share the data.
+        processes: The processes that share the data.
 
     Attributes:
         seed: What loaders' workers are seeded from, besides stage, pass and batch.
@@ -52,14 +52,14 @@ class DataSources:
         limits: dict[Stage, Limit],
         signals: SignalTable,
         device: torch.device,
-        distributed: SingleProcess,
+        processes: Processes,
     ) -> None:
         self._module = module
         self._datamodule = datamodule
         self._limits = limits
         self._signals = signals
         self._device = device
-        self._distributed = distributed
+        self._processes = processes
         self.seed = torch.initial_seed()
         self._sources: dict[tuple[Stage, int], Source] = {}
         self._passes: dict[str, int] = {}  # that the run has begun before, in another process for example
@@ -96,9 +96,9 @@ class DataSources:
             MisconfigurationError: The stage's limit does not fit the loader.
         """
         length = limited_length(known_length(loader), self._limits[stage], limit_name(stage))
-        if stage != "train" or length is None or self._distributed.world_size == 1:
+        if stage != "train" or length is None or self._processes.world_size == 1:
             return length
-        return min(self._distributed.gather_for_all(length))  # no process trains on while others have nothing left
+        return min(self._processes.gather_for_all(length))  # no process trains on while others have nothing left
 
     def open(
         self,
@@ -125,10 +125,10 @@ class DataSources:
         source = self._sources.get((stage, dataloader_idx))
         if source is None:
             passes = self._passes.get(f"{stage}/{dataloader_idx}", 0)
-            rank = self._distributed.global_rank
+            rank = self._processes.global_rank
             key = (self.seed, stage, dataloader_idx, *([rank] if rank else []))  # each process draws its own
             source = self._sources[stage, dataloader_idx] = Source(loader, key, passes)
-        agree = self._distributed.any if stage == "train" and self._distributed.world_size > 1 else None
+        agree = self._processes.any if stage == "train" and self._processes.world_size > 1 else None
         return Batches(source, number, limit, stage, self._signals, self._transfer(dataloader_idx), position, agree)
 
     def passes(self, stage: Stage, *, most: int | None = None, number: int = 0) -> list[Callable[[], Batches]]:

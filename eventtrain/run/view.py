@@ -6,8 +6,8 @@ from typing import Any
 
 from eventtrain.core.loop import Extent, TrainLoop
 from eventtrain.core.signals import Signals
-from eventtrain.core.state import Progress, RunStage, StopRequest
-from eventtrain.distributed import SingleProcess
+from eventtrain.core.state import BatchState, Progress, RunStage, StopRequest
+from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import EstimateSteppingBatches
 from eventtrain.metrics.metrics import Metrics
@@ -20,7 +20,7 @@ class RunView:
     Attributes:
         signals: One signal per event.
         callbacks: The attached callbacks, in order.
-        distributed: The other processes, if any.
+        processes: The other processes, if any.
         extent: How long the run is.
         progress: Its counters.
         metrics: What is logged.
@@ -30,12 +30,13 @@ class RunView:
 
     signals: Signals
     callbacks: list[Any]
-    distributed: SingleProcess
+    processes: Processes
     extent: Extent
     progress: Progress
     metrics: Metrics
     stage: RunStage | None
     stop_request: StopRequest
+    batch: BatchState
     _module: LightningModule | None
     _loop: TrainLoop | None
 
@@ -168,6 +169,16 @@ class RunView:
         return self.stop_request.reason is not None
 
     @property
+    def stop_reason(self) -> str | None:
+        """Why the run was asked to stop, in this run or the last; None if it was not."""
+        return self.stop_request.reason
+
+    @property
+    def window_open(self) -> bool:
+        """Whether gradients of an unfinished accumulation window are held."""
+        return self.batch.window_open
+
+    @property
     def is_ending(self) -> bool:
         """Whether the run ends at the safe point at hand: it is complete, or was asked to stop."""
         return self._loop is not None and (self._loop.is_complete() or self._loop.is_stopping())
@@ -175,14 +186,14 @@ class RunView:
     @property
     def world_size(self) -> int:
         """The number of processes that train together."""
-        return self.distributed.world_size
+        return self.processes.world_size
 
     @property
     def global_rank(self) -> int:
         """This process's index among them."""
-        return self.distributed.global_rank
+        return self.processes.global_rank
 
     @property
     def is_global_zero(self) -> bool:
         """Whether this is the process that writes files and prints."""
-        return self.distributed.global_rank == 0
+        return self.processes.global_rank == 0

@@ -74,7 +74,7 @@ class FakeWrapper(Callback):
         return step(*args)
 
     def on_before_forward(self, trainer: Trainer, event: Any) -> None:
-        event.run = self.call
+        event.call = self.call
         if not event.closes_window:
             event.enter(self.no_sync())
 

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision, ProgressBar
-from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import On, Probe, Recorder, batches, new_trainer, train
 
 # ------------------------------------------------------------------ A1: the closure
 

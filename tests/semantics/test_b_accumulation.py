@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from eventtrain import LightningModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
 from eventtrain.distributed import SingleProcess
-from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import On, Probe, Recorder, batches, new_trainer, train
 
 
 def windows_of(module: Probe, trainer_arguments: dict[str, Any], accumulation: GradientAccumulation, xs: Any) -> list[int]:
@@ -578,7 +578,7 @@ def test_b4_weights_are_summed_across_ranks(make: Any) -> None:
 
     module = Weighted()
     trainer = new_trainer(GradientAccumulation(2), On(reduce_gradients=average))
-    trainer.distributed = TwoRanks(6.0)  # type: ignore[assignment]
+    trainer.processes = TwoRanks(6.0)  # type: ignore[assignment]
     trainer.fit(module, weighted((1.0, make(1.0)), (2.0, make(3.0))))
     assert module.updates == [pytest.approx((1 * 1 + 2 * 3 + 7 * 4 + 9 * 2) / (1 + 3 + 4 + 2))]
 
@@ -642,7 +642,7 @@ class Synchronised:
     def on_before_forward(self, trainer: Any, event: Any) -> None:
         if not event.closes_window:
             event.enter(self.ddp.no_sync())
-        event.run = self.ddp
+        event.call = self.ddp
 
 
 def test_b5_gradients_are_synchronised_once_per_window(tmp_path: Any) -> None:

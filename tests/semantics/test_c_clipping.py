@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 from eventtrain import LightningModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, MixedPrecision
-from tests.semantics.probe import On, Probe, Recorder, train
+from tests.kit import On, Probe, Recorder, train
 
 
 def scaled_by_1024() -> MixedPrecision:

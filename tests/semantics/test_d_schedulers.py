@@ -22,7 +22,7 @@ from eventtrain.callbacks import (
     MixedPrecision,
     TensorBoardLogger,
 )
-from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import On, Probe, Recorder, batches, new_trainer, train
 
 
 class Halving(LambdaLR):

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
-from tests.semantics.probe import On, Probe, Recorder, batches, train
+from tests.kit import On, Probe, Recorder, batches, train
 
 
 class Manual(Probe):

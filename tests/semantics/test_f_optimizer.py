@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneC
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
-from tests.semantics.probe import On, Probe, Recorder, train
+from tests.kit import On, Probe, Recorder, train
 
 
 def wrapped(lr: float = 1.0, momentum: float = 0.9) -> tuple[nn.Parameter, SGD, LightningOptimizer]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision
-from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import On, Probe, Recorder, batches, new_trainer, train
 
 # ------------------------------------------------------------------ G1: global_step
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import LightningModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
-from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import On, Probe, Recorder, batches, new_trainer, train
 
 INF = float("inf")
 FUSED = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

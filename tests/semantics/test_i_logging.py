@@ -14,7 +14,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from eventtrain import MisconfigurationError, Trainer
 from eventtrain.distributed import SingleProcess
-from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import On, Probe, Recorder, batches, new_trainer, train
 
 THREE = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5.0])]
 """Batches sized 2, 2, 1, whose means are 1.5, 3.5, 5."""
@@ -168,12 +168,12 @@ class TwoRanks(SingleProcess):
 @pytest.mark.parametrize("sync", [False, True])
 def test_i1_sync_dist(sync: bool) -> None:
     trainer = new_trainer()
-    trainer.distributed = TwoRanks()
+    trainer.processes = TwoRanks()
     trainer.fit(Logs(logs(sync_dist=sync, reduce_fx="max", on_epoch=True)), batches(2))
     # An epoch's value is always that of all ranks, so that all decide alike; a step's only where that is asked for.
     step = 4.0 if sync else 2.0
     assert plain(trainer.callback_metrics) == {"value": 4.0, "value_step": step, "value_epoch": 4.0}
-    assert trainer.distributed.reduced == ([(1.0, "max"), (2.0, "max")] if sync else [])
+    assert trainer.processes.reduced == ([(1.0, "max"), (2.0, "max")] if sync else [])
 
 
 def test_i1_a_synchronised_mean_is_weighted_over_all_ranks() -> None:
@@ -188,7 +188,7 @@ def test_i1_a_synchronised_mean_is_weighted_over_all_ranks() -> None:
             return [value, [entry | {"total": 4 * entry["total"], "weight": 2 * entry["weight"]} for entry in value]]
 
     trainer = new_trainer()
-    trainer.distributed = Other()
+    trainer.processes = Other()
     trainer.fit(Logs(logs(on_step=False, on_epoch=True)), THREE)
     assert plain(trainer.callback_metrics) == pytest.approx({"value": 3.0 * 5 / 3})
 
@@ -204,7 +204,7 @@ def test_i1_a_rank_without_a_batch_has_the_others_values() -> None:
             return [value, [{**mine, "options": [False, True, False, True, "mean", False]}]]
 
     trainer = new_trainer()
-    trainer.distributed = Other()
+    trainer.processes = Other()
     trainer.fit(Logs(logs(on_step=False, on_epoch=True)), THREE)
     assert plain(trainer.callback_metrics) == {"value": 3.0, "theirs": 3.0}
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from eventtrain import LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 from eventtrain.distributed import SingleProcess
-from tests.semantics.probe import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import On, Probe, Recorder, batches, new_trainer, train
 
 
 class Evaluates(Probe):
@@ -710,9 +710,9 @@ class TwoRanks(SingleProcess):
 
 def train_on_two_ranks(module: Probe, count: int, *callbacks: Any, elsewhere: dict[int, bool]) -> tuple[Any, TwoRanks]:
     trainer = new_trainer(*callbacks)
-    trainer.distributed = TwoRanks(elsewhere)
+    trainer.processes = TwoRanks(elsewhere)
     trainer.fit(module, batches(count))
-    return trainer, trainer.distributed
+    return trainer, trainer.processes
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["on this rank", "on another"])
@@ -763,7 +763,7 @@ def test_j4_an_end_that_another_rank_asks_for_is_everybodys(what: str) -> None:
 
     module = Probe()
     trainer = new_trainer()
-    trainer.distributed = Asks({})
+    trainer.processes = Asks({})
     trainer.fit(module, batches(4))
     assert module.updates == [1.0, 2.0]
     assert trainer.current_epoch == (0 if what == "the run" else 1)

@@ -384,7 +384,7 @@ def test_other_ranks_measure_too_and_print_nothing(capsys: pytest.CaptureFixture
     module.example_input_array = torch.ones(5, 4)
     module.body.register_forward_hook(lambda *args: measured.append(args))
     trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False, callbacks=[ModelSummary()], limit_train_batches=0)
-    trainer.distributed = Other()  # type: ignore[assignment]
+    trainer.processes = Other()  # type: ignore[assignment]
     trainer.fit(module, [torch.ones(5, 4)])
     assert capsys.readouterr().out == "" and len(measured) == 1, "a sharded module's forward needs all ranks"
 

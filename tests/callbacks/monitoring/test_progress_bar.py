@@ -560,7 +560,7 @@ def test_other_ranks_show_nothing_and_read_nothing(
             self.print("printed")
 
     def run(trainer: Trainer) -> None:
-        trainer.distributed = Other()  # type: ignore[assignment]
+        trainer.processes = Other()  # type: ignore[assignment]
         trainer.fit(Printing(), BATCHES, BATCHES[:2])
         trainer.test(Printing(), BATCHES)
 

@@ -283,7 +283,7 @@ def test_a_sensor_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.Monkey
 def test_other_ranks_than_zero_are_not_sampled() -> None:
     counts = Counts()
     trainer, written = trainer_of(Monitor(counts))
-    trainer.distributed = SimpleNamespace(  # type: ignore[assignment]
+    trainer.processes = SimpleNamespace(  # type: ignore[assignment]
         global_rank=1, world_size=1, any=lambda flag: flag, reduce=lambda value, how: value
     )
     RUNS["train"](trainer)

@@ -749,7 +749,7 @@ def test_other_ranks_record_nothing(tmp_path: Path, clock: Clock) -> None:
 
     timeline = EventTimeline(clock=clock)
     trainer = trainer_of(tmp_path, timeline)
-    trainer.distributed = Second()
+    trainer.processes = Second()
     trainer.fit(Model(clock), BATCHES)
     assert not (tmp_path / "timelines").exists()
     with pytest.raises(MisconfigurationError, match="on other ranks than zero"):

@@ -444,7 +444,7 @@ def test_a_fast_dev_run_writes_nothing(tmp_path: Path, capsys: Any) -> None:
 def test_other_ranks_record_nothing(tmp_path: Path) -> None:
     profiler = TorchProfiler()
     trainer = trainer_of(profiler, tmp_path)
-    trainer.distributed.global_rank = 1  # type: ignore[misc]
+    trainer.processes.global_rank = 1  # type: ignore[misc]
     trainer.fit(Model(), batches(20))
     assert profiler.traces == [] and list(tmp_path.iterdir()) == []
 

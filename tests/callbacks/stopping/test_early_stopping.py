@@ -212,7 +212,7 @@ def test_processes_stop_together() -> None:
             return flag or self.questions > 5
 
     trainer = Trainer(max_epochs=9, callbacks=[EarlyStopping("metric")], default_callbacks=False, device="cpu")
-    trainer.distributed = Other()
+    trainer.processes = Other()
     trainer.fit(Model(training=list(range(9, 0, -1))), BATCHES)
     assert trainer.current_epoch == 5
     assert reason(trainer) == "EarlyStopping: metric, as another process sees it"

@@ -568,7 +568,7 @@ def train_as(ranks: Ranks, folder: Path, *callbacks: Any) -> None:
     module, loader, _, given, options = build(folder, ranks, *callbacks)()
     del options["val_check_interval"]
     trainer = Trainer(callbacks=given, default_callbacks=False, device="cpu", **options)
-    trainer.distributed = ranks
+    trainer.processes = ranks
     trainer.fit(module, loader)
 
 

@@ -322,7 +322,7 @@ class Two(SingleProcess):
 )
 def test_processes_end_together(bad_after: int, own: tuple[int, ...], message: str) -> None:
     trainer = trainer_of(TerminateOnNaN(every_n_batches=4))
-    trainer.distributed = distributed = Two()
+    trainer.processes = distributed = Two()
     distributed.trainer, distributed.bad_after = trainer, bad_after
     with pytest.raises(NonFiniteLossError, match=f"TerminateOnNaN: {message}"):
         trainer.fit(Model(), batches(*own))

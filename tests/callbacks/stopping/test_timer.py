@@ -250,7 +250,7 @@ def test_processes_end_where_any_has_no_time_left(tmp_path: Path, clock: Clock) 
         module, loader, _, given, options = build(tmp_path, clock, ranks, *callbacks)()
         del options["val_check_interval"]
         trainer = Trainer(callbacks=given, default_callbacks=False, device="cpu", **options)
-        trainer.distributed = ranks
+        trainer.processes = ranks
         trainer.fit(module, loader)
         return trainer
 

@@ -1,6 +1,6 @@
-"""The probe of the semantics tests.
+"""The helpers that tests share: small modules, a trainer without surprises, and callbacks made of functions.
 
-One parameter ``w = 0``, ``loss = w * x``, batches ``x = 1, 2, 3, ...``, plain ``SGD(lr=1)``. The gradient of a
+The probe: one parameter ``w = 0``, ``loss = w * x``, batches ``x = 1, 2, 3, ...``, plain ``SGD(lr=1)``. The gradient of a
 batch is ``x``, so the gradient of each update shows exactly what was accumulated, scaled or clipped:
 
 >>> module = Probe()
@@ -97,6 +97,50 @@ class Probe(LightningModule):
 
         optimizer.register_step_post_hook(record)
         return optimizer
+
+
+class Line(LightningModule):
+    """One linear layer that learns to give zero: a module for tests that need any module.
+
+    Args:
+        inputs: The size of a sample.
+        outputs: The size of the layer's output.
+        lr: The learning rate of the SGD.
+        automatic: Whether to optimize automatically.
+        **log: The options of ``self.log("loss", ...)`` in ``training_step``; nothing is logged without any.
+    """
+
+    def __init__(self, inputs: int = 1, outputs: int = 1, *, lr: float = 0.1, automatic: bool = True, **log: Any) -> None:
+        super().__init__()
+        self.automatic_optimization = automatic
+        self.layer = nn.Linear(inputs, outputs)
+        self.lr = lr
+        self.log_options = log
+
+    def forward(self, batch: Tensor) -> Tensor:
+        output: Tensor = self.layer(batch)
+        return output
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self(batch).square().mean()
+        if self.log_options:
+            self.log("loss", loss, **self.log_options)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self(batch).square().mean())
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("test_loss", self(batch).square().mean())
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=self.lr)
 
 
 def train(module: LightningModule, xs: Any = 5, *callbacks: Any, val: Any = None, **arguments: Any) -> Trainer:

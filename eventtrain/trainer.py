@@ -22,7 +22,8 @@ from eventtrain.core.loop import Extent, TrainLoop
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.core.signals import EventSignal, Signals
 from eventtrain.core.state import BatchState, Progress, RunStage, StopRequest
-from eventtrain.data.batches import Limit, check_limit, check_train_loader, resolve_device
+from eventtrain.data.device import resolve_device
+from eventtrain.data.limits import Limit, check_limit, check_train_loader
 from eventtrain.describe import describe, overview
 from eventtrain.distributed import SingleProcess
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
@@ -380,7 +381,7 @@ class Trainer(RunView):
         Args:
             name: The metric's name.
         """
-        return self.metrics.renewals.get(name, 0)
+        return self.metrics.update_counts.get(name, 0)
 
     def _signal_of(self, handler: Callable[..., Any]) -> EventSignal:
         name = getattr(handler, "__name__", repr(handler))

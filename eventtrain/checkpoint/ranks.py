@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.checkpoint.rng import rng_state
-from eventtrain.data.batches import known_length
+from eventtrain.data.limits import known_length
 from eventtrain.errors import MisconfigurationError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from eventtrain.checkpoint.rng import set_rng_state
 from eventtrain.core.loop import Resumption
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import CheckpointGathered, CheckpointRead, LoadCheckpoint, SaveCheckpoint
-from eventtrain.metrics.metrics import on_device
+from eventtrain.metrics.entry import on_device
 from eventtrain.version import __version__
 
 if TYPE_CHECKING:

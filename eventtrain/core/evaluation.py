@@ -135,7 +135,7 @@ class EvaluationLoop:
                 break
             if not is_left:
                 continue  # other processes have a batch more, and ask each time whether the run is interrupted
-            metrics.batch, metrics.moment = batch, "batch"
+            metrics.batch, metrics.scope = batch, "batch"
             if start.listeners:
                 start.publish(self._events["BatchStart"](batch, batch_idx, dataloader_idx))
             args = (batch, batch_idx, dataloader_idx)[: self.arguments]

@@ -195,11 +195,11 @@ class TrainLoop:
         progress.batch_idx = batch_idx
         progress.total_batch_idx += 1
         self.is_last_batch = is_last
-        metrics.batch, metrics.moment = batch, "batch"
+        metrics.batch, metrics.scope = batch, "batch"
         state.batch, state.batch_idx, state.evaluations = batch, batch_idx, 0
         state.skipped = state.updated = False
         if signals.train_batch_start.listeners and self.gate(batch, batch_idx, is_last):
-            metrics.moment = "epoch"
+            metrics.scope = "epoch"
             progress.batch_idx -= 1  # it was not trained
             return self.validate_if_due(batch_idx, True)
         if (closure := self.closure) is None:
@@ -220,7 +220,7 @@ class TrainLoop:
             outputs, loss = detached_outputs(state)
             signals.train_batch_end.publish(TrainBatchEnd(outputs, batch, batch_idx, loss))
         state.loss = state.outputs = None  # the graph ends with the batch
-        metrics.moment = "epoch"
+        metrics.scope = "epoch"
         if state.updated and signals.metrics_logged.listeners:
             signals.metrics_logged.publish(MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
         if state.processes is not None:
@@ -384,10 +384,10 @@ class TrainLoop:
     def close_metrics(self, complete: bool) -> None:
         """Publishes ``train_epoch_end``, then the epoch's final values."""
         signals, progress = self.signals, self.progress
-        self.metrics.moment = "epoch"
+        self.metrics.scope = "epoch"
         self.metrics.show_epoch()
         signals.train_epoch_end.publish(TrainEpochEnd(progress.current_epoch))
-        self.metrics.moment = None
+        self.metrics.scope = None
         values = self.metrics.end_epoch()
         signals.metrics_logged.publish(MetricsLogged("train", "epoch", progress.global_step, values, complete))
 

@@ -27,14 +27,6 @@ TO_CONVERT = {
     "callbacks/profiling/spans.py": {"_compiled_call_impl", "_modules", "_orig_mod"},
     "callbacks/profiling/torch_profiler.py": {"_profiler_enabled"},
     "eventtrain/checkpoint/contents.py": {"_opt_called"},
-    "eventtrain/data/batches.py": {"_fields"},
-    "eventtrain/data/resumable.py": {"_iterator"},
-    "eventtrain/metrics/metrics.py": {
-        "_computed", "_defaults", "_forward_cache", "_getframe", "_is_view", "_update_count",
-    },
-    "eventtrain/run/compiled.py": {
-        "_compiled_call_impl", "_dynamo", "_orig_mod", "_torchdynamo_orig_callable",
-    },
 }  # fmt: skip
 """The files that still use private names. The test fails when one is converted and its line is still here."""
 

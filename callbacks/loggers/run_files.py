@@ -20,7 +20,7 @@ import torch
 
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.core.evaluation import restore
-from eventtrain.data.batches import move_to_device
+from eventtrain.data.device import move_to_device
 from eventtrain.errors import MisconfigurationError
 from eventtrain.version import __version__
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from eventtrain.callback import Callback
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.core.evaluation import restore
-from eventtrain.data.batches import move_to_device
+from eventtrain.data.device import move_to_device
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import FitStart
 from eventtrain.trainer import Trainer

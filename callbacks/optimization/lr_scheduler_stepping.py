@@ -102,7 +102,7 @@ class LRSchedulerStepping(Callback):
             return
         metric: Any = None
         if config.monitor is not None:
-            renewals = trainer.metrics.renewals.get(config.monitor, 0)
+            renewals = trainer.times_logged(config.monitor)
             if renewals == 0:
                 self._on_absent_metric(trainer, config)
                 return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eventtrain._torch import mark_as_stepped
+from eventtrain._torch import mark_stepped
 from eventtrain.callback import has_state, state_key
 from eventtrain.checkpoint.migrations import SCHEMA_VERSION, migrated
 from eventtrain.checkpoint.ranks import state_of_rank, state_of_this_rank
@@ -121,7 +121,7 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for stepping, steps in zip(state.steppings, checkpoint["num_steps"], strict=True):
         stepping.num_steps = steps
         # Else torch's schedulers warn of a step before the optimizer's first: that was in another process.
-        mark_as_stepped(stepping.wrapped, steps > 0)
+        mark_stepped(stepping.wrapped, steps > 0)
     for name, value in checkpoint["progress"].items():
         setattr(state.progress, name, value)
     if state.progress.epoch_is_over:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from eventtrain.checkpoint import storage
 from eventtrain.core.closure import backward
 from eventtrain.core.optimizer import LightningOptimizer
-from eventtrain.data.batches import move_to_device
+from eventtrain.data.device import move_to_device
 from eventtrain.errors import MisconfigurationError
 from eventtrain.module.hooks import ModuleHooks
 from eventtrain.module.hparams import HyperparametersMixin

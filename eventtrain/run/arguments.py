@@ -7,7 +7,7 @@ from typing import Any
 
 from eventtrain.checks import check_whole_number
 from eventtrain.core.state import RunLimits
-from eventtrain.data.batches import Limit, check_limit
+from eventtrain.data.limits import Limit, check_limit
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 from eventtrain.module.module import LightningDataModule, LightningModule

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from eventtrain.core.signals import SignalTable
-from eventtrain.data.batches import Batches, Limit, as_loaders, known_length, limited_length, move_to_device
-from eventtrain.data.resumable import Source, generator_states, is_stateful, set_epoch, set_generator_states
+from eventtrain.data.batches import Batches
+from eventtrain.data.device import move_to_device
+from eventtrain.data.generators import generator_states, set_generator_states
+from eventtrain.data.limits import Limit, as_loaders, known_length, limited_length
+from eventtrain.data.resumable import ResumableLoader, is_stateful, set_epoch
 from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import PrepareLoader, Stage
@@ -61,7 +64,7 @@ class DataSources:
         self._device = device
         self._processes = processes
         self.seed = torch.initial_seed()
-        self._sources: dict[tuple[Stage, int], Source] = {}
+        self._sources: dict[tuple[Stage, int], ResumableLoader] = {}
         self._passes: dict[str, int] = {}  # that the run has begun before, in another process for example
         self._given = {stage: loader for stage, loader in given.items() if loader is not None}
         self._loaders: dict[Stage, Any] = {}
@@ -127,7 +130,7 @@ class DataSources:
             passes = self._passes.get(f"{stage}/{dataloader_idx}", 0)
             rank = self._processes.global_rank
             key = (self.seed, stage, dataloader_idx, *([rank] if rank else []))  # each process draws its own
-            source = self._sources[stage, dataloader_idx] = Source(loader, key, passes)
+            source = self._sources[stage, dataloader_idx] = ResumableLoader(loader, key, passes)
         agree = self._processes.any if stage == "train" and self._processes.world_size > 1 else None
         return Batches(source, number, limit, stage, self._signals, self._transfer(dataloader_idx), position, agree)
 

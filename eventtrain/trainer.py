@@ -297,7 +297,7 @@ class Trainer:
         request.at_once |= at_once
         request.is_agreed |= by_all
 
-    def interrupt(self, reason: str) -> None:
+    def interrupt(self, reason: str | None) -> None:
         """Interrupt the fit at its next safe point: write a checkpoint there and return from ``fit``, so that
         ``fit(ckpt_path="last")`` resumes the run.
 
@@ -305,7 +305,7 @@ class Trainer:
         and ``min_steps``. If one of several processes asks, all are interrupted. A signal handler may call it.
 
         Args:
-            reason: Why, in a few words.
+            reason: Why, in a few words. None withdraws the request, unless other processes know of it already.
 
         Example:
             >>> class InterruptAfterTwo(Callback):
@@ -317,8 +317,9 @@ class Trainer:
             >>> trainer.global_step
             2
         """
-        self.run_state.stop_request.interruption = reason
-        self.run_state.stop_request.at_once = True
+        request = self.run_state.stop_request
+        if reason is not None or not request.interruption_is_agreed:
+            request.interruption = reason
 
     def end_epoch(self, reason: str) -> None:
         """End the training epoch after the current batch. Validation still runs; nothing that counts epochs steps for it.

@@ -40,7 +40,7 @@ def gather(trainer: Trainer) -> dict[str, Any]:
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """Return the state of a run. Its keys are the schema, which ``docs/resume.md`` describes:
 
-    - ``schema_version``, ``versions`` of the software that wrote it, ``written_at`` in seconds since 1970, ``hyper_parameters``;
+    - ``schema_version``, ``versions`` of the software, ``written_at`` in seconds since 1970, ``hyper_parameters``;
     - ``state_dict`` of the module; ``optimizer_states`` and ``lr_schedulers``, lists in the order of
       ``configure_optimizers``; ``num_steps``, each optimizer's count;
     - ``progress``, the counters; ``epoch`` and ``global_step``, copies of two of them under Lightning's names;
@@ -109,8 +109,8 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         checkpoint: The checkpoint that :func:`announce` returned.
 
     Raises:
-        MisconfigurationError: If the checkpoint has another number of optimizers or schedulers, or was written by another number
-            of processes at a place from which these cannot continue.
+        MisconfigurationError: If the checkpoint has another number of optimizers or schedulers, or another number of processes
+            wrote it, at a place from which these cannot continue.
     """
     state = trainer.run_state
     checkpoint = state_of_rank(checkpoint, trainer)

@@ -24,6 +24,9 @@ def state_of_this_rank(trainer: Trainer) -> dict[str, Any]:
     state = trainer.run_state
     batch, batches, loaders = state.batch, None if state.loop is None else state.loop.batches, state.loaders
     position = None if batches is None else batches.position()
+    data = None
+    if state.loop is not None and loaders is not None:
+        data = loaders.state_dict(position is not None) | {"position": position}
     return {
         "window": {
             "open": batch.window_open,
@@ -35,7 +38,7 @@ def state_of_this_rank(trainer: Trainer) -> dict[str, Any]:
         },
         "metrics": state.metrics.state_dict(trainer.module),
         "rng": rng_state(),
-        "data": None if state.loop is None or loaders is None else loaders.state_dict(position is not None) | {"position": position},
+        "data": data,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ class EvaluationLoop:
         step: Callable[..., Any],
         metrics: LoggedValues,
         progress: Progress,
-        open_loaders: list[Callable[[], Batches]],
+        open_loaders: Sequence[Callable[[], Batches]],
         context: Callable[[], AbstractContextManager[Any]],
         is_interrupted: Callable[[], bool] | None,
         processes: Processes | None,

@@ -42,6 +42,9 @@ class Batches(Protocol):
     def close(self) -> None:
         """Let the loader's workers go."""
 
+    def position(self) -> dict[str, Any]:
+        """Return the position of the batch that was fetched last, for a checkpoint."""
+
 
 class LoggedValues(Protocol):
     """The values that a module logs.

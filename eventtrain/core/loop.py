@@ -138,6 +138,8 @@ class TrainLoop:
         """Train an epoch: all of it, or the rest after the checkpoint that the run resumes from."""
         progress, stop, signals, max_steps = self.progress, self.stop, self.signals, self.limits.max_steps
         batches, ends_epoch = self.begin_epoch()
+        if stop.interruption is not None:  # in the validation that a resumed run repeats: at the same safe point again
+            self.interrupt()
         while ends_epoch or (
             (max_steps is None or progress.global_step < max_steps) and (stop.reason is None or not self.is_stopping())
         ):
@@ -158,8 +160,8 @@ class TrainLoop:
             if signals.request_stop.listeners:
                 signals.request_stop.publish(RequestStop(ends_epoch, self.batch.window_open))
                 self.agree()
-            if stop.interruption is not None and (stop.interruption_is_agreed or self.batch.processes is None):
-                self.interrupt()
+            if stop.interruption is not None and self.interrupt():
+                pass  # keep_checkpoint has published take_checkpoint
             elif signals.take_checkpoint.listeners:
                 signals.take_checkpoint.publish(TakeCheckpoint(ends_epoch, self.batch.window_open))
             if ends_epoch:
@@ -359,12 +361,19 @@ class TrainLoop:
         values = self.metrics.end_epoch()
         signals.metrics_logged.publish(MetricsLogged("train", "epoch", progress.global_step, values, complete))
 
-    def interrupt(self) -> None:
-        """Have a checkpoint written, publish the interruption, and stop."""
-        reason = self.stop.interruption
-        assert reason is not None
+    def interrupt(self) -> bool:
+        """Have a checkpoint of this safe point written and stop, if all processes know of the interruption.
+
+        Returns:
+            Whether the run was interrupted.
+        """
+        stop, reason = self.stop, self.stop.interruption
+        if reason is None or not (stop.interruption_is_agreed or self.batch.processes is None):
+            return False
         path = self.keep_checkpoint(reason)
-        self.signals.run_interrupted.publish(RunInterrupted(self.stop.interrupt(), path))
+        stop.reason, stop.force, stop.is_agreed = reason, True, True
+        self.signals.run_interrupted.publish(RunInterrupted(reason, path))
+        return True
 
     def agree(self) -> None:
         """Let all processes know of the requests of each. A request that one makes after this is known to all after the next

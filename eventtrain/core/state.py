@@ -179,9 +179,3 @@ class StopRequest:
             self.epoch_reason = elsewhere
         if self.interruption_is_agreed and self.interruption is None:
             self.interruption = elsewhere
-
-    def interrupt(self) -> str:
-        """Turn the interruption into a request to stop that holds now; return its reason."""
-        assert self.interruption is not None
-        self.reason, self.force, self.is_agreed = self.interruption, True, True
-        return self.interruption

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.checkpoint.rng import rng_state, set_rng_state
+from eventtrain.core.interfaces import END
 from eventtrain.data.generators import generator_states, set_generator_states
 from eventtrain.data.limits import known_length
 from eventtrain.data.resumable import ResumableLoader, describe_loader
@@ -18,18 +19,7 @@ if TYPE_CHECKING:
     from eventtrain.core.signals import SignalTable
 
 
-class _End:
-    """The type of :data:`END`."""
-
-    def __repr__(self) -> str:
-        return "END"
-
-
-END = _End()
-"""The value that :meth:`Batches.fetch` returns if there is no batch left."""
-
-
-class Batches:
+class LoaderPass:
     """One pass over a loader.
 
     A loader with a length is read as a ``for`` loop reads it. A loader without a length is read one batch ahead, because

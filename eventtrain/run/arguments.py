@@ -10,7 +10,8 @@ from eventtrain.core.state import RunLimits
 from eventtrain.data.limits import Limit, check_limit
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
-from eventtrain.module.module import LightningDataModule, LightningModule
+from eventtrain.module.datamodule import LightningDataModule
+from eventtrain.module.module import LightningModule
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ MODULE_CALLS = (
 OPTIMIZER_CALLS = ("step", "zero_grad")
 
 
-class Steps:
+class ModuleSteps:
     """The steps of one module.
 
     A step that is compiled, by this class or by the module, is traced up to its calls of the trainer. These run between
@@ -65,7 +65,7 @@ class Steps:
         finally:
             self._untraced = None
 
-    def stepping(self, optimizer: LightningOptimizer) -> None:
+    def keep_out_of_graphs(self, optimizer: LightningOptimizer) -> None:
         """Keep the methods of an optimizer out of the graphs too, for steps that call it: those of manual optimization."""
         if self._untraced is not None:
             self._untraced.enter_context(untraced(optimizer, OPTIMIZER_CALLS))

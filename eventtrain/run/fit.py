@@ -71,7 +71,7 @@ class Fit(Run):
         with torch.enable_grad():
             signals.fit_start.publish(FitStart())
             # A resumed run had its check when it began.
-            if validate is not None and trainer.num_sanity_val_steps and checkpoint is None:
+            if validate is not None and trainer.arguments.num_sanity_val_steps and checkpoint is None:
                 self._sanity_check()
             if state.limits.batches_per_epoch != 0:
                 loop.train()
@@ -93,7 +93,7 @@ class Fit(Run):
         limits = self.state.limits
         limits.batches_per_epoch = self.loaders.length("train", loader)
         limits.val_check_interval = validation_interval(
-            self.trainer.val_check_interval,
+            self.trainer.arguments.val_check_interval,
             limits.batches_per_epoch,
             across_epochs=limits.check_val_every_n_epoch is None,
         )
@@ -161,7 +161,7 @@ class Fit(Run):
     def _validation(self) -> Callable[[], Any] | None:
         """Return a function that runs a validation; None if there is nothing to validate."""
         module, batch = self.module, self.state.batch
-        if self.trainer.limits["validation"] == 0 or not self.loaders.passes("validation"):
+        if self.trainer.arguments.batch_limits["validation"] == 0 or not self.loaders.passes("validation"):
             return None
         if overridden_method(module, "validation_step") is None:
             warnings.warn(
@@ -190,7 +190,7 @@ class Fit(Run):
     def _sanity_check(self) -> None:
         self.sanity_checking = True
         try:
-            steps = self.trainer.num_sanity_val_steps
+            steps = self.trainer.arguments.num_sanity_val_steps
             loop = self.evaluation_loop(
                 "validation",
                 context=self._validating,
@@ -205,4 +205,5 @@ class Fit(Run):
 
     def _is_interrupted(self) -> bool:
         """Return whether an evaluation is to be left: in all processes, if one is asked to."""
-        return self.trainer.processes.any(self.state.stop_request.at_once)
+        request = self.state.stop_request
+        return self.trainer.processes.any(request.at_once or request.interruption is not None)

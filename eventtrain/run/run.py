@@ -114,7 +114,13 @@ class Run(ABC):
         """Build the module, move it to its device, and let callbacks wrap it."""
         trainer, module, datamodule = self.trainer, self.module, self.state.datamodule
         self.loaders = RunLoaders(
-            self.dataloaders, module, datamodule, trainer.limits, self.signals, trainer.device, trainer.processes
+            self.dataloaders,
+            module,
+            datamodule,
+            trainer.arguments.batch_limits,
+            self.signals,
+            trainer.device,
+            trainer.processes,
         )
         parts: list[Any] = [part for part in (datamodule, module) if part is not None]
         for part in parts:

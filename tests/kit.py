@@ -240,6 +240,11 @@ def new_trainer(*callbacks: Any, **arguments: Any) -> Trainer:
     )
 
 
+def connections(trainer: Trainer) -> dict[str, list[Any]]:
+    """Return the listeners of each signal that has some, in order; idle ones too."""
+    return {signal.name: signal.attached() for signal in trainer.signals if signal.attached()}
+
+
 def _loader(xs: Any) -> Any:
     numbers = isinstance(xs, int) or (isinstance(xs, (list, tuple, range)) and all(isinstance(x, (int, float)) for x in xs))
     return batches(xs) if numbers else xs

@@ -1,7 +1,7 @@
-"""The helpers that tests share: small modules, a trainer without surprises, and callbacks made of functions.
+"""The helpers that tests share: small modules, trainers without surprises, callbacks made of functions, fake processes.
 
 The probe: one parameter ``w = 0``, ``loss = w * x``, batches ``x = 1, 2, 3, ...``, plain ``SGD(lr=1)``. The gradient of a
-batch is ``x``, so the gradient of each update shows exactly what was accumulated, scaled or clipped:
+batch is ``x``, so the gradient of each update shows exactly which batches were accumulated, scaled or clipped:
 
 >>> module = Probe()
 >>> trainer = train(module, 5, GradientAccumulation(2))
@@ -11,37 +11,62 @@ batch is ``x``, so the gradient of each update shows exactly what was accumulate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import Callback, LightningModule, Trainer
+from eventtrain.distributed import Reduction, SingleProcess
+from eventtrain.events import MetricsLogged
+
+# ------------------------------------------------------------------ batches
 
 
 def batches(xs: int | Iterable[float]) -> list[Tensor]:
-    """A loader: batches 1, 2, ..., n for a number; else one batch for each x given."""
+    """Return scalar batches: 1, 2, ..., n for a whole number n, else one for each x."""
     return [torch.tensor(float(x)) for x in (range(1, xs + 1) if isinstance(xs, int) else xs)]
+
+
+def rows(xs: int | Iterable[float], *, size: int = 2, width: int = 1) -> list[Tensor]:
+    """Return batches of ``size`` equal samples of ``width`` numbers: 1, 2, ..., n for a whole number n, else one for each x."""
+    return [x.expand(size, width).clone() for x in batches(xs)]
+
+
+class NoLength:
+    """A loader without a length.
+
+    Args:
+        batches: What it yields, in each pass.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+# ------------------------------------------------------------------ modules
 
 
 class Probe(LightningModule):
     """The probe, optimized automatically.
 
     Args:
-        width: Elements of ``w``; each has the gradient ``x``.
+        width: The number of elements of ``w``; each has the gradient ``x``.
         lr: The learning rate.
-        configure: Called with the SGD; what it returns is what ``configure_optimizers`` returns. Watches
-            the SGD either way.
+        configure: Takes the SGD and returns the result of ``configure_optimizers``. The SGD is watched either way.
         nothing_for: The xs for which ``training_step`` returns None.
         automatic: Whether to optimize automatically.
 
     Attributes:
         seen: The x of each ``training_step``, in order.
-        updates: The gradient that each update used, as torch's own step hook found it: a number for a
-            ``w`` of one element, else a list. Independent of the events.
-        rates: The learning rate that each update used.
+        updates: The gradient of each update, as a hook of torch's optimizer reads it: a number if ``w`` has one
+            element, else a list. Independent of the events.
+        rates: The learning rate of each update.
         sgd: The SGD of the last run.
     """
 
@@ -65,7 +90,7 @@ class Probe(LightningModule):
         self.rates: list[float] = []
 
     def loss(self, x: Tensor) -> Tensor:
-        """``w * x``; of several elements, the sum."""
+        """Return ``w * x``, summed over the elements."""
         return (self.w * x).sum()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
@@ -77,12 +102,12 @@ class Probe(LightningModule):
         return self.sgd if self.configure is None else self.configure(self.sgd)
 
     def watch(self, optimizer: Optimizer, parameter: Tensor | None = None, into: list[Any] | None = None) -> Optimizer:
-        """Records the gradient of each real step of an optimizer.
+        """Record the gradient of each real step of an optimizer.
 
         Args:
             optimizer: The optimizer.
-            parameter: The parameter whose gradient is recorded; ``w`` where None.
-            into: Where it is recorded; ``updates`` where None.
+            parameter: The parameter whose gradient is recorded; ``w`` if None.
+            into: The list that takes the gradients; ``updates`` if None.
 
         Returns:
             The optimizer.
@@ -107,14 +132,25 @@ class Line(LightningModule):
         outputs: The size of the layer's output.
         lr: The learning rate of the SGD.
         automatic: Whether to optimize automatically.
-        **log: The options of ``self.log("loss", ...)`` in ``training_step``; nothing is logged without any.
+        configure: Takes the SGD and returns the result of ``configure_optimizers``.
+        **log: The options of ``self.log("loss", ...)`` in ``training_step``; nothing is logged there without any.
     """
 
-    def __init__(self, inputs: int = 1, outputs: int = 1, *, lr: float = 0.1, automatic: bool = True, **log: Any) -> None:
+    def __init__(
+        self,
+        inputs: int = 1,
+        outputs: int = 1,
+        *,
+        lr: float = 0.1,
+        automatic: bool = True,
+        configure: Callable[[Optimizer], Any] | None = None,
+        **log: Any,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = automatic
         self.layer = nn.Linear(inputs, outputs)
         self.lr = lr
+        self.configure = configure
         self.log_options = log
 
     def forward(self, batch: Tensor) -> Tensor:
@@ -139,19 +175,53 @@ class Line(LightningModule):
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("test_loss", self(batch).square().mean())
 
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        output: Tensor = self(batch)
+        return output
+
     def configure_optimizers(self) -> Any:
-        return SGD(self.parameters(), lr=self.lr)
+        optimizer = SGD(self.parameters(), lr=self.lr)
+        return optimizer if self.configure is None else self.configure(optimizer)
+
+
+class ModuleOf(LightningModule):
+    """A module made of functions: each takes the place of the method of its name, without ``self``.
+
+    Without any, it trains one parameter ``w = 0`` by ``loss = w * x``, as :class:`Probe` does.
+
+    Args:
+        **methods: The functions, such as ``training_step=lambda batch, batch_idx: ...``; or other attributes.
+    """
+
+    def __init__(self, **methods: Any) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+        for name, method in methods.items():
+            setattr(self, name, method)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Return ``w * x``, summed over the batch."""
+        return (self.w * batch).sum()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return SGD([self.w], lr=0.1)
+
+
+# ------------------------------------------------------------------ trainers
 
 
 def train(module: LightningModule, xs: Any = 5, *callbacks: Any, val: Any = None, **arguments: Any) -> Trainer:
-    """Fits a module on the CPU, with no callbacks but the given ones.
+    """Fit a module on the CPU, with no callbacks but these.
 
     Args:
         module: The module.
         xs: The training batches, in the form that :func:`batches` takes; or a loader, which is used as it is.
-        *callbacks: What is attached, in this order.
+        *callbacks: The callbacks, attached in this order.
         val: The same for validation; None for none.
-        **arguments: For the trainer. One epoch where neither ``max_epochs`` nor ``max_steps`` is given.
+        **arguments: The trainer's arguments. If neither ``max_epochs`` nor ``max_steps`` is among them, one epoch.
 
     Returns:
         The trainer, after the run.
@@ -162,7 +232,7 @@ def train(module: LightningModule, xs: Any = 5, *callbacks: Any, val: Any = None
 
 
 def new_trainer(*callbacks: Any, **arguments: Any) -> Trainer:
-    """The trainer that :func:`train` uses."""
+    """Return the trainer that :func:`train` uses: on the CPU, without default callbacks and sanity check."""
     if not arguments.keys() & {"max_epochs", "max_steps"}:
         arguments["max_epochs"] = 1
     return Trainer(
@@ -170,9 +240,17 @@ def new_trainer(*callbacks: Any, **arguments: Any) -> Trainer:
     )
 
 
+def connections(trainer: Trainer) -> dict[str, list[Any]]:
+    """Return the listeners of each signal that has some, in order; idle ones too."""
+    return {signal.name: signal.attached() for signal in trainer.signals if signal.attached()}
+
+
 def _loader(xs: Any) -> Any:
     numbers = isinstance(xs, int) or (isinstance(xs, (list, tuple, range)) and all(isinstance(x, (int, float)) for x in xs))
     return batches(xs) if numbers else xs
+
+
+# ------------------------------------------------------------------ callbacks
 
 
 class On:
@@ -191,7 +269,10 @@ def _listener(function: Callable[[Any, Any], Any]) -> Callable[..., None]:
 
 
 class Recorder(On):
-    """A callback that keeps the events it is given the names of.
+    """A callback that records events.
+
+    Args:
+        *names: The names of the events' signals.
 
     Attributes:
         events: The payloads, in order.
@@ -201,19 +282,105 @@ class Recorder(On):
     def __init__(self, *names: str) -> None:
         self.events: list[Any] = []
         self.names: list[str] = []
-        super().__init__(**{name: self._keeper(name) for name in names})
+        super().__init__(**{name: self._recorder(name) for name in names})
 
-    def _keeper(self, name: str) -> Callable[[Any, Any], None]:
-        def keep(trainer: Any, event: Any) -> None:
+    def _recorder(self, name: str) -> Callable[[Any, Any], None]:
+        def record(trainer: Any, event: Any) -> None:
             self.names.append(name)
             self.events.append(event)
 
-        return keep
+        return record
 
     def count(self, name: str) -> int:
-        """How often an event came."""
+        """Return how often an event came."""
         return self.names.count(name)
 
     def of(self, name: str) -> list[Any]:
-        """The payloads of one event."""
+        """Return the payloads of one event."""
         return [event for its_name, event in zip(self.names, self.events, strict=True) if its_name == name]
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics as plain numbers."""
+    return {name: value.item() if isinstance(value, Tensor) else float(value) for name, value in metrics.items()}
+
+
+class Logged(Callback):
+    """Records the values that loggers get.
+
+    Attributes:
+        entries: ``(stage, scope, step, metrics)`` of each ``metrics_logged`` that has metrics, as plain numbers.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, str, int, dict[str, float]]] = []
+
+    def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
+        if event.metrics:
+            self.entries.append((event.stage, event.scope, event.step, numbers(event.metrics)))
+
+    def of_scope(self, scope: str) -> list[dict[str, float]]:
+        """Return the metrics of one scope: ``"step"``, ``"epoch"`` or ``"monitor"``."""
+        return [metrics for _, its_scope, _, metrics in self.entries if its_scope == scope]
+
+    def of(self, name: str) -> list[tuple[int, float]]:
+        """Return the steps and values of one metric."""
+        return [(step, metrics[name]) for _, _, step, metrics in self.entries if name in metrics]
+
+
+# ------------------------------------------------------------------ processes
+
+
+class FakeProcesses(SingleProcess):
+    """One process's view of several, for ``trainer.processes``. The others answer as this one, but for these arguments.
+
+    Args:
+        world_size: The number of processes.
+        global_rank: The index of this one.
+        elsewhere: Takes the number of a question, from 0, and returns whether its flag holds in another process.
+        reduce: Takes this process's tensor and the reduction, and returns the result.
+        broadcast: Takes this process's value, and returns the first one's.
+        gather: Takes this process's value, and returns those of all, in their order.
+
+    Attributes:
+        flags: This process's flag of each question, in order.
+        reduced: This process's tensor and the reduction of each call of ``reduce``, in order.
+    """
+
+    def __init__(
+        self,
+        world_size: int = 2,
+        global_rank: int = 0,
+        *,
+        elsewhere: Callable[[int], bool] | None = None,
+        reduce: Callable[[Tensor, Reduction], Tensor] | None = None,
+        broadcast: Callable[[Any], Any] | None = None,
+        gather: Callable[[Any], list[Any]] | None = None,
+    ) -> None:
+        self.world_size = world_size
+        self.global_rank = self.local_rank = global_rank
+        self.flags: list[bool] = []
+        self.reduced: list[tuple[Tensor, Reduction]] = []
+        self._elsewhere = elsewhere
+        self._reduce = reduce
+        self._broadcast = broadcast
+        self._gather = gather
+
+    def any(self, flag: bool) -> bool:
+        self.flags.append(flag)
+        return flag if self._elsewhere is None else self._elsewhere(len(self.flags) - 1) or flag
+
+    def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
+        self.reduced.append((value, reduction))
+        if self._reduce is not None:
+            return self._reduce(value, reduction)
+        return value * self.world_size if reduction == "sum" else value
+
+    def broadcast(self, value: Any) -> Any:
+        return value if self._broadcast is None else self._broadcast(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.gather_for_all(value) if self.global_rank == 0 else []
+
+    def gather_for_all(self, value: Any) -> list[Any]:
+        return [value] * self.world_size if self._gather is None else self._gather(value)

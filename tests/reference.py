@@ -1,11 +1,12 @@
-"""Hand-written PyTorch loops: what eventtrain has to equal, bit for bit. Nothing here knows eventtrain.
+"""Hand-written PyTorch loops, which eventtrain has to equal bit for bit. Nothing here imports eventtrain.
 
-Each loop takes a model, its optimizer and its data, trains in place, and returns the learning rates that its updates used.
+Each loop takes a model, its optimizer and its data, trains in place, and returns the learning rate of each update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,12 +28,22 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     return F.mse_loss(model(x), y)
 
 
+def backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def scale_gradients(model: nn.Module, factor: float) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.mul_(factor)
+
+
 def plain(model: nn.Module, optimizer: Optimizer, batches: Batches, epochs: int) -> list[float]:
     rates = []
     for _ in range(epochs):
         for batch in batches:
             optimizer.zero_grad()
-            loss_of(model, batch).backward()
+            backward(loss_of(model, batch))
             optimizer.step()
             rates.append(optimizer.param_groups[0]["lr"])
     return rates
@@ -48,10 +59,9 @@ def accumulating(
             members = batches[start : start + window]
             optimizer.zero_grad()
             for batch in members:
-                (loss_of(model, batch) / window).backward()
+                backward(loss_of(model, batch) / window)
             if len(members) < window:  # the mean over the batches that are there
-                for parameter in model.parameters():
-                    parameter.grad.mul_(window / len(members))
+                scale_gradients(model, window / len(members))
             optimizer.step()
             rates.append(optimizer.param_groups[0]["lr"])
     return rates
@@ -65,7 +75,7 @@ def clipping(
     for _ in range(epochs):
         for batch in batches:
             optimizer.zero_grad()
-            loss_of(model, batch).backward()
+            backward(loss_of(model, batch))
             clip(model.parameters(), threshold)
             optimizer.step()
             rates.append(optimizer.param_groups[0]["lr"])
@@ -79,7 +89,7 @@ def scheduled(
     for _ in range(epochs):
         for batch in batches:
             optimizer.zero_grad()
-            loss_of(model, batch).backward()
+            backward(loss_of(model, batch))
             optimizer.step()
             rates.append(optimizer.param_groups[0]["lr"])
             if by_step:
@@ -96,7 +106,7 @@ def bf16(model: nn.Module, optimizer: Optimizer, batches: Batches, epochs: int) 
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = loss_of(model, batch)
-            loss.backward()
+            backward(loss)
             optimizer.step()
             rates.append(optimizer.param_groups[0]["lr"])
     return rates
@@ -112,27 +122,26 @@ def fp16(
             for batch in members:
                 with torch.autocast("cpu", dtype=torch.float16):
                     loss = loss_of(model, batch)
-                scaler.scale(loss / window).backward()
+                backward(scaler.scale(loss / window))
             scaler.unscale_(optimizer)
             if len(members) < window:
-                for parameter in model.parameters():
-                    parameter.grad.mul_(window / len(members))
+                scale_gradients(model, window / len(members))
             scaler.step(optimizer)
             scaler.update()
+
+
+def evaluate(model: nn.Module, optimizer: Optimizer, batch: Any) -> Any:
+    optimizer.zero_grad()
+    loss = loss_of(model, batch)
+    backward(loss)
+    return loss
 
 
 def closure_driven(model: nn.Module, optimizer: Optimizer, batches: Batches, epochs: int) -> list[float]:
     rates = []
     for _ in range(epochs):
         for batch in batches:
-
-            def closure(batch: Any = batch) -> Tensor:
-                optimizer.zero_grad()
-                loss = loss_of(model, batch)
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
+            optimizer.step(partial(evaluate, model, optimizer, batch))
             rates.append(optimizer.param_groups[0]["lr"])
     return rates
 
@@ -143,8 +152,8 @@ def gan(generator: nn.Module, critic: nn.Module, optimizers: list[Optimizer], ba
         for real, _ in batches:
             fake = generator(torch.randn(len(real), 3))
             for_critic.zero_grad()
-            F.softplus(critic(fake.detach()) - critic(real).mean()).mean().backward()
+            backward(F.softplus(critic(fake.detach()) - critic(real).mean()).mean())
             for_critic.step()
             for_generator.zero_grad()
-            F.softplus(-critic(fake)).mean().backward()
+            backward(F.softplus(-critic(fake)).mean())
             for_generator.step()

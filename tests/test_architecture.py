@@ -299,7 +299,6 @@ def test_callbacks_use_the_trainer_as_users_do() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "trainer":
                 internal = node.attr.startswith("_") or node.attr in (
                     "run_state",
-                    "arguments",
                     "batch",
                     "metrics",
                     "stop_request",

@@ -1,48 +1,27 @@
-"""What is refused when something is attached, what errors say, and what they leave behind."""
+"""Callbacks: those that are refused, listeners on demand, and the errors that callbacks raise."""
 
 from __future__ import annotations
 
-import gc
-import re
 from collections.abc import Callable
 from typing import Any
 
-import blinker
 import pytest
 import torch
 from torch import Tensor
 
-from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
+from eventtrain import Callback, MisconfigurationError, Trainer
+from eventtrain.callback import on_demand
 from eventtrain.callbacks import GradientClipping, MixedPrecision
-from eventtrain.core.signals import EventSignal
+from eventtrain.events import FitStart, TrainBatchEnd, TrainBatchStart
+from tests.kit import Line, On, connections, new_trainer, rows
 
-BATCHES = [torch.full((2, 1), float(x)) for x in (1, 2, 3)]
-
-
-class Module(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.layer(batch).mean()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def trainer_with(*callbacks: Any, **options: Any) -> Trainer:
-    return Trainer(callbacks=callbacks, default_callbacks=False, device="cpu", **{"max_epochs": 1, **options})
-
-
-def connections(trainer: Trainer) -> dict[str, list[Any]]:
-    return {signal.name: signal.attached() for signal in trainer.signals if signal.attached()}
+BATCHES = rows(3)
 
 
 def refused(*callbacks: Any) -> str:
-    """The message with which a trainer refuses its callbacks."""
+    """Return the message with which a trainer refuses these callbacks."""
     with pytest.raises(MisconfigurationError) as caught:
-        trainer_with(*callbacks)
+        new_trainer(*callbacks)
     return str(caught.value)
 
 
@@ -59,7 +38,7 @@ def test_a_misspelt_event_suggests_the_nearest() -> None:
     assert "Rename the method" in message
 
 
-def test_a_handler_without_the_event_is_told_the_form() -> None:
+def test_the_refusal_of_a_handler_without_the_event_shows_the_right_form() -> None:
     class NoEvent:
         def on_train_start(self, trainer: Any) -> None: ...
 
@@ -69,7 +48,7 @@ def test_a_handler_without_the_event_is_told_the_form() -> None:
     assert "Write 'def on_train_start(self, trainer, event): ...'" in message
 
 
-def test_a_handler_written_for_lightning_is_told_where_the_module_is() -> None:
+def test_the_refusal_of_a_handler_for_lightning_says_how_to_get_the_module() -> None:
     class ForLightning:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None: ...
 
@@ -118,7 +97,7 @@ def test_one_state_key_twice_is_refused() -> None:
     assert "Override `state_key`" in message
 
 
-def test_callbacks_of_one_class_with_keys_of_their_own_are_welcome() -> None:
+def test_callbacks_of_one_class_with_different_keys_are_welcome() -> None:
     class Named(Counting):
         def __init__(self, name: str) -> None:
             super().__init__()
@@ -129,7 +108,7 @@ def test_callbacks_of_one_class_with_keys_of_their_own_are_welcome() -> None:
             return self.name
 
     callbacks = [Named("first"), Named("second")]
-    trainer_with(*callbacks).fit(Module(), BATCHES)
+    new_trainer(*callbacks).fit(Line(), BATCHES)
     assert [callback.count for callback in callbacks] == [3, 3]
 
 
@@ -150,11 +129,11 @@ def test_a_callback_that_is_refused_is_not_half_attached() -> None:
 
         def on_train_start(self, trainer: Any) -> None: ...
 
-    class BringsIt(Module):
+    class BringsIt(Line):
         def configure_callbacks(self) -> Any:
             return [HalfRight()]
 
-    trainer = trainer_with()
+    trainer = new_trainer()
     with pytest.raises(MisconfigurationError, match="HalfRight"):
         trainer.fit(BringsIt(), BATCHES)
     assert connections(trainer) == {}
@@ -169,7 +148,7 @@ def test_any_object_with_handlers_is_a_callback() -> None:
             self.seen += 1
 
     callback = PlainObject()
-    trainer_with(callback).fit(Module(), BATCHES)
+    new_trainer(callback).fit(Line(), BATCHES)
     assert callback.seen == 3
 
 
@@ -177,9 +156,9 @@ def test_any_object_with_handlers_is_a_callback() -> None:
 
 
 def refused_module(hooks: dict[str, Callable[..., Any]]) -> str:
-    """The message with which fit refuses a module with these hooks; no connection is left."""
-    module = type("Hooked", (Module,), hooks)()
-    trainer = trainer_with()
+    """Return the message with which fit refuses a module with these hooks, and check that no connection is left."""
+    module = type("Hooked", (Line,), hooks)()
+    trainer = new_trainer()
     with pytest.raises(MisconfigurationError) as caught:
         trainer.fit(module, BATCHES)
     assert connections(trainer) == {}
@@ -193,24 +172,24 @@ def test_a_nearly_right_module_hook_suggests_the_right_one() -> None:
 
 
 def test_a_nearly_right_hook_in_a_base_class_is_found_as_well() -> None:
-    class Base(Module):
+    class Base(Line):
         def on_train_epoch_ends(self) -> None: ...
 
     class Derived(Base): ...
 
     with pytest.raises(MisconfigurationError, match="Did you mean 'on_train_epoch_end'"):
-        trainer_with().fit(Derived(), BATCHES)
+        new_trainer().fit(Derived(), BATCHES)
 
 
 def test_other_methods_of_the_module_may_begin_with_on() -> None:
-    class Own(Module):
+    class Own(Line):
         called = False
 
         def on_something_of_my_own(self) -> None:
             self.called = True
 
     module = Own()
-    trainer_with().fit(module, BATCHES)
+    new_trainer().fit(module, BATCHES)
     assert not module.called
 
 
@@ -228,10 +207,6 @@ def test_a_module_hook_without_a_counterpart_in_lightning_is_given_the_event() -
 def test_module_hooks_come_after_callbacks_and_leave_with_the_run() -> None:
     order: list[str] = []
 
-    class Hooked(Module):
-        def on_train_start(self) -> None:
-            order.append("module")
-
     class Attached:
         def on_train_start(self, trainer: Any, event: Any) -> None:
             order.append("callback")
@@ -240,8 +215,14 @@ def test_module_hooks_come_after_callbacks_and_leave_with_the_run() -> None:
         def on_train_start(self, trainer: Any, event: Any) -> None:
             order.append("brought by the module")
 
-    Hooked.configure_callbacks = lambda self: [Brought()]
-    trainer = trainer_with(Attached())
+    class Hooked(Line):
+        def on_train_start(self) -> None:
+            order.append("module")
+
+        def configure_callbacks(self) -> list[Any]:
+            return [Brought()]
+
+    trainer = new_trainer(Attached())
     attached = connections(trainer)
     module = Hooked()
     trainer.fit(module, BATCHES)
@@ -251,11 +232,135 @@ def test_module_hooks_come_after_callbacks_and_leave_with_the_run() -> None:
     assert len(trainer.callbacks) == 1
 
 
+# ------------------------------------------------------------------ listeners on demand
+
+
+class Counts(Callback):
+    """Counts batches in the runs that its function says, from the first batch or a later one.
+
+    Args:
+        asks: Takes the trainer, at each batch's start, and returns whether to listen.
+    """
+
+    def __init__(self, asks: Callable[[Trainer], bool]) -> None:
+        self.asks = asks
+        self.batches: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, event: TrainBatchStart) -> None:
+        if self.asks(trainer):
+            trainer.listen(self.on_train_batch_end)
+        else:
+            trainer.stop_listening(self.on_train_batch_end)
+
+    @on_demand
+    def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
+        self.batches.append((trainer.current_epoch, event.batch_idx))
+
+    def not_a_listener(self) -> None: ...
+
+
+def test_a_listener_on_demand_is_called_while_it_is_asked_for() -> None:
+    counts = Counts(lambda trainer: trainer.batch_idx == 1)
+    new_trainer(counts, max_epochs=2).fit(Line(), BATCHES)
+    assert counts.batches == [(0, 1), (1, 1)]
+
+
+def test_a_listener_on_demand_costs_no_event_until_it_is_asked_for() -> None:
+    trainer = new_trainer(Counts(lambda trainer: False))
+    assert [listener.__name__ for listener in trainer.signals.train_batch_end.attached()] == ["on_train_batch_end"]
+    assert trainer.signals.train_batch_end.listeners == ()
+    trainer.fit(Line(), BATCHES)
+    assert trainer.signals.train_batch_end.listeners == ()
+
+
+def test_a_listener_on_demand_is_called_in_the_order_of_attachment() -> None:
+    order: list[str] = []
+    counts = Counts(lambda trainer: True)
+    trainer = new_trainer(
+        On(train_batch_end=lambda trainer, event: order.append(f"before: {len(counts.batches)}")),
+        counts,
+        On(train_batch_end=lambda trainer, event: order.append(f"after: {len(counts.batches)}")),
+    )
+    trainer.fit(Line(), BATCHES[:2])
+    assert order == ["before: 0", "after: 1", "before: 1", "after: 2"]
+
+
+def test_every_run_begins_with_all_listeners_on_demand_idle() -> None:
+    class Once(Callback):
+        """Asks at the start of its first run."""
+
+        runs = 0
+        batches = 0
+
+        def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
+            self.runs += 1
+            if self.runs == 1:
+                trainer.listen(self.on_train_batch_end)
+
+        @on_demand
+        def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
+            self.batches += 1
+
+    once = Once()
+    trainer = new_trainer(once)
+    trainer.fit(Line(), BATCHES)
+    assert trainer.signals.train_batch_end.listeners == ()
+    trainer.fit(Line(), BATCHES)
+    assert (once.runs, once.batches) == (2, 3)
+
+
+def test_a_run_that_fails_leaves_listeners_on_demand_idle() -> None:
+    counts = Counts(lambda trainer: True)
+    trainer = new_trainer(counts, Failing(0, 1))
+    with pytest.raises(KeyError):
+        trainer.fit(Line(), BATCHES)
+    assert counts.batches == [(0, 0)]
+    assert trainer.signals.train_batch_end.listeners == ()
+
+
+def test_a_listener_on_demand_may_be_asked_for_twice() -> None:
+    counts = Counts(lambda trainer: True)
+    new_trainer(counts).fit(Line(), BATCHES)
+    assert counts.batches == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_a_subclass_inherits_the_mark_and_an_override_does_not() -> None:
+    class Inherits(Counts): ...
+
+    class Overrides(Counts):
+        def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
+            super().on_train_batch_end(trainer, event)
+
+    assert new_trainer(Inherits(lambda trainer: False)).signals.train_batch_end.listeners == ()
+    assert len(new_trainer(Overrides(lambda trainer: False)).signals.train_batch_end.listeners) == 1
+
+
+LISTEN = r"give a method on_<event> of an attached callback that is marked with @on_demand"
+
+
+@pytest.mark.parametrize("verb", ["listen", "stop_listening"])
+@pytest.mark.parametrize(
+    ("handler", "name"),
+    [
+        (lambda counts: counts.on_train_batch_start, "on_train_batch_start"),  # is not marked
+        (lambda counts: counts.not_a_listener, "not_a_listener"),
+        (lambda counts: Counts(lambda trainer: True).on_train_batch_end, "on_train_batch_end"),  # of another object
+        (lambda counts: 5, "5"),
+    ],
+)
+def test_to_ask_for_anything_else_is_an_error(verb: str, handler: Callable[[Counts], Any], name: str) -> None:
+    counts = Counts(lambda trainer: True)
+    trainer = new_trainer(counts)
+    with pytest.raises(MisconfigurationError, match=rf"trainer.listen\({name}\): {LISTEN}"):
+        getattr(trainer, verb)(handler(counts))
+    assert trainer.signals.train_batch_end.listeners == ()
+
+
 # ------------------------------------------------------------------ errors in callbacks
 
 
 class Failing(Callback):
-    """Raises once, in the given batch of the given epoch."""
+    """Raises once, in one batch of one epoch."""
 
     def __init__(self, epoch: int = 1, batch_idx: int = 2) -> None:
         self.at: tuple[int, int] | None = (epoch, batch_idx)
@@ -266,9 +371,9 @@ class Failing(Callback):
             raise KeyError("the callback's own")
 
 
-def test_an_error_keeps_its_type_and_says_where_it_came_from() -> None:
+def test_an_error_keeps_its_type_and_names_its_callback_and_batch() -> None:
     with pytest.raises(KeyError, match="the callback's own") as caught:
-        trainer_with(Failing(), max_epochs=3).fit(Module(), BATCHES)
+        new_trainer(Failing(), max_epochs=3).fit(Line(), BATCHES)
     (note,) = caught.value.__notes__
     assert "Failing.on_before_backward" in note
     assert "'before_backward'" in note
@@ -277,24 +382,24 @@ def test_an_error_keeps_its_type_and_says_where_it_came_from() -> None:
 
 
 def test_the_note_names_the_callback_while_a_trace_records() -> None:
-    trainer = trainer_with(Failing(0, 0))
+    trainer = new_trainer(Failing(0, 0))
     with trainer.signals.trace(), pytest.raises(KeyError) as caught:
-        trainer.fit(Module(), BATCHES)
+        trainer.fit(Line(), BATCHES)
     (note,) = caught.value.__notes__
     assert "Failing.on_before_backward" in note
 
 
 def test_an_error_in_a_module_hook_names_the_module() -> None:
-    class Hooked(Module):
+    class Hooked(Line):
         def on_train_start(self) -> None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError) as caught:
-        trainer_with().fit(Hooked(), BATCHES)
+        new_trainer().fit(Hooked(), BATCHES)
     assert "Hooked.on_train_start" in caught.value.__notes__[0]
 
 
-def test_an_error_reaches_the_user_though_teardown_raises_too_and_everyone_is_torn_down() -> None:
+def test_the_first_error_is_raised_although_teardown_raises_too_and_every_callback_is_torn_down() -> None:
     torn_down: list[str] = []
 
     class Good:
@@ -309,12 +414,12 @@ def test_an_error_reaches_the_user_though_teardown_raises_too_and_everyone_is_to
             raise OSError("disk full")
 
     with pytest.raises(KeyError, match="the callback's own") as caught:
-        trainer_with(Good("first"), Bad(), Failing(0, 0), Good("last")).fit(Module(), BATCHES)
+        new_trainer(Good("first"), Bad(), Failing(0, 0), Good("last")).fit(Line(), BATCHES)
     assert torn_down == ["first", "last"]
     assert any("OSError: disk full" in note for note in caught.value.__notes__)
 
 
-def test_an_error_in_teardown_alone_is_raised_once_everyone_is_torn_down() -> None:
+def test_an_error_in_teardown_is_raised_once_every_callback_is_torn_down() -> None:
     torn_down: list[str] = []
 
     class Bad:
@@ -326,14 +431,14 @@ def test_an_error_in_teardown_alone_is_raised_once_everyone_is_torn_down() -> No
             raise self.error
 
     with pytest.raises(OSError, match="first"):
-        trainer_with(Bad(OSError("first")), Bad(ValueError("second"))).fit(Module(), BATCHES)
+        new_trainer(Bad(OSError("first")), Bad(ValueError("second"))).fit(Line(), BATCHES)
     assert torn_down == ["OSError", "ValueError"]
 
 
-class FailsInForward(Module):
-    """Raises in its second batch, inside of every phase that a batch has."""
+class FailsInForward(Line):
+    """Raises in its second batch, in the innermost phase of the forward."""
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         if batch_idx == 1:
             assert torch.is_autocast_enabled("cpu")
             raise RuntimeError("out of memory")
@@ -343,7 +448,7 @@ class FailsInForward(Module):
 
 
 def test_an_error_leaves_no_connection_no_autocast_and_no_torch_hook_behind() -> None:
-    trainer = trainer_with(MixedPrecision("bf16"))
+    trainer = new_trainer(MixedPrecision("bf16"))
     before = connections(trainer)
     module = FailsInForward()
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -358,290 +463,26 @@ def test_an_error_leaves_no_connection_no_autocast_and_no_torch_hook_behind() ->
 
 def test_a_trainer_can_be_used_again_after_an_error() -> None:
     torch.manual_seed(0)
-    expected = Module()
-    trainer_with(MixedPrecision("bf16")).fit(expected, BATCHES)
+    expected = Line()
+    new_trainer(MixedPrecision("bf16")).fit(expected, BATCHES)
 
-    trainer = trainer_with(MixedPrecision("bf16"))
+    trainer = new_trainer(MixedPrecision("bf16"))
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.fit(FailsInForward(), BATCHES)
     torch.manual_seed(0)
-    module = Module()
+    module = Line()
     trainer.fit(module, BATCHES)
     assert torch.equal(module.layer.weight, expected.layer.weight)
     assert trainer.global_step == 3
     assert trainer.current_epoch == 1
 
 
-def test_a_fit_inside_of_a_fit_is_refused_and_the_outer_one_goes_on() -> None:
+def test_a_run_within_a_fit_is_refused_and_the_fit_continues() -> None:
     class Inner(Callback):
         def on_train_start(self, trainer: Trainer, event: Any) -> None:
             with pytest.raises(MisconfigurationError, match="The trainer is running fit"):
-                trainer.validate(Module(), BATCHES)
+                trainer.validate(Line(), BATCHES)
 
-    trainer = trainer_with(Inner())
-    trainer.fit(Module(), BATCHES)
+    trainer = new_trainer(Inner())
+    trainer.fit(Line(), BATCHES)
     assert trainer.global_step == 3
-
-
-# ------------------------------------------------------------------ signals
-
-
-def test_an_unknown_signal_suggests_the_nearest() -> None:
-    with pytest.raises(AttributeError, match=r"no event 'after_backwards'\. Did you mean 'after_backward'\?"):
-        _ = trainer_with().signals.after_backwards
-
-
-def test_signals_cannot_be_sent_between_trainers() -> None:
-    first, second = trainer_with(), trainer_with()
-    seen: list[Any] = []
-    first.signals.after_update.connect(lambda trainer, event: seen.append(trainer))
-    second.fit(Module(), BATCHES)
-    assert seen == []
-    first.fit(Module(), BATCHES[:1])
-    assert seen == [first]
-
-
-def steps_seen(connect: Callable[[EventSignal, Callable[..., Any]], Any]) -> list[int]:
-    """The global steps that a listener gets when it is connected in some way."""
-    trainer = trainer_with()
-    seen: list[int] = []
-
-    def listener(sender: Trainer, event: Any) -> None:
-        assert sender is trainer
-        seen.append(event.global_step)
-
-    connect(trainer.signals.after_update, listener)
-    trainer.fit(Module(), BATCHES)
-    return seen
-
-
-def test_signals_are_blinkers_own() -> None:
-    assert isinstance(trainer_with().signals.after_update, blinker.Signal)
-
-
-def test_connect_returns_the_listener_so_that_it_decorates() -> None:
-    trainer = trainer_with()
-    seen: list[int] = []
-
-    @trainer.signals.after_update.connect
-    def listener(sender: Trainer, event: Any) -> None:
-        seen.append(event.global_step)
-
-    assert callable(listener)
-    trainer.fit(Module(), BATCHES)
-    assert seen == [1, 2, 3]
-
-
-def test_connect_via_decorates_for_one_sender() -> None:
-    trainer, other = trainer_with(), trainer_with()
-    seen: list[str] = []
-
-    @trainer.signals.after_update.connect_via(trainer)
-    def own(sender: Trainer, event: Any) -> None:
-        seen.append("own")
-
-    @trainer.signals.after_update.connect_via(other)
-    def others(sender: Trainer, event: Any) -> None:
-        seen.append("another's")
-
-    trainer.fit(Module(), BATCHES[:1])
-    assert seen == ["own"]
-
-
-def test_a_disconnected_listener_is_not_called() -> None:
-    def connect(signal: EventSignal, listener: Callable[..., Any]) -> None:
-        signal.connect(listener)
-        signal.disconnect(listener)
-        assert signal.listeners == ()
-
-    assert steps_seen(connect) == []
-
-
-def test_disconnecting_what_is_not_connected_does_nothing() -> None:
-    assert steps_seen(lambda signal, listener: signal.disconnect(listener)) == []
-
-
-def test_connecting_twice_calls_once() -> None:
-    def connect(signal: EventSignal, listener: Callable[..., Any]) -> None:
-        signal.connect(listener)
-        signal.connect(listener)
-
-    assert steps_seen(connect) == [1, 2, 3]
-
-
-def test_connected_to_connects_for_the_length_of_a_with_block() -> None:
-    trainer = trainer_with()
-    seen: list[int] = []
-
-    def listener(sender: Trainer, event: Any) -> None:
-        seen.append(event.global_step)
-
-    with trainer.signals.after_update.connected_to(listener):
-        trainer.fit(Module(), BATCHES[:2])
-    trainer.fit(Module(), BATCHES)
-    assert seen == [1, 2]
-
-
-def test_a_muted_signal_reaches_nobody_until_the_with_block_ends() -> None:
-    trainer = trainer_with()
-    seen: list[int] = []
-    trainer.signals.after_update.connect(lambda _, event: seen.append(event.global_step))
-    with trainer.signals.after_update.muted():
-        trainer.fit(Module(), BATCHES)
-    assert seen == []
-    trainer.fit(Module(), BATCHES[:1])
-    assert seen == [1]
-
-
-def test_what_is_connected_while_muted_is_heard_afterwards() -> None:
-    trainer = trainer_with()
-    seen: list[int] = []
-    with trainer.signals.after_update.muted():
-        trainer.signals.after_update.connect(lambda _, event: seen.append(event.global_step))
-        trainer.fit(Module(), BATCHES)
-    trainer.fit(Module(), BATCHES[:1])
-    assert seen == [1]
-
-
-class Counter:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def count_up(self, trainer: Any, event: Any) -> None:
-        self.count += 1
-
-
-def test_a_connection_keeps_its_listener_alive() -> None:
-    trainer = trainer_with()
-    seen: list[int] = []
-
-    class Listener:
-        def notice(self, sender: Trainer, event: Any) -> None:
-            seen.append(event.global_step)
-
-    trainer.signals.after_update.connect(Listener().notice)
-    gc.collect()
-    trainer.fit(Module(), BATCHES[:1])
-    assert seen == [1]
-
-
-def test_a_weak_connection_ends_with_its_listener_and_leaves_the_others() -> None:
-    trainer = trainer_with()
-    weak, strong = Counter(), Counter()
-    trainer.signals.after_update.connect(weak.count_up, weak=True)
-    trainer.signals.after_update.connect(strong.count_up)
-    trainer.fit(Module(), BATCHES)
-    assert (weak.count, strong.count) == (3, 3)
-    del weak
-    gc.collect()
-    trainer.fit(Module(), BATCHES)
-    assert strong.count == 6
-    assert len(trainer.signals.after_update.attached()) == 1
-
-
-def test_a_connection_is_checked_like_a_callbacks_handler() -> None:
-    signal = trainer_with().signals.after_update
-    with pytest.raises(MisconfigurationError, match=re.escape("cannot be called as (trainer, event=event)")):
-        signal.connect(lambda trainer: None)
-    with pytest.raises(MisconfigurationError, match="cannot be called"):
-        signal.connect("not a function")
-    assert signal.listeners == ()
-
-
-# ------------------------------------------------------------------ order
-
-
-def test_listeners_are_called_in_the_order_of_their_connection() -> None:
-    trainer = trainer_with()
-    order: list[int] = []
-    listeners = [lambda _, event, number=number: order.append(number) for number in range(20)]
-    for listener in listeners:
-        trainer.signals.after_update.connect(listener)
-    trainer.signals.after_update.disconnect(listeners[3])
-    trainer.signals.after_update.connect(listeners[3])
-    trainer.fit(Module(), BATCHES[:1])
-    assert order == [0, 1, 2, *range(4, 20), 3]
-
-
-def order_of(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """In which order two listeners are called, connected with these arguments."""
-    trainer = trainer_with()
-    order: list[str] = []
-
-    def earlier(_: Any, event: Any) -> None:
-        order.append("earlier")
-
-    def later(_: Any, event: Any) -> None:
-        order.append("later")
-
-    signal = trainer.signals.after_update
-    signal.connect(earlier, **{key: trainer if value == "trainer" else value for key, value in first.items()})
-    signal.connect(later, **{key: trainer if value == "trainer" else value for key, value in second.items()})
-    trainer.fit(Module(), BATCHES[:1])
-    return order
-
-
-KINDS: list[dict[str, Any]] = [{}, {"weak": True}, {"sender": "trainer"}]
-
-
-@pytest.mark.parametrize("second", KINDS, ids=str)
-@pytest.mark.parametrize("first", KINDS, ids=str)
-def test_the_order_holds_between_connections_of_all_kinds(first: dict[str, Any], second: dict[str, Any]) -> None:
-    assert order_of(first, second) == ["earlier", "later"]
-
-
-def test_who_connects_during_an_event_is_called_from_the_next_one_on() -> None:
-    trainer = trainer_with()
-    seen: list[int] = []
-
-    def late(_: Any, event: Any) -> None:
-        seen.append(event.global_step)
-
-    trainer.signals.after_update.connect(lambda t, event: t.signals.after_update.connect(late))
-    trainer.fit(Module(), BATCHES)
-    assert seen == [2, 3]
-
-
-def test_who_is_disconnected_during_an_event_is_called_in_it_for_the_last_time() -> None:
-    trainer = trainer_with()
-    seen: list[int] = []
-
-    def early(t: Trainer, event: Any) -> None:
-        t.signals.after_update.disconnect(late)
-
-    def late(_: Any, event: Any) -> None:
-        seen.append(event.global_step)
-
-    trainer.signals.after_update.connect(early)
-    trainer.signals.after_update.connect(late)
-    trainer.fit(Module(), BATCHES)
-    assert seen == [1]
-
-
-# ------------------------------------------------------------------ what can be seen
-
-
-def test_describe_lists_listeners_at_their_event_in_order() -> None:
-    class First(Callback):
-        def on_after_update(self, trainer: Trainer, event: Any) -> None: ...
-
-    trainer = trainer_with(First(), GradientClipping(1.0))
-
-    @trainer.signals.after_update.connect
-    def report(sender: Trainer, event: Any) -> None: ...
-
-    lines = [line.lstrip("│├└─ ") for line in trainer.describe().splitlines()]
-    place = next(index for index, line in enumerate(lines) if line.startswith("after_update "))
-    assert lines[place + 1] == "-> First.on_after_update"
-    assert lines[place + 2].startswith("-> ") and lines[place + 2].endswith("report")
-    assert "-> GradientClipping.on_before_gradient_clipping" in lines
-
-
-def test_a_trace_names_events_and_listeners_and_leaves_nothing_behind() -> None:
-    trainer = trainer_with(GradientClipping(1.0))
-    before = {signal.name: signal.listeners for signal in trainer.signals}
-    with trainer.signals.trace() as trace:
-        trainer.fit(Module(), BATCHES[:1])
-    asked = next(traced for traced in trace if traced.name == "before_gradient_clipping")
-    assert [call.listener for call in asked.calls] == ["GradientClipping.on_before_gradient_clipping"]
-    assert {signal.name: signal.listeners for signal in trainer.signals} == before

@@ -7,50 +7,38 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from eventtrain import Callback, LightningModule, Trainer
+from eventtrain import Callback, Trainer
+from eventtrain.callback import on_demand
 from eventtrain.callbacks import GradientClipping, LRSchedulerStepping, ProgressBar
 from eventtrain.callbacks.lambda_callback import LambdaCallback
 from eventtrain.core.signals import Observer
 from eventtrain.describe import describe, maps, overview
+from eventtrain.events import AfterForward, ClippingDecided
+from tests.kit import Line, new_trainer, rows
 
 
-class Module(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.layer(batch).mean()
-
+class Hooked(Line):
     def on_train_epoch_end(self) -> None: ...
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Ends(Callback):
     def on_train_epoch_end(self, trainer: Trainer, event: Any) -> None: ...
 
 
-BATCHES = [torch.ones(2, 1)]
-
-
-def trainer_with(*callbacks: Any, **options: Any) -> Trainer:
-    return Trainer(**{"max_epochs": 1, "device": "cpu", "default_callbacks": False, "callbacks": callbacks, **options})
+BATCHES = rows([1])
 
 
 def in_the_run(trainer: Trainer, look: Callable[[], str]) -> str:
-    """What one sees while the trainer trains a module."""
+    """Return the text that `look` sees at the start of a fit."""
     seen: list[str] = []
     trainer.signals.fit_start.connect(lambda trainer, event: seen.append(look()))
-    trainer.fit(Module(), BATCHES)
+    trainer.fit(Hooked(), BATCHES)
     return seen[0]
 
 
 def test_without_listeners_it_is_the_loop_map_drawn_as_a_tree() -> None:
-    title, *lines = describe(trainer_with().signals).splitlines()
+    title, *lines = describe(new_trainer().signals).splitlines()
     assert title == "fit"
     # A level takes four characters in both; the tree has a root, which the map has not.
     plain = [re.sub(r"[│├└─]", " ", line)[4:] for line in lines]
@@ -59,7 +47,7 @@ def test_without_listeners_it_is_the_loop_map_drawn_as_a_tree() -> None:
 
 
 def test_listeners_stand_below_their_event_in_the_order_in_which_they_are_called() -> None:
-    trainer = trainer_with(Ends(), LambdaCallback(on_train_epoch_end=print_nothing))
+    trainer = new_trainer(Ends(), LambdaCallback(on_train_epoch_end=print_nothing))
 
     @trainer.signals.train_epoch_end.connect
     def report(sender: Trainer, event: Any) -> None: ...
@@ -71,7 +59,7 @@ def test_listeners_stand_below_their_event_in_the_order_in_which_they_are_called
         "│       │   │   ├── -> Ends.on_train_epoch_end",
         "│       │   │   ├── -> LambdaCallback(on_train_epoch_end=print_nothing)",
         "│       │   │   ├── -> report",
-        "│       │   │   └── -> Module.on_train_epoch_end",
+        "│       │   │   └── -> Hooked.on_train_epoch_end",
         '│       │   └── metrics_logged                  scope="epoch"',
     ]
 
@@ -80,16 +68,21 @@ def print_nothing(trainer: Trainer, event: Any) -> None: ...
 
 
 def test_the_cores_own_work_comes_after_an_events_listeners() -> None:
-    lines = [line.strip("│├└─ ") for line in describe(trainer_with(GradientClipping(1.0)).signals).splitlines()]
+    class Reads(Callback):
+        def on_clipping_decided(self, trainer: Trainer, event: ClippingDecided) -> None: ...
+
+    lines = [line.strip("│├└─ ") for line in describe(new_trainer(GradientClipping(1.0), Reads()).signals).splitlines()]
     place = lines.index("before_gradient_clipping")
-    assert lines[place + 1 : place + 3] == [
+    assert lines[place + 1 : place + 5] == [
         "-> GradientClipping.on_before_gradient_clipping",
+        "clipping_decided",
+        "-> Reads.on_clipping_decided",
         "clip_grad_norm_() or clip_grad_value_()",
     ]
 
 
-def test_only_what_has_a_listener() -> None:
-    trainer = trainer_with(Ends(), GradientClipping(1.0))
+def test_without_all_events_only_those_with_listeners_are_shown() -> None:
+    trainer = new_trainer(Ends(), GradientClipping(1.0))
     assert describe(trainer.signals, all_events=False).splitlines() == [
         "fit",
         "└── for epoch in epochs:",
@@ -101,18 +94,18 @@ def test_only_what_has_a_listener() -> None:
         "            └── train_epoch_end",
         "                └── -> Ends.on_train_epoch_end",
     ]
-    assert describe(trainer_with().signals, all_events=False) == "fit"
+    assert describe(new_trainer().signals, all_events=False) == "fit"
 
 
-def test_a_stage_is_shown_where_something_listens_to_it() -> None:
+def test_a_stage_is_shown_if_something_listens_to_it() -> None:
     class Tests(Callback):
         def on_test_end(self, trainer: Trainer, event: Any) -> None: ...
 
         def on_before_forward(self, trainer: Trainer, event: Any) -> None: ...
 
-    whole = describe(trainer_with(Tests()).signals)
+    whole = describe(new_trainer(Tests()).signals)
     assert [line for line in whole.splitlines() if line in ("fit", "validation", "test", "predict")] == ["fit", "test"]
-    assert describe(trainer_with(Tests()).signals, all_events=False).split("\n\n")[1].splitlines() == [
+    assert describe(new_trainer(Tests()).signals, all_events=False).split("\n\n")[1].splitlines() == [
         "test",
         "├── for batch in test_dataloader:",
         "│   └── before_forward",
@@ -123,7 +116,7 @@ def test_a_stage_is_shown_where_something_listens_to_it() -> None:
 
 
 def test_muted_signals_and_weak_connections_are_marked() -> None:
-    trainer = trainer_with(Ends())
+    trainer = new_trainer(Ends())
 
     def weakly(sender: Trainer, event: Any) -> None: ...
 
@@ -139,7 +132,7 @@ def test_muted_signals_and_weak_connections_are_marked() -> None:
 
 
 def test_a_weakly_held_method_is_marked() -> None:
-    trainer, ends = trainer_with(), Ends()
+    trainer, ends = new_trainer(), Ends()
     trainer.signals.train_end.connect(ends.on_train_epoch_end, weak=True)
     assert "-> Ends.on_train_epoch_end (weak)\n" in describe(trainer.signals)
 
@@ -152,14 +145,14 @@ def test_a_weakly_held_method_is_marked() -> None:
         ({"max_epochs": -1}, "Trainer: no limit, on cpu, no module yet"),
     ],
 )
-def test_the_first_line_says_what_the_trainer_is_set_to_do(options: dict[str, Any], line: str) -> None:
-    assert overview(trainer_with(**options)).splitlines() == [line, "callbacks: none"]
+def test_the_first_line_shows_the_trainers_settings(options: dict[str, Any], line: str) -> None:
+    assert overview(new_trainer(**options)).splitlines() == [line, "callbacks: none"]
 
 
 def test_callbacks_and_observers_in_order() -> None:
-    trainer = trainer_with(GradientClipping(1.0), LRSchedulerStepping(), ProgressBar())
+    trainer = new_trainer(GradientClipping(1.0), LRSchedulerStepping(), ProgressBar())
     seen = in_the_run(trainer, lambda: overview(trainer))
-    assert seen == "Trainer: max_epochs=1, on cpu, module Module\ncallbacks: GradientClipping, LRSchedulerStepping, ProgressBar"
+    assert seen == "Trainer: max_epochs=1, on cpu, module Hooked\ncallbacks: GradientClipping, LRSchedulerStepping, ProgressBar"
 
     class Watch(Observer): ...
 
@@ -169,16 +162,24 @@ def test_callbacks_and_observers_in_order() -> None:
 
 
 def test_an_observer_is_no_listener() -> None:
-    trainer = trainer_with(Ends())
+    trainer = new_trainer(Ends())
     before = describe(trainer.signals)
     with trainer.signals.trace():
         assert describe(trainer.signals) == before
 
 
-def test_what_a_bar_connects_for_one_batch_is_there_while_it_is_connected() -> None:
-    trainer = trainer_with(ProgressBar(line_interval=1e9))
-    assert "ProgressBar.draw" not in describe(trainer.signals)
-    trainer.signals.after_forward.connect(lambda trainer, event: seen.append(describe(trainer.signals)))
+def test_a_listener_on_demand_is_shown_and_marked_before_the_run_and_during_it() -> None:
+    class Waits(Callback):
+        def on_train_start(self, trainer: Trainer, event: Any) -> None:
+            trainer.listen(self.on_after_forward)
+
+        @on_demand
+        def on_after_forward(self, trainer: Trainer, event: AfterForward) -> None:
+            seen.append(describe(trainer.signals))
+
     seen: list[str] = []
-    trainer.fit(Module(), BATCHES)
-    assert "-> ProgressBar.draw" in seen[0]
+    trainer = new_trainer(Waits())
+    before = describe(trainer.signals)
+    assert "-> Waits.on_after_forward (on demand)\n" in before
+    trainer.fit(Line(), BATCHES)
+    assert seen == [before]

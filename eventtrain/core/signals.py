@@ -191,8 +191,10 @@ class EventSignal(blinker.Signal):
             observer.event_ends(self.name, event)
 
     def _send(self, sender: Any, event: Event) -> None:
-        """Publish by blinker's own path, which knows about receivers that have gone."""
-        self.send(sender, event=event)
+        """Call the listeners that are there now: of those held weakly, some may have gone."""
+        for listener in list(self.receivers_for(sender)):
+            if listener not in self._idle:
+                listener(sender, event=event)
 
     def _add_note(self, error: BaseException, listener: Listener | None) -> None:
         # A trace and blinker's own path call listeners themselves: the innermost note is the true one.

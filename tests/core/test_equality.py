@@ -1,9 +1,9 @@
-"""Every run equals the hand-written PyTorch loop that does the same (``reference.py``), bit for bit."""
+"""Every run equals, bit for bit, the hand-written PyTorch loop that does the same (``reference.py``)."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
 from tests import reference
+from tests.kit import train
 
 EPOCHS = 3
 
@@ -45,7 +46,7 @@ class Module(LightningModule):
 
 
 class Rates(Callback):
-    """The learning rate that each update used."""
+    """Records the learning rate of each update."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -55,26 +56,26 @@ class Rates(Callback):
 
 
 def fit(module: LightningModule, data: Any, *callbacks: Any, val: Any = None, **options: Any) -> list[float]:
-    """Trains; returns the learning rates that the updates used."""
+    """Train a module and return the learning rate of each update."""
     rates = Rates()
-    trainer = Trainer(max_epochs=EPOCHS, callbacks=[*callbacks, rates], default_callbacks=False, device="cpu", **options)
-    trainer.fit(module, data, val)
+    train(module, data, *callbacks, rates, val=val, max_epochs=EPOCHS, num_sanity_val_steps=2, **options)
     return rates.rates
 
 
-def tensors(state: Any, where: str = "") -> dict[str, Any]:
-    """A nested state as a flat dict of its leaves."""
-    if isinstance(state, dict):
-        items = state.items()
-    elif isinstance(state, (list, tuple)):
-        items = enumerate(state)
-    else:
-        return {where: state}
-    return {name: leaf for key, value in items for name, leaf in tensors(value, f"{where}/{key}").items()}
+def leaves(state: Any, path: str = "") -> dict[str, Any]:
+    """Return a nested state as a flat dict of its leaves."""
+    if not isinstance(state, (dict, list, tuple)):
+        return {path: state}
+    items: Iterable[tuple[Any, Any]] = state.items() if isinstance(state, dict) else enumerate(state)
+    return {name: leaf for key, value in items for name, leaf in leaves(value, f"{path}/{key}").items()}
+
+
+def first_weight(model: nn.Module) -> Tensor:
+    return next(model.parameters())
 
 
 def assert_equal_states(actual: Any, expected: Any) -> None:
-    flat, wanted = tensors(actual), tensors(expected)
+    flat, wanted = leaves(actual), leaves(expected)
     assert flat.keys() == wanted.keys()
     different = [
         name
@@ -85,8 +86,8 @@ def assert_equal_states(actual: Any, expected: Any) -> None:
 
 
 def assert_equal_runs(model: nn.Module, optimizer: Optimizer, expected_model: nn.Module, expected_optimizer: Optimizer) -> None:
-    """Parameters and optimizer state are equal, learning rates among them, and training did move them."""
-    assert not torch.equal(next(expected_model.parameters()), next(reference.net().parameters()))
+    """Check that parameters and optimizer state are equal, learning rates among them, and that training did move them."""
+    assert not torch.equal(first_weight(expected_model), first_weight(reference.net()))
     assert_equal_states(model.state_dict(), expected_model.state_dict())
     assert_equal_states(optimizer.state_dict(), expected_optimizer.state_dict())
 
@@ -100,7 +101,7 @@ def adamw(model: nn.Module) -> Optimizer:
 
 
 def pair(make: Callable[[nn.Module], Optimizer] = sgd) -> tuple[nn.Module, Optimizer, nn.Module, Optimizer]:
-    """A model with its optimizer, and the same once more, for the reference."""
+    """Return a model with its optimizer, and the same once more, for the reference."""
     model, expected = reference.net(), reference.net()
     return model, make(model), expected, make(expected)
 
@@ -141,7 +142,7 @@ def test_clipping(algorithm: str, threshold: float) -> None:
     assert_equal_runs(model, optimizer, expected, expected_optimizer)
     unclipped = reference.net()
     reference.plain(unclipped, sgd(unclipped), batches(5), EPOCHS)
-    assert not torch.equal(unclipped[0].weight, model[0].weight)  # the threshold did bite
+    assert not torch.equal(first_weight(unclipped), first_weight(model))  # the threshold did bite
 
 
 def test_a_scheduler_by_epoch() -> None:
@@ -173,7 +174,7 @@ def test_bf16_autocast() -> None:
     assert_equal_runs(model, optimizer, expected, expected_optimizer)
     in_float32 = reference.net()
     reference.plain(in_float32, adamw(in_float32), batches(5), EPOCHS)
-    assert not torch.equal(in_float32[0].weight, model[0].weight)  # autocast did matter
+    assert not torch.equal(first_weight(in_float32), first_weight(model))  # autocast did matter
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -247,7 +248,7 @@ def test_a_gan_with_two_optimizers() -> None:
     torch.manual_seed(5)
     reference.gan(expected_generator, expected_critic, expected_optimizers, batches(6), EPOCHS)
     for_generator, for_critic = module.optimizers(use_pl_optimizer=False)
-    assert not torch.equal(generator().weight, expected_generator.weight)
+    assert not torch.equal(first_weight(generator()), first_weight(expected_generator))
     assert_equal_states(module.generator.state_dict(), expected_generator.state_dict())
     assert_equal_states(for_generator.state_dict(), expected_optimizers[0].state_dict())
     assert_equal_runs(module.critic, for_critic, expected_critic, expected_optimizers[1])
@@ -257,7 +258,7 @@ def test_a_gan_with_two_optimizers() -> None:
 
 
 class DrawsInValidation(Module):
-    """Validation draws from the global generator, as much as it likes."""
+    """Draws from the global generator in validation."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("noise", torch.rand(()))
@@ -268,19 +269,19 @@ def shuffled(own_generator: bool) -> DataLoader[Any]:
     return DataLoader(dataset(20), batch_size=4, shuffle=True, generator=generator)
 
 
-@pytest.mark.parametrize("validation", ["none", "by epoch", "inside of the epoch"])
+@pytest.mark.parametrize("validation", ["none", "by epoch", "within the epoch"])
 @pytest.mark.parametrize("own_generator", [False, True])
 def test_shuffling_draws_as_a_for_loop_does_and_validation_leaves_no_trace(own_generator: bool, validation: str) -> None:
     model, optimizer, expected, expected_optimizer = pair()
     module = (Module if validation == "none" else DrawsInValidation)(model, lambda: optimizer)
     val = None if validation == "none" else DataLoader(dataset(8), batch_size=2, shuffle=True)
-    options = {"val_check_interval": 2} if validation == "inside of the epoch" else {}
+    options = {"val_check_interval": 2} if validation == "within the epoch" else {}
     torch.manual_seed(7)
     fit(module, shuffled(own_generator), val=val, **options)
     after = torch.rand(())
     torch.manual_seed(7)
     reference.plain(expected, expected_optimizer, shuffled(own_generator), EPOCHS)
-    assert torch.equal(after, torch.rand(()))  # what comes after the run draws the same, too
+    assert torch.equal(after, torch.rand(()))  # draws after the run are the same, too
     assert_equal_runs(model, optimizer, expected, expected_optimizer)
 
 
@@ -297,9 +298,9 @@ def test_dropout_draws_as_in_a_for_loop() -> None:
     assert_equal_runs(model, optimizer, expected, expected_optimizer)
 
 
-def test_a_limit_inside_of_a_shuffled_epoch_reads_no_further_than_a_break() -> None:
+def test_a_limit_within_a_shuffled_epoch_reads_no_further_than_a_break() -> None:
     class Limited:
-        """The first three batches of each pass, by ``break``."""
+        """Yields the first three batches of each pass."""
 
         def __init__(self, loader: Any) -> None:
             self.loader = loader
@@ -321,12 +322,17 @@ def test_a_limit_inside_of_a_shuffled_epoch_reads_no_further_than_a_break() -> N
 # ------------------------------------------------------------------ the reference itself
 
 
-def test_the_reference_is_short_and_knows_nothing_of_eventtrain() -> None:
+def lines(loop: ast.FunctionDef) -> int:
+    assert loop.end_lineno is not None
+    return loop.end_lineno - loop.body[0].lineno + 1
+
+
+def test_the_reference_is_short_and_imports_nothing_of_eventtrain() -> None:
     tree = ast.parse(Path(reference.__file__).read_text())
-    imported = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    imported = [node.module or "." for node in tree.body if isinstance(node, ast.ImportFrom)]
     imported += [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
     assert "torch" in imported
-    assert not [name for name in imported if name.startswith("eventtrain")]
+    assert not [name for name in imported if name.startswith(("eventtrain", "."))]
     loops = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    lengths = {loop.name: loop.end_lineno - loop.body[0].lineno + 1 for loop in loops}
+    lengths = {loop.name: lines(loop) for loop in loops}
     assert {name: length for name, length in lengths.items() if length > 20} == {}

@@ -1,31 +1,15 @@
-"""The loop's requests: an epoch that is asked to end, wherever the request comes from."""
+"""The loop: epochs that are ended early, and steps with a wrong form."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from eventtrain import LightningModule, MisconfigurationError, Trainer
+from eventtrain import MisconfigurationError, Trainer
+from tests.kit import Line, new_trainer, rows
 
-BATCHES = list(torch.ones(4, 2, 2))
-
-
-class Model(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.layer(batch).mean()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        return None
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+BATCHES = rows(4)
 
 
 def end_after_two_batches(trainer: Trainer, event: Any) -> None:
@@ -36,13 +20,13 @@ def end_after_two_batches(trainer: Trainer, event: Any) -> None:
 @pytest.mark.parametrize("event", ["train_batch_start", "after_update", "train_batch_end", "safe_point"])
 @pytest.mark.parametrize("interval", [None, 2], ids=["at the end", "every second batch"])
 def test_an_epoch_that_is_asked_to_end_is_validated_once(event: str, interval: int | None) -> None:
-    trainer = Trainer(max_epochs=2, device="cpu", default_callbacks=False, num_sanity_val_steps=0, val_check_interval=interval)
+    trainer = new_trainer(max_epochs=2, val_check_interval=interval)
     trainer.signals[event].connect(end_after_two_batches)
     with trainer.signals.trace() as trace:
-        trainer.fit(Model(), BATCHES, BATCHES[:1])
+        trainer.fit(Line(), BATCHES, BATCHES[:1])
     names = trace.names()
     first = names[: names.index("train_epoch_end")]
-    assert first.count("train_batch_end") == 2, "the batch at hand is finished"
+    assert first.count("train_batch_end") == 2, "the current batch is finished"
     assert first.count("validation_end") == 1
     assert "train_data_end" not in first, "nothing that counts epochs steps"
     assert trainer.current_epoch == 2 and trainer.global_step == 6
@@ -50,13 +34,13 @@ def test_an_epoch_that_is_asked_to_end_is_validated_once(event: str, interval: i
 
 @pytest.mark.parametrize("name", ["training_step", "validation_step"])
 @pytest.mark.parametrize("takes", [0, 4])
-def test_a_step_that_cannot_be_called_is_told_its_form_before_training(name: str, takes: int) -> None:
+def test_a_step_with_a_wrong_form_is_refused_before_training(name: str, takes: int) -> None:
     def step(self: Any, a: Any, b: Any, c: Any, d: Any) -> Any: ...
 
     def bare(self: Any) -> Any: ...
 
-    model = type("Odd", (Model,), {name: step if takes else bare})()
-    trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+    model = type("Odd", (Line,), {name: step if takes else bare})()
+    trainer = new_trainer(num_sanity_val_steps=2)
     with pytest.raises(MisconfigurationError, match=r"does not fit. Write `def .*\(self, batch, batch_idx"):
         trainer.fit(model, BATCHES, BATCHES[:1])
     assert trainer.global_step == 0

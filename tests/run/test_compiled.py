@@ -507,14 +507,14 @@ def test_a_wrapper_of_the_step_is_given_the_compiled_one() -> None:
     called: list[tuple[str, int]] = []
     backend = Backend()
 
-    def run(step: Callable[..., Any], *args: Any) -> Any:
+    def call(step: Callable[..., Any], *args: Any) -> Any:
         before = backend.runs
         outputs = step(*args)
         called.append((step.__name__, backend.runs - before))
         return outputs
 
     trainer = trainer_with(max_epochs=1, num_sanity_val_steps=0)
-    trainer.signals.before_forward.connect(lambda trainer, event: setattr(event, "run", run))
+    trainer.signals.before_forward.connect(lambda trainer, event: setattr(event, "call", call))
     trainer.fit(torch.compile(Module(), backend=backend), DATA[:2], DATA[:1])
     assert [name for name, _ in called] == ["training_step", "training_step", "validation_step"]
     assert all(runs > 0 for _, runs in called)

@@ -267,9 +267,9 @@ class SimulatedRun:
         if name in self._counters:
             return self._counters[name]
         raise MisconfigurationError(
-            f"{self._policy} reads trainer.{name}, which estimated_stepping_batches cannot know beforehand. Read "
-            f"only {', '.join(self._counters)}; or give the scheduler your own total_steps, and Trainer(max_steps=...), instead "
-            "of estimated_stepping_batches."
+            f"{self._policy} reads trainer.{name}, which estimated_stepping_batches cannot know beforehand. Read only "
+            f"{', '.join(self._counters)}; or give the scheduler your own total_steps instead of estimated_stepping_batches, "
+            "and Trainer(max_steps=...)."
         )
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:

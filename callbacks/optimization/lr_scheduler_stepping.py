@@ -16,10 +16,10 @@ class LRSchedulerStepping(Callback):
     """Steps each scheduler at its interval, and only if something was updated since its last step.
 
     Attached by default. Listens to ``after_update`` for the interval ``"step"``, to ``train_data_end`` for ``"epoch"``, to
-    ``validation_end`` for ``"validation"``, to ``setup`` and to ``fit_start``. If the run has such a scheduler it also listens to
-    ``train_batch_end`` for the interval ``"batch"``, and to ``metrics_logged`` for schedulers by epoch that monitor a
-    metric: they step when the epoch's values are final. Steps by ``trainer.step_lr_scheduler``, and does nothing in manual
-    optimization. Emits no metrics. Override :meth:`is_due` to step at other counts.
+    ``validation_end`` for ``"validation"``, to ``setup`` and to ``fit_start``. If the run has such schedulers it also listens
+    to ``train_batch_end`` for the interval ``"batch"``, and to ``metrics_logged`` for those by epoch that monitor a metric:
+    they step when the epoch's values are final. Steps by ``trainer.step_lr_scheduler``. Does nothing in manual optimization.
+    Emits no metrics. Override :meth:`is_due` to step at other counts.
 
     A monitored scheduler waits until its metric has a new value. If the metric was never logged, although the stage that
     should log it is over, that is an error, or one warning if the scheduler's config has ``'strict': False``.
@@ -138,7 +138,7 @@ class LRSchedulerStepping(Callback):
             if not metric.look(trainer):
                 return
             value = metric.value(trainer)
-            if config.interval in ("step", "batch") and trainer.world_size > 1:  # an epoch's value is that of all processes
+            if config.interval in ("step", "batch") and trainer.world_size > 1:  # in contrast to an epoch's value
                 value = trainer.processes.reduce(value.clone(), "mean")
         self._last_update[index] = global_step
         trainer.step_lr_scheduler(config, value)

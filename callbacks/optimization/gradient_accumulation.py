@@ -83,7 +83,7 @@ class GradientAccumulation(Callback):
         self._loss_scale = 1.0
         # Batches of the open window, after the last batch that started and before it.
         self._position = self._position_before = 0
-        self._batch_idx = -1  # of the last batch that started
+        self._batch_idx = -1  # of the last batch of the epoch that started
         self._warned = False
 
     def batches_per_step(self, trainer: Any) -> int:
@@ -118,10 +118,10 @@ class GradientAccumulation(Callback):
         sizes, length = self._known_sizes(trainer.max_epochs), trainer.num_training_batches
         if length and self.unit == "epoch" and max(sizes, default=1) > length:
             self._on_short_epoch(length, max(sizes))
-        self._position = 0 if trainer.total_batch_idx < 0 else self._position
+        if trainer.total_batch_idx < 0:
+            self._position, self._batch_idx = 0, -1
 
     def on_train_epoch_start(self, trainer: Trainer, event: TrainEpochStart) -> None:
-        self._batch_idx = event.batches_done - 1
         if self.remainder != "carry" and not event.batches_done:
             self._position = 0
 
@@ -149,6 +149,7 @@ class GradientAccumulation(Callback):
         # batch_idx back by one for it.
         if self.remainder == "carry" and trainer.batch_idx < self._batch_idx:
             self._position = self._position_before
+        self._batch_idx = -1
 
     def on_gradients_ready(self, trainer: Trainer, event: GradientsReady) -> None:
         if self.normalize != "window" or event.batches is None:
@@ -239,11 +240,18 @@ class GradientAccumulation(Callback):
             warnings.warn(f"{message}: each epoch is one short window. With remainder='carry' windows continue.", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self._position, "window": self._window}
+        return {
+            "position": self._position,
+            "window": self._window,
+            # A validation may be interrupted between a batch that ended its epoch and the epoch's end.
+            "position_before": self._position_before,
+            "batch_idx": self._batch_idx,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._position = self._position_before = state["position"]
-        self._window = state["window"]
+        self._position, self._window = state["position"], state["window"]
+        self._position_before = state.get("position_before", self._position)  # older checkpoints do not have these two
+        self._batch_idx = state.get("batch_idx", -1)
         self._loss_scale = 1.0 / self._window
 
 

@@ -22,8 +22,6 @@ TO_CONVERT = {
         "_StorageInfo", "_fsdp_param_group", "_fsdp_param_groups", "_get_fsdp_state", "_get_layout", "_unsharded_param",
     },
     "callbacks/monitoring/model_summary.py": {"_compiled_call_impl", "_orig_mod"},
-    "callbacks/optimization/exponential_moving_average.py": {"_buffers", "_parameters"},
-    "callbacks/optimization/mixed_precision.py": {"_version"},
     "callbacks/profiling/spans.py": {"_compiled_call_impl", "_modules", "_orig_mod"},
     "callbacks/profiling/torch_profiler.py": {"_profiler_enabled"},
     "eventtrain/checkpoint/contents.py": {"_opt_called"},

@@ -336,19 +336,20 @@ class Trainer(RunView):
             self.processes.barrier()
         return event.path
 
-    def interrupt(self, reason: str) -> None:
+    def interrupt(self, reason: str | None) -> None:
         """Interrupt the fit at its next safe point: write a checkpoint there and return from ``fit``, so that
         ``fit(ckpt_path="last")`` resumes the run. A validation is left at its next batch, and repeated by the resumed run.
-        Does not wait for ``min_epochs`` and ``min_steps``. If one of several processes asks, all are interrupted; a listener
-        of ``request_stop`` has to be attached in all of them.
+        Does not wait for ``min_epochs`` and ``min_steps``. If one of several processes asks, all are interrupted, at the
+        first safe point at which all know of it.
 
         A signal handler may call it.
 
         Args:
-            reason: Why, in a few words.
+            reason: Why, in a few words. None withdraws the request, unless other processes know of it already.
         """
-        self.stop_request.interruption = reason
-        self.stop_request.at_once = True
+        request = self.stop_request
+        if reason is not None or not request.interrupts:
+            request.interruption = reason
 
     def listen(self, handler: Callable[..., Any]) -> None:
         """Have a handler that is marked ``@on_demand`` called from the next event on, until the run ends or
@@ -677,8 +678,9 @@ class Trainer(RunView):
         )
 
     def _is_interrupted(self) -> bool:
-        """Whether an evaluation is to be left: on all ranks, where one is asked to."""
-        return self.processes.any(self.stop_request.at_once)
+        """Return whether an evaluation is to be left: in all processes if one is asked to."""
+        request = self.stop_request
+        return self.processes.any(request.at_once or request.interruption is not None)
 
     @property
     def _kept_by_nobody(self) -> Path:

@@ -170,6 +170,9 @@ class TrainLoop:
             if self.validate_if_due(batch_idx, batches.is_last or stop.epoch_reason is not None):
                 self.end_epoch()
                 return
+            if stop.interruption is not None and self.interrupt():  # in that validation, at the same safe point again
+                self.leave_epoch()
+                return
         max_steps = self.extent.max_steps
         while (max_steps is None or progress.global_step < max_steps) and (stop.reason is None or not self.is_stopping()):
             if stop.epoch_reason is None:
@@ -362,13 +365,25 @@ class TrainLoop:
         if signals.request_stop.listeners:
             signals.request_stop.publish(RequestStop(epoch_end, window_open))
             self.agree()
-        if stop.interruption is not None and (stop.interrupts or self.batch.processes is None):
-            path = self.keep_checkpoint(stop.interruption)
-            signals.run_interrupted.publish(RunInterrupted(stop.interrupt(), path))
+        if stop.interruption is not None and self.interrupt():
             return True
         if signals.take_checkpoint.listeners:
             signals.take_checkpoint.publish(TakeCheckpoint(epoch_end, window_open))
         return False
+
+    def interrupt(self) -> bool:
+        """Have a checkpoint of this safe point written and end the run, if all processes know of the request.
+
+        Returns:
+            Whether the run was interrupted.
+        """
+        stop, reason = self.stop, self.stop.interruption
+        if reason is None or not (stop.interrupts or self.batch.processes is None):
+            return False
+        path = self.keep_checkpoint(reason)
+        stop.interrupt(reason)
+        self.signals.run_interrupted.publish(RunInterrupted(reason, path))
+        return True
 
     def agree(self) -> None:
         """Lets all processes know what one was asked to end. A request that one makes after its batch's end, at a safe

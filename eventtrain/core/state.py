@@ -156,11 +156,13 @@ class StopRequest:
         if self.interrupts and self.interruption is None:
             self.interruption = elsewhere
 
-    def interrupt(self) -> str:
-        """Turn the interruption into a stop that holds now; return its reason."""
-        assert self.interruption is not None
-        self.reason, self.force, self.is_agreed = self.interruption, True, True
-        return self.interruption
+    def interrupt(self, reason: str) -> None:
+        """Make the interruption a stop that holds now.
+
+        Args:
+            reason: Why, in a few words.
+        """
+        self.reason, self.force, self.is_agreed = reason, True, True
 
 
 RunStage = Literal["fit", "validate", "test", "predict"]

@@ -27,7 +27,7 @@ ON_ITS_WAY = 0.2  # seconds until a signal that has ended a worker has surely re
 
 
 class Preemption(Callback):
-    """Ends a fit when the process gets a signal; ``fit(ckpt_path="last")`` then resumes from a checkpoint of the next safe point.
+    """Ends a fit when the process gets a signal; ``fit(ckpt_path="last")`` resumes from a checkpoint of the next safe point.
 
     The current batch is completed. A validation is left at its next batch, and repeated by the resumed run. ``fit`` then
     raises ``SystemExit(128 + number)``, or ``KeyboardInterrupt`` for SIGINT, so that the process ends with the status that
@@ -83,7 +83,7 @@ class Preemption(Callback):
 
         Args:
             trainer: The trainer, which was asked to stop.
-            signum: The signal's number; that of SIGTERM if another process got the signal.
+            signum: The signal's number; SIGTERM if only another process got one.
 
         Raises:
             KeyboardInterrupt: For SIGINT.

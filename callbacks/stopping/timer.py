@@ -18,7 +18,7 @@ Duration = timedelta | Mapping[str, float] | float | str
 
 
 class Timer(Callback):
-    """Ends a fit after some time; ``fit(ckpt_path="last")`` then resumes from a checkpoint of the next safe point.
+    """Ends a fit after some time; ``fit(ckpt_path="last")`` resumes from a checkpoint of the next safe point.
 
     ``fit`` returns as at any other end, and ``trainer.stop_reason`` says why. The clock runs from ``setup`` to ``teardown``.
     Checkpoints hold it, and a resumed run continues it, so that ``max_time`` limits the whole run; with ``per_job`` it limits
@@ -147,12 +147,14 @@ def seconds(argument: str, duration: Duration) -> float:
         try:
             value = timedelta(**value)
         except (TypeError, OverflowError) as error:
-            raise MisconfigurationError(f"Timer({argument}={duration!r}): {error}. Write for example {{'hours': 11}}.") from None
+            raise MisconfigurationError(
+                f"Timer({argument}={duration!r}): {error}. Write for example {{'hours': 11}}."
+            ) from None
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise MisconfigurationError(
-            f"Timer({argument}={duration!r}): give seconds, a timedelta, its arguments as a dict, or a text such as '11:50:00', "
-            "with days '01:11:50:00'."
+            f"Timer({argument}={duration!r}): give seconds, a timedelta, its arguments as a dict, or a text such as '11:50:00' "
+            "or, with days, '01:11:50:00'."
         )
     return float(value)

@@ -11,7 +11,7 @@ from eventtrain.checkpoint import contents, storage
 from eventtrain.checkpoint.find import interrupted_path
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.core.signals import EventSignal, Signals
-from eventtrain.core.state import Progress, RunStage
+from eventtrain.core.state import Progress, RunLimits, RunStage
 from eventtrain.data.device import resolve_device
 from eventtrain.data.limits import Limit
 from eventtrain.describe import describe, overview
@@ -705,6 +705,11 @@ class Trainer:
     def max_steps(self) -> int | None:
         """Updates of the run; None for no limit."""
         return self.run_state.limits.max_steps
+
+    @property
+    def limits(self) -> RunLimits:
+        """How long the current fit is, or the last one, and when it validates. Read it; only the run writes it."""
+        return self.run_state.limits
 
     @property
     def num_training_batches(self) -> int | None:

@@ -128,7 +128,7 @@ class DistributedDataParallel(Callback):
         self._epoch_begins = True
 
     def on_before_forward(self, trainer: Trainer, event: BeforeForward) -> None:
-        if event.stage != "train" or self._processes is None or not trainer.batch.automatic:
+        if event.stage != "train" or self._processes is None or not trainer.module.automatic_optimization:
             return
         if self._epoch_begins:
             self._epoch_begins = False
@@ -140,7 +140,7 @@ class DistributedDataParallel(Callback):
 
     def on_reduce_gradients(self, trainer: Trainer, event: ReduceGradients) -> None:
         # The wrapper has averaged them in a backward, unless that was another batch's than the one that closes the window.
-        if self._processes is not None and (not trainer.batch.automatic or trainer.batch.skipped):
+        if self._processes is not None and (not trainer.module.automatic_optimization or event.skipped):
             self.average_gradients(list(event.optimizer.parameters()))
 
     def on_validation_start(self, trainer: Trainer, event: ValidationStart) -> None:

@@ -203,7 +203,7 @@ class FullyShardedDataParallel(Callback):
             event.call = lambda step, *args: evaluate(module, step, *args)
             return
         event.call = getattr(module, CALL)
-        syncs = event.closes_window or not trainer.batch.automatic
+        syncs = event.closes_window or not trainer.module.automatic_optimization
         if syncs is not self._syncs:
             self._syncs = syncs
             module.set_requires_gradient_sync(syncs)
@@ -217,7 +217,7 @@ class FullyShardedDataParallel(Callback):
 
     def on_reduce_gradients(self, trainer: Trainer, event: ReduceGradients) -> None:
         # Backward has averaged them, unless that was another batch's than the one that closes the window.
-        if self._processes is None or not trainer.batch.skipped:
+        if self._processes is None or not event.skipped:
             return
         held = shards.held_gradients(trainer.module)
         self._processes.average(list(held.values()))
@@ -272,7 +272,7 @@ class FullyShardedDataParallel(Callback):
         """Connected to ``save_checkpoint``."""
         assert self._shards is not None
         rank = trainer.global_rank
-        held = shards.held_gradients(trainer.module) if trainer.batch.window_open else {}
+        held = shards.held_gradients(trainer.module) if trainer.window_open else {}
         self._shards.take_out(event.checkpoint, {f"{rank}.{name}": gradient for name, gradient in held.items()})
 
     def on_checkpoint_saved(self, trainer: Trainer, event: CheckpointSaved) -> None:

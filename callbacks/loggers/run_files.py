@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -19,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eventtrain.checkpoint.rng import isolated_rng
-from eventtrain.core.evaluation import restore
 from eventtrain.data.device import move_to_device
 from eventtrain.errors import MisconfigurationError
+from eventtrain.module.modes import restore_modes
 from eventtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -354,7 +355,7 @@ def draw_graph(writer: SummaryWriter, module: LightningModule) -> None:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         warnings.warn(f"No graph of {name} is logged, since its forward could not be traced: {reason}", stacklevel=2)
     finally:
-        restore(training)
+        restore_modes(training)
 
 
 # ------------------------------------------------------------------ what a run is
@@ -384,9 +385,9 @@ def configuration(trainer: Trainer) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "module": type(trainer.module).__name__,
         "optimization": "automatic" if trainer.module.automatic_optimization else "manual",
-        **{field: getattr(trainer.extent, field) for field in trainer.extent.__slots__},
-        **{f"limit of {stage} batches": limit for stage, limit in trainer.limits.items()},
-        "num_sanity_val_steps": trainer.num_sanity_val_steps,
+        **dataclasses.asdict(trainer.limits),
+        **{f"limit of {stage} batches": limit for stage, limit in trainer.arguments.batch_limits.items()},
+        "num_sanity_val_steps": trainer.arguments.num_sanity_val_steps,
         "seed": trainer.seed,
     }
     for kind, parts in (

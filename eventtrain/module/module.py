@@ -657,7 +657,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             return
         if rank_zero_only and not trainer.is_global_zero:
             return
-        trainer.metrics.log(
+        trainer.run_state.metrics.log(
             name, value, prog_bar, logger is not False, on_step, on_epoch, reduce_fx, sync_dist, batch_size, add_dataloader_idx
         )
 

@@ -45,8 +45,10 @@ from eventtrain.events import (
     Teardown,
 )
 from eventtrain.metrics.metrics import Metrics
-from eventtrain.module.module import LightningDataModule, LightningModule
-from eventtrain.optim.configure import configure_optimizers, own, warn_of_idle_schedulers
+from eventtrain.module.datamodule import LightningDataModule
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import overridden_method as own
+from eventtrain.optim.configure import configure_optimizers, warn_of_idle_schedulers
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
 from eventtrain.run.arguments import (
     check_datamodule,

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eventtrain.checkpoint.rng import isolated_rng
-from eventtrain.core.evaluation import restore
 from eventtrain.data.device import move_to_device
 from eventtrain.errors import MisconfigurationError
+from eventtrain.module.modes import restore_modes
 from eventtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -354,7 +354,7 @@ def draw_graph(writer: SummaryWriter, module: LightningModule) -> None:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         warnings.warn(f"No graph of {name} is logged, since its forward could not be traced: {reason}", stacklevel=2)
     finally:
-        restore(training)
+        restore_modes(training)
 
 
 # ------------------------------------------------------------------ what a run is

@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from eventtrain.callback import Callback
 from eventtrain.checkpoint.rng import isolated_rng
-from eventtrain.core.evaluation import restore
 from eventtrain.data.device import move_to_device
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import FitStart
+from eventtrain.module.modes import restore_modes
 from eventtrain.trainer import Trainer
 
 ITSELF = "(itself)"
@@ -262,7 +262,7 @@ def untouched(module: nn.Module) -> Generator[dict[str, Tensor], None, None]:
             module.eval()
             yield {name: buffer.clone() for name, buffer in module.named_buffers()}
     finally:
-        restore(training)
+        restore_modes(training)
 
 
 def size_of(value: Any) -> str:

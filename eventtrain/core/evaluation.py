@@ -20,7 +20,8 @@ from eventtrain.distributed import Processes
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import AfterForward, MetricsLogged
 from eventtrain.metrics.metrics import Metrics
-from eventtrain.module.module import LightningModule, overridden
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import overridden
 
 EvaluationStage = Literal["validation", "test", "predict"]
 

@@ -8,7 +8,8 @@ from eventtrain.checks import check_whole_number
 from eventtrain.data.limits import Limit, check_limit
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
-from eventtrain.module.module import LightningDataModule, LightningModule
+from eventtrain.module.datamodule import LightningDataModule
+from eventtrain.module.module import LightningModule
 
 
 def limit_name(stage: Stage) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 from eventtrain.core.signals import Signals
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.events import EVENTS, Event, TrainBatchStart, TrainEpochStart, module_hook
+from eventtrain.module.datamodule import LightningDataModule
 from eventtrain.module.hooks import MODULE_ONLY_HOOKS
-from eventtrain.module.module import LightningDataModule, LightningModule, overridden
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import overridden
 
 HOOKS = {module_hook(event_type): name for name, event_type in EVENTS.items()}
 """The signal's name by the module hook's name."""

@@ -17,7 +17,9 @@ from eventtrain.data.resumable import ResumableLoader, is_stateful, set_epoch
 from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import PrepareLoader, Stage
-from eventtrain.module.module import DataHooks, LightningDataModule, LightningModule, overridden
+from eventtrain.module.datamodule import DataHooks, LightningDataModule
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import overridden
 from eventtrain.run.arguments import limit_name
 
 LOADER_HOOKS: dict[Stage, str] = {

@@ -64,7 +64,7 @@ Missing: a public name, or ``named_parameters`` without it.
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """Return the module inside of a result of ``torch.compile(module)``; any other module is returned as it is.
+    """Return the original of a module that ``torch.compile(module)`` returned; any other module is returned as it is.
 
     Missing: a public attribute of the compiled module.
     """

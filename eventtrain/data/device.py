@@ -75,7 +75,7 @@ def resolve_device(device: Any) -> torch.device:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise MisconfigurationError(
-            f"device={device!r} is no device. Write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
+            f"device={device!r} is not a device. Write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
         ) from error
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -653,7 +653,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         """
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
-            warnings.warn(f"{type(self).__name__}.log({name!r}, ...) without a trainer: the value goes nowhere.", stacklevel=2)
+            warnings.warn(f"{type(self).__name__}.log({name!r}, ...) without a trainer: the value is lost.", stacklevel=2)
             return
         if rank_zero_only and not trainer.is_global_zero:
             return

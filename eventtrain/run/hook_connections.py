@@ -50,7 +50,7 @@ def check_names(module: Any) -> None:
     """Check that no method of a module is named almost like a hook; other names with ``on_`` are allowed.
 
     Raises:
-        MisconfigurationError: If there is such a method.
+        MisconfigurationError: If a method is.
     """
     known = [*HOOKS, *MODULE_ONLY_HOOKS]
     library = {attribute for base in (LightningModule, LightningDataModule) for attribute in dir(base)}

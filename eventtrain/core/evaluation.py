@@ -86,7 +86,8 @@ class EvaluationLoop:
         Raises:
             EvaluationInterrupted: It was left between two batches; nothing of it was published as logged.
         """
-        no_grad: AbstractContextManager[Any] = torch.no_grad() if self.within_fit else torch.inference_mode()
+        keeps_tensors = self.within_fit or has_special_parameters(self.module)
+        no_grad: AbstractContextManager[Any] = torch.no_grad() if keeps_tensors else torch.inference_mode()
         with isolated_rng() if self.within_fit else nullcontext(), no_grad, self.evaluation_mode():
             self.metrics.silent = silent
             self.metrics.begin_stage(self.stage)
@@ -180,6 +181,12 @@ def restore(training: dict[nn.Module, bool]) -> None:
     """Gives each submodule back its own ``training`` flag: a frozen layer stays in evaluation mode."""
     for part, flag in training.items():
         part.training = flag
+
+
+def has_special_parameters(module: nn.Module) -> bool:
+    """Return whether a module has parameters of a subclass of ``Tensor``, such as sharded ones. They may fail in inference
+    mode, or afterwards."""
+    return any(type(parameter) not in (torch.Tensor, nn.Parameter) for parameter in module.parameters())
 
 
 def step_arguments(step: Callable[..., Any], loaders: int, *, most: int = 3) -> int:

@@ -40,5 +40,5 @@ def start(*arguments: Any, options: tuple[str, ...] = (), processes: int = 2, ti
 
 
 def result(folder: Path, name: Any) -> Any:
-    """Return the results that a process saved: the file of a rank, or of ``"alone"``."""
+    """Return the results that a process saved: the file of a rank, or ``"single"``."""
     return torch.load(folder / f"{name}.pt", weights_only=False)

@@ -701,7 +701,7 @@ def hybrid(folder: Path) -> Any:
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     results = {name: globals()[name](folder) for name in names or CHECKS}
-    torch.save(results, folder / f"{dist.get_rank() if dist.is_initialized() else 'alone'}.pt")
+    torch.save(results, folder / f"{dist.get_rank() if dist.is_initialized() else 'single'}.pt")
 
 
 if __name__ == "__main__":

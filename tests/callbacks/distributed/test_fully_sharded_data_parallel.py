@@ -57,7 +57,7 @@ def alone(results: list[Any], folder: Path) -> Any:
         checkpoint["shards"]["name"] = name
         storage.write(checkpoint, folder / f"{name}.ckpt")
     start(SCRIPT, folder, "elsewhere", processes=1)
-    return result(folder, "alone")["elsewhere"]
+    return result(folder, "single")["elsewhere"]
 
 
 # ------------------------------------------------------------------ training

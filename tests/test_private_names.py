@@ -17,10 +17,6 @@ ALLOWED = {
 """Private names of other libraries, by file, with the reason."""
 
 TO_CONVERT = {
-    "callbacks/distributed/processes.py": {"_iterator"},
-    "callbacks/distributed/sharded_checkpoint.py": {
-        "_StorageInfo", "_fsdp_param_group", "_fsdp_param_groups", "_get_fsdp_state", "_get_layout", "_unsharded_param",
-    },
     "callbacks/monitoring/model_summary.py": {"_compiled_call_impl", "_orig_mod"},
     "callbacks/profiling/spans.py": {"_compiled_call_impl", "_modules", "_orig_mod"},
     "callbacks/profiling/torch_profiler.py": {"_profiler_enabled"},

@@ -71,6 +71,11 @@ class HyperparametersMixin:
         return kept
 
     @property
+    def logs_hparams(self) -> bool:
+        """Whether loggers write :attr:`hparams`: there are some, and ``logger=False`` was not given."""
+        return bool(self.hparams) and bool(self.__dict__.get("_log_hyperparams", True))
+
+    @property
     def hparams_initial(self) -> AttributeDict:
         """The hyperparameters as they were when they were kept."""
         kept: AttributeDict = self.__dict__.get("_hparams_initial", AttributeDict())

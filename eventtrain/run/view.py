@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from eventtrain.core.loop import Extent, TrainLoop
@@ -85,6 +86,11 @@ class RunView:
     def num_training_batches(self) -> int | None:
         """Training batches per epoch on this rank, limits counted; None where the loader has no length."""
         return self.extent.batches_per_epoch
+
+    @property
+    def run_limits(self) -> dict[str, int | None]:
+        """Return how long the run is and when it validates, by name, such as ``max_epochs``: for loggers."""
+        return asdict(self.extent)
 
     @property
     def is_last_batch(self) -> bool:

@@ -175,10 +175,15 @@ def test_an_observer_is_no_listener() -> None:
         assert describe(trainer.signals) == before
 
 
-def test_what_a_bar_connects_for_one_batch_is_there_while_it_is_connected() -> None:
+def test_a_listener_on_demand_is_shown_before_the_run_and_during_it() -> None:
+    def listeners() -> list[str]:
+        lines = (line.strip("│├└─ ") for line in describe(trainer.signals).splitlines())
+        return [line for line in lines if line.startswith("-> ProgressBar.")]
+
     trainer = trainer_with(ProgressBar(line_interval=1e9))
-    assert "ProgressBar.draw" not in describe(trainer.signals)
-    trainer.signals.after_forward.connect(lambda trainer, event: seen.append(describe(trainer.signals)))
-    seen: list[str] = []
+    assert "-> ProgressBar.on_train_batch_end (on demand)" in listeners()
+    before = listeners()
+    trainer.signals.after_forward.connect(lambda trainer, event: seen.append(listeners()))
+    seen: list[list[str]] = []
     trainer.fit(Module(), BATCHES)
-    assert "-> ProgressBar.draw" in seen[0]
+    assert seen == [before]

@@ -92,6 +92,11 @@ class HyperparametersMixin:
         return saved
 
     @property
+    def logs_hparams(self) -> bool:
+        """Whether loggers write :attr:`hparams`: there are some, and ``logger=False`` was not given."""
+        return bool(self.hparams) and bool(self.__dict__.get("_log_hyperparams", True))
+
+    @property
     def hparams_initial(self) -> AttributeDict:
         """A copy of the hyperparameters as they were when they were saved.
 

@@ -24,8 +24,6 @@ TO_CONVERT = {
     "callbacks/monitoring/model_summary.py": {"_compiled_call_impl", "_orig_mod"},
     "callbacks/optimization/exponential_moving_average.py": {"_buffers", "_parameters"},
     "callbacks/optimization/mixed_precision.py": {"_version"},
-    "callbacks/profiling/spans.py": {"_compiled_call_impl", "_modules", "_orig_mod"},
-    "callbacks/profiling/torch_profiler.py": {"_profiler_enabled"},
     "eventtrain/checkpoint/contents.py": {"_opt_called"},
     "eventtrain/data/batches.py": {"_fields"},
     "eventtrain/data/resumable.py": {"_iterator"},

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eventtrain import _torch
 from eventtrain.callbacks.profiling.spans import OBSERVING, REST, Label, Span, Spans
 
 Clock = Callable[[], float]
@@ -246,7 +247,7 @@ def layers(module: nn.Module, depth: int | None, path: str = "") -> Iterator[tup
         depth: The number of levels; None for all.
         path: The beginning of each path.
     """
-    compiled = "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+    compiled = _torch.original_module(module) is not module or _torch.is_compiled_in_place(module)
     if compiled or isinstance(module, torch.jit.ScriptModule) or depth == 0:
         return
     for name, child in module.named_children():

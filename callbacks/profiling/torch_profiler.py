@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eventtrain import _torch
 from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.profiling.spans import Label, Span, Spans
 from eventtrain.checks import check_whole_number
@@ -242,7 +243,7 @@ class TorchProfiler(Callback):
     def _start(self, trainer: Trainer) -> None:
         from torch.profiler import profile
 
-        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        if _torch.is_profiling():
             raise MisconfigurationError(
                 "TorchProfiler cannot begin: another torch profiler is active in this thread, and there can be only one. End "
                 "it before this run, or leave TorchProfiler out."

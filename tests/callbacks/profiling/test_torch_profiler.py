@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 
 from eventtrain import Callback, MisconfigurationError, Trainer
+from eventtrain._torch import is_profiling
 from eventtrain.callbacks import (
     GradientAccumulation,
     GradientClipping,
@@ -83,7 +83,7 @@ def counting(trainer: Trainer, profiler: TorchProfiler) -> list[str]:
 
 
 def assert_nothing_is_left(trainer: Trainer, profiler: TorchProfiler) -> None:
-    assert not _profiler_enabled()
+    assert not is_profiling()
     assert [signal.name for signal in trainer.signals if signal._observers] == []
     assert counting(trainer, profiler) == []
 
@@ -243,7 +243,7 @@ class Looks(Callback):
         self.at_work: list[bool] = []
 
     def on_after_update(self, trainer: Trainer, event: Any) -> None:
-        enabled = _profiler_enabled()
+        enabled = is_profiling()
         observed = bool(trainer.signals.after_update._observers)
         # In a warm-up torch has prepared its tracing and not begun it.
         assert observed or not enabled

@@ -201,7 +201,7 @@ class RunTimes:
         once = {label.name: row for label, row in largest(turns, run_time)}
         once |= {name: row for name, row in besides.items() if row.count}
         yield occasions_text("beside the steps", once, run_time, "the run")
-        yield from slowest_text("callback", turns, "what comes once an epoch")
+        yield from slowest_text("callback", turns, "the time between two epochs")
         opening = turns.rows.get(OPEN_LOADER, Distribution()).total
         if run_time and opening >= MUCH * run_time:
             yield (

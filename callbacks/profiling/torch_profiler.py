@@ -67,7 +67,7 @@ class TorchProfiler(Callback):
         active: The number of batches that are recorded.
         repeat: The number of cycles. Each has its own trace; the table shows the last.
         record_shapes: Whether operators are recorded with the shapes of their inputs.
-        profile_memory: Whether what is allocated and freed is recorded.
+        profile_memory: Whether allocations and deallocations of memory are recorded.
         with_stack: Whether operators are recorded with the lines of source that called them.
         with_flops: Whether the operations of matrix products and convolutions are estimated.
         with_modules: Whether operators are recorded with the module that called them, of scripted modules.

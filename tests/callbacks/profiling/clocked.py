@@ -83,7 +83,7 @@ class Model(LightningModule):
 
     Args:
         clock: The clock that is moved.
-        **seconds: The time of each part, such as ``forward=2``; parts that are not named take none.
+        **seconds: The time of each part, such as ``forward=2``. A part takes no time if it is not named.
     """
 
     def __init__(self, clock: Clock, **seconds: float) -> None:

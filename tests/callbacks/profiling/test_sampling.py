@@ -80,13 +80,13 @@ def test_the_time_between_two_epochs_is_always_observed() -> None:
     row = profiler.times.turns.rows[Label("callback", "Plots.on_train_epoch_end")]
     assert (row.count, row.total) == (7, 7 * 64)
     assert means(profiler.times.steps) == {}
-    assert "The slowest callback is Plots.on_train_epoch_end: 100 % of what comes once an epoch" in profiler.summary()
+    assert "The slowest callback is Plots.on_train_epoch_end: 100 % of the time between two epochs" in profiler.summary()
 
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("name", ["safe_point", "request_stop", "take_checkpoint"])
 def test_an_observed_window_begins_with_its_first_batch(name: str, before: bool) -> None:
-    """The safe point before it is not part of it, whichever of the two callbacks is attached first. Its own one is."""
+    """The safe point before it is not part of it, in either order of attachment. The safe point at its end is."""
     clock = Clock()
 
     def save(self: Any, trainer: Trainer, event: Any) -> None:
@@ -106,7 +106,7 @@ def test_an_observed_window_begins_with_its_first_batch(name: str, before: bool)
 @pytest.mark.parametrize(("batches", "window"), [(1, 1), (1, 4), (5, 2), (7, 3), (8, 4), (3, 8)])
 def test_windows_of_any_length_are_sampled_whole(batches: int, window: int, remainder: Any) -> None:
     if remainder == "drop" and batches < window:
-        return  # an epoch without an update is an error
+        return  # the run fails if an epoch has no update
     clock = Clock()
     profiler = profiled(clock, first=2, every=3)
     trainer = new_trainer(profiler, GradientAccumulation(window, remainder=remainder), max_epochs=5)

@@ -66,7 +66,7 @@ def test_a_start_drops_the_times_that_were_not_taken() -> None:
 
 
 class FakeEvent:
-    """An event of a device that reaches it when the test says so."""
+    """An event of a device. The device has reached it only if the test says so."""
 
     def __init__(self, device: FakeDevice) -> None:
         self.device = device

@@ -96,10 +96,10 @@ def test_the_phases_and_the_callbacks_are_named_ranges(tmp_path: Path) -> None:
     trainer = trainer_of(profiler, tmp_path, GradientAccumulation(2), GradientClipping(1.0))
     trainer.fit(Model(), batches(20))
     (trace,) = profiler.traces
-    found = ranges(trace)
+    counts = ranges(trace)
     assert trace.parent == tmp_path / "profiles"
     assert steps(trace) == 4
-    assert {name: count for name, count in found.items() if name.startswith("eventtrain/") and "callback" not in name} == {
+    assert {name: count for name, count in counts.items() if name.startswith("eventtrain/") and "callback" not in name} == {
         "eventtrain/fetch": 4,
         "eventtrain/transfer": 4,
         "eventtrain/forward": 4,
@@ -109,9 +109,9 @@ def test_the_phases_and_the_callbacks_are_named_ranges(tmp_path: Path) -> None:
         "eventtrain/clipping": 2,
         "eventtrain/scheduler": 2,
     }
-    assert found["eventtrain/callback/GradientClipping.on_before_gradient_clipping"] == 2
-    assert found["eventtrain/callback/LRSchedulerStepping.on_after_update"] == 2
-    assert not [name for name in found if "TorchProfiler" in name]
+    assert counts["eventtrain/callback/GradientClipping.on_before_gradient_clipping"] == 2
+    assert counts["eventtrain/callback/LRSchedulerStepping.on_after_update"] == 2
+    assert not [name for name in counts if "TorchProfiler" in name]
     assert_nothing_is_left(trainer, profiler)
 
 
@@ -130,10 +130,10 @@ def test_a_validation_is_a_range_that_holds_its_phases(tmp_path: Path) -> None:
     profiler = quiet(wait=0, warmup=1, active=3)
     trainer = trainer_of(profiler, tmp_path, val_check_interval=2)
     trainer.fit(Model(), batches(8), batches(5))
-    found = ranges(profiler.traces[0])
-    assert found["eventtrain/validation"] == 2  # of batches 2 and 4
-    assert found["eventtrain/forward"] == 3 + 2 * 5
-    assert found["eventtrain/fetch"] == 3 + 2 * 5
+    counts = ranges(profiler.traces[0])
+    assert counts["eventtrain/validation"] == 2  # of batches 2 and 4
+    assert counts["eventtrain/forward"] == 3 + 2 * 5
+    assert counts["eventtrain/fetch"] == 3 + 2 * 5
 
 
 def test_a_batch_ends_after_its_checkpoint(tmp_path: Path) -> None:
@@ -172,8 +172,8 @@ def test_the_phases_of_manual_optimization_are_ranges(tmp_path: Path) -> None:
 
     profiler = quiet(wait=0, warmup=1, active=3)
     trainer_of(profiler, tmp_path).fit(Manual(), batches(8))
-    found = ranges(profiler.traces[0])
-    assert {name: found[f"eventtrain/{name}"] for name in ("forward", "zero_grad", "backward", "update")} == {
+    counts = ranges(profiler.traces[0])
+    assert {name: counts[f"eventtrain/{name}"] for name in ("forward", "zero_grad", "backward", "update")} == {
         "forward": 3,
         "zero_grad": 6,
         "backward": 6,

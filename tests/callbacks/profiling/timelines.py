@@ -119,13 +119,13 @@ def trace(tmp_path: Path, number: int = 0) -> dict[str, Any]:
 
 
 def refuse(constant: str) -> None:
-    """Raise for a constant that JSON does not have, such as Infinity."""
+    """Raise an error, which the reader of JSON calls if it meets a constant such as Infinity."""
     raise AssertionError(f"{constant} is no JSON")
 
 
 def check_nesting(trace: dict[str, Any]) -> None:
-    """Check the rule that viewers draw by. The events of a thread, in the order of the file, begin one after the other. Each
-    lies within the last one that has not ended."""
+    """Raise an error if a viewer could not draw a trace. The events of a thread, in the order of the file, begin one after the
+    other. Each lies within the last one that has not ended."""
     threads: dict[int, list[int]] = {}
     before = 0
     for event in trace["traceEvents"]:

@@ -68,9 +68,8 @@ class TorchProfiler(Callback):
         repeat: The number of cycles. Each has its own trace; the table shows the last.
         record_shapes: Whether operators are recorded with the shapes of their inputs.
         profile_memory: Whether allocations and deallocations of memory are recorded.
-        with_stack: Whether operators are recorded with the lines of source that called them.
+        with_stack: Whether operators are recorded with the lines of source, and the modules, that called them.
         with_flops: Whether the operations of matrix products and convolutions are estimated.
-        with_modules: Whether operators are recorded with the module that called them, of scripted modules.
         activities: The ``torch.profiler.ProfilerActivity`` to record; None for the CPU and whatever device there is.
         sort_by: The column that the table is sorted by, such as ``"cpu_time_total"`` or ``"self_cuda_memory_usage"``; None
             for the device's self time if there is a device, and for the CPU's otherwise.
@@ -106,7 +105,6 @@ class TorchProfiler(Callback):
         profile_memory: bool = False,
         with_stack: bool = False,
         with_flops: bool = False,
-        with_modules: bool = False,
         activities: Any = None,
         sort_by: str | None = None,
         row_limit: int = 20,
@@ -122,7 +120,6 @@ class TorchProfiler(Callback):
             "profile_memory": profile_memory,
             "with_stack": with_stack,
             "with_flops": with_flops,
-            "with_modules": with_modules,
             "activities": activities,
         }
         self.sort_by = sort_by

@@ -504,12 +504,13 @@ def test_the_table_is_printed_and_can_be_sorted(tmp_path: Path, capsys: Any) -> 
 
 
 def test_options_reach_torch(tmp_path: Path) -> None:
-    profiler = quiet(record_shapes=True, profile_memory=True, with_stack=True, with_flops=True, with_modules=True)
+    profiler = quiet(record_shapes=True, profile_memory=True, with_stack=True, with_flops=True)
     trainer_of(profiler, tmp_path).fit(Model(), batches(20))
     trace = json.loads(profiler.traces[0].read_text())
     assert (trace["record_shapes"], trace["profile_memory"], trace["with_stack"]) == (1, 1, 1)
     (linear, *_) = [event for event in trace["traceEvents"] if event["name"] == "aten::linear"]
     assert linear["args"]["Input Dims"][0] == [2, 4]
+    assert "nn.Module: Linear_0" in {event["name"] for event in trace["traceEvents"]}
     assert "CPU Mem" in profiler.summary()
 
 

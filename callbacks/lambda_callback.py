@@ -1,4 +1,4 @@
-"""Functions as a callback."""
+"""A callback made of functions."""
 
 from __future__ import annotations
 
@@ -14,23 +14,31 @@ from eventtrain.events import EVENTS
 
 
 class LambdaCallback(Callback):
-    """A callback made of functions, one for each event that it is to listen to.
+    """Calls functions at events: for a callback that needs no class.
 
-    Any number of them can be attached. They keep no state::
-
-        LambdaCallback(on_train_epoch_end=lambda trainer, event: print(event.epoch, trainer.callback_metrics))
+    Listens to the events that it has functions for. Any number of these callbacks can be attached. They have no state, and
+    emit only the metrics that their functions log.
 
     Args:
-        **handlers: By the name of a callback's method, ``on_<event>``: what is called as ``(trainer, event=event)``.
+        **handlers: The functions, each by the name of a callback's method, ``on_<event>``. A function is called as
+            ``function(trainer, event=event)``.
 
     Raises:
-        MisconfigurationError: There is no handler, a name is no event's, or a handler cannot be called like that.
+        MisconfigurationError: If there is no function, a name does not name an event, or a function cannot be called with
+            these arguments.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> report = LambdaCallback(on_train_epoch_end=lambda trainer, event: print(event.epoch, trainer.callback_metrics))
+        >>> trainer = Trainer(max_epochs=1, callbacks=[report])
+        >>> "LambdaCallback(on_train_epoch_end=<lambda> at" in trainer.describe()
+        True
     """
 
     def __init__(self, **handlers: Callable[..., Any]) -> None:
         if not handlers:
             raise MisconfigurationError(
-                "LambdaCallback() listens to nothing. Give it functions by the names of a callback's methods: "
+                "LambdaCallback() listens to nothing. Give functions by the names of a callback's methods: "
                 "LambdaCallback(on_train_epoch_end=lambda trainer, event: ...)."
             )
         for name, handler in handlers.items():
@@ -38,14 +46,15 @@ class LambdaCallback(Callback):
 
 
 def checked(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler as a listener that says in error notes and ``describe()`` which it is.
+    """Return a listener that calls a function, and that error notes and ``describe()`` name after it.
 
     Args:
-        name: What it was given as.
+        name: The argument's name, ``on_<event>``.
         handler: The function.
 
     Raises:
-        MisconfigurationError: The name is not ``on_`` and an event's, or the function does not take ``(trainer, event)``.
+        MisconfigurationError: If the name is not ``on_`` and the name of an event, or the function does not take
+            ``(trainer, event)``.
     """
     event_name = name.removeprefix("on_")
     if not name.startswith("on_") or event_name not in EVENTS:
@@ -54,13 +63,13 @@ def checked(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
         raise MisconfigurationError(f"LambdaCallback({name}=...) names no event. {hint}")
     described = f"LambdaCallback({name}={describe_function(handler)})"
     check_listener(handler, event_name, named=described)
-    listener = partial(handler)  # of this callback alone: the function itself may be given to others too
+    listener = partial(handler)  # an object for this callback only: others may have the same function
     listener.described = described  # type: ignore[attr-defined]
     return listener
 
 
 def describe_function(function: Any) -> str:
-    """A function's name; for one without, where it is written."""
+    """Return a function's name; for a lambda, its file and line."""
     code = getattr(function, "__code__", None)
     if code is not None and code.co_name == "<lambda>":
         return f"<lambda> at {Path(code.co_filename).name}:{code.co_firstlineno}"

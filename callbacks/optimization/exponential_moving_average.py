@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which evaluation uses."""
+"""An exponential moving average of the weights, for evaluation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from eventtrain._torch import tensors_of
 from eventtrain.callback import Callback
 from eventtrain.checkpoint import storage
+from eventtrain.checks import check_number, check_option
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import AfterUpdate, LoadCheckpoint, SaveCheckpoint, Setup, Teardown, ValidationStart
 from eventtrain.trainer import Trainer
@@ -21,62 +23,78 @@ from eventtrain.trainer import Trainer
 class ExponentialMovingAverage(Callback):
     """Averages the weights over a run's updates, and lets evaluation use the averages.
 
-    Listens to ``after_update``, which follows real updates alone: ``average = decay * average + (1 - decay) * weight``, with
-    the bits of :class:`torch.optim.swa_utils.AveragedModel`. The averages begin as the weights after the first update. Those
-    of weights under 32 bits are kept in float32. Nothing is read from the device in a step.
+    Listens to ``after_update``, which follows only real updates: ``average = decay * average + (1 - decay) * weight``, with
+    the bits of :class:`torch.optim.swa_utils.AveragedModel`. The averages start as the weights after the first update. The
+    averages of weights under 32 bits are kept in float32. A step reads nothing from the device.
 
-    Validation, test and prediction of the module that was trained use the averages, inside of a fit and after it: they are
-    copied into the module at ``validation_start``, ``test_start`` and ``predict_start``, and the raw weights come back when
-    that phase ends, also by an error or an interruption. Meanwhile there are three copies of the weights. Each tensor stays
-    the one that optimizers and compiled code know. A fit ends with the raw weights; :meth:`copy_into` replaces them.
+    If the module that was trained is validated, tested or used for predictions, during a fit or after it, the averages are
+    copied into it at ``validation_start``, ``test_start`` and ``predict_start``. The raw weights come back when that phase
+    ends, even by an error or an interruption. During the phase there are three copies of the weights. Each tensor stays the
+    object that optimizers and compiled code know. A fit ends with the raw weights; :meth:`copy_into` replaces them.
 
-    A checkpoint holds raw weights as ``state_dict``, also one that is written in an evaluation (``save_checkpoint``), and the
-    averages as this callback's state. An evaluation with ``ckpt_path`` uses the file's averages (``load_checkpoint``), and
-    :meth:`load_into` loads them without a trainer. Also listens to ``setup`` and ``teardown``. Emits nothing. Override
-    :meth:`decay_at` for a schedule, and :meth:`is_averaged` to leave weights out.
+    A checkpoint has the raw weights as ``state_dict``, even if it is written during an evaluation (``save_checkpoint``), and
+    the averages as this callback's state. An evaluation with ``ckpt_path`` uses the averages in the file
+    (``load_checkpoint``), and :meth:`load_into` loads them without a trainer. Also listens to ``setup`` and ``teardown``.
+    Emits no metrics. Override :meth:`decay_at` for a schedule, and :meth:`is_averaged` to leave weights out.
 
     Args:
-        decay: How much of the average stays at an update, from 0 to 1.
-        warmup: Whether the decay of the n-th update is at most ``(1 + n) / (10 + n)``, so that early averages follow closely.
-        buffers: What evaluation uses of floating buffers such as BatchNorm's statistics: their ``"average"``, or, with
-            ``"copy"``, the raw ones. Integer buffers, and those that hold infinities or NaNs when the averages begin (masks),
-            are always used as they are.
+        decay: The part of the average that stays at an update, from 0 to 1.
+        warmup: Limit the decay of update n to ``(1 + n) / (10 + n)``, so that early averages follow the weights closely.
+        buffers: With ``"average"`` evaluation uses the averages of floating buffers, such as BatchNorm's statistics, and with
+            ``"copy"`` the raw buffers. Integer buffers, and masks (buffers that hold infinities or NaNs when the averages
+            start), are always used as they are.
 
     Raises:
-        MisconfigurationError: A decay outside of 0 to 1, or an unknown option.
+        MisconfigurationError: If the decay is not from 0 to 1, or an option is unknown.
 
     Attributes:
         averages: The averages by the names of parameters and buffers; empty before the first update.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> class StartLate(ExponentialMovingAverage):
+        ...     def decay_at(self, trainer):
+        ...         return 0.0 if trainer.global_step < 100 else self.decay
+        >>> ema = StartLate(0.99)
+        >>> trainer = Trainer(max_epochs=1, callbacks=[ema])
+        >>> ema.decay_at(trainer), ema.averages
+        (0.0, {})
     """
 
-    role = "weight_averaging"  # of two the later would evaluate, and the other be forgotten
+    role = "weight_averaging"  # with two of them, evaluation would use the averages of one only
 
     def __init__(self, decay: float = 0.999, *, warmup: bool = False, buffers: Literal["average", "copy"] = "average") -> None:
-        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
-            raise MisconfigurationError(f"ExponentialMovingAverage(decay={decay!r}): it has to be a number from 0 to 1.")
-        if buffers not in ("average", "copy"):
-            raise MisconfigurationError(f"ExponentialMovingAverage(buffers={buffers!r}): it has to be 'average' or 'copy'.")
+        check_number(decay, "ExponentialMovingAverage", "decay", least=0, most=1)
         self.decay = decay
         self.warmup = warmup
-        self.buffers = buffers
+        self.buffers = check_option(buffers, "ExponentialMovingAverage", "buffers", ("average", "copy"))
         self.averages: dict[str, Tensor] = {}
-        self._module: nn.Module | None = None  # whose averages they are
-        # Where the module keeps what is averaged, as a submodule's dict and a key: code may put another tensor there.
-        self._places: list[tuple[dict[str, Any], str]] = []
-        self._raw: list[tuple[Tensor, Tensor]] = []  # in an evaluation: tensors, and what they held before it
+        self._module: nn.Module | None = None  # the module that was averaged
+        # Dicts of submodules, and keys in them: other code may put another tensor there.
+        self._places: list[tuple[dict[str, Tensor | None], str]] = []
+        self._raw: list[tuple[Tensor, Tensor]] = []  # during an evaluation: tensors, and their values before it
 
     def decay_at(self, trainer: Trainer) -> float:
-        """The policy: the decay of the update that ``trainer.global_step`` has just counted."""
-        updates = trainer.progress.global_step
-        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
-
-    def is_averaged(self, name: str, tensor: Tensor) -> bool:
-        """The policy: whether a parameter or a floating buffer is averaged; else it is used as it is.
-
-        Asked when the averages begin. ``return tensor.requires_grad`` saves memory where few parameters are trained.
+        """Return the decay of the current update: a policy, which a subclass may override.
 
         Args:
-            name: Its name.
+            trainer: The trainer; its ``global_step`` counts the update already.
+
+        Returns:
+            A number from 0 to 1.
+        """
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
+
+    def is_averaged(self, name: str, tensor: Tensor) -> bool:
+        """Return whether a parameter or a floating buffer is averaged: a policy, which a subclass may override.
+
+        Called when the averages start. Evaluation uses all other tensors as they are. ``return tensor.requires_grad`` saves
+        memory if few parameters are trained.
+
+        Args:
+            name: The tensor's name in the module.
             tensor: The parameter or buffer.
         """
         # The average of an infinity with itself is NaN.
@@ -92,13 +110,13 @@ class ExponentialMovingAverage(Callback):
         if not self._places:
             self._begin(trainer.module)
         averages = list(self.averages.values())
-        tensors = [owner[key] for owner, key in self._places]
-        weights = [t if t.dtype is a.dtype else t.to(a.dtype) for t, a in zip(tensors, averages, strict=True)]
+        weights: list[Any] = [holder[key] for holder, key in self._places]
+        weights = [w if w.dtype is a.dtype else w.to(a.dtype) for w, a in zip(weights, averages, strict=True)]
         update = get_ema_multi_avg_fn(self.decay_at(trainer))  # type: ignore[no-untyped-call]
         update(averages, weights, None)
 
     def _begin(self, module: nn.Module) -> None:
-        """Begins the averages, or goes on with those of a checkpoint."""
+        """Start the averages, or continue those of a checkpoint."""
         if not self.averages:
             for name, tensor in named_tensors(module).items():
                 if (tensor.is_floating_point() or tensor.is_complex()) and self.is_averaged(name, tensor):
@@ -107,8 +125,7 @@ class ExponentialMovingAverage(Callback):
         for name, tensor in matching(module, self.averages).items():
             self.averages[name] = self.averages[name].to(tensor.device)
             path, _, key = name.rpartition(".")
-            owner = module.get_submodule(path)
-            self._places.append((owner._parameters if key in owner._parameters else owner._buffers, key))
+            self._places.append((tensors_of(module.get_submodule(path), key), key))
 
     # ------------------------------------------------------------------ evaluation
 
@@ -134,45 +151,45 @@ class ExponentialMovingAverage(Callback):
         self._raw = []
 
     def copy_into(self, module: nn.Module) -> None:
-        """Replaces a module's weights by the averages.
+        """Replace a module's weights by the averages.
 
         Args:
-            module: The module that was trained, or one like it.
+            module: The module that was trained, or one that was built like it.
 
         Raises:
-            MisconfigurationError: There are no averages, or the module has no tensors of their names and shapes.
+            MisconfigurationError: If there are no averages, or the module has no tensors with their names and shapes.
         """
         copy_averages(self.averages, module)
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        self._put_back()  # where an interrupt came while weights were put back
+        self._put_back()  # if an interrupt came while weights were put back
         self._places.clear()
 
     # ------------------------------------------------------------------ checkpoints
 
     @classmethod
     def load_into(cls, module: nn.Module, path: str | os.PathLike[str]) -> None:
-        """Loads a checkpoint for inference: its averages, and what was not averaged as it was.
+        """Load a checkpoint for inference: the averages, and the raw values of tensors that were not averaged.
 
         Args:
-            module: A module like the one that was trained.
+            module: A module that was built like the one that was trained.
             path: The file.
 
         Raises:
-            MisconfigurationError: The file cannot be read, or holds no averages of such a module.
+            MisconfigurationError: If the file cannot be read, or has no averages of such a module.
         """
         content = storage.read(path)
         states = content.get("callbacks", {})
         if cls.__qualname__ not in states:
             raise MisconfigurationError(
-                f"{os.fspath(path)} holds no averages of {cls.__qualname__}; there is the state of {sorted(states)}. Call "
-                "load_into of the class that was attached, or load the raw weights with load_from_checkpoint."
+                f"{os.fspath(path)} has no averages of {cls.__qualname__}, only the state of {sorted(states)}. Call load_into "
+                "of the class that was attached, or load the raw weights with load_from_checkpoint."
             )
         module.load_state_dict(content["state_dict"])
         copy_averages(states[cls.__qualname__]["averages"], module)
 
     def on_load_checkpoint(self, trainer: Trainer, event: LoadCheckpoint) -> None:
-        if trainer.stage != "fit":  # then the module alone is restored, with weights that are not those averaged here
+        if trainer.stage != "fit":  # only the module is restored, with weights that were not averaged here
             self.load_state_dict(event.checkpoint.get("callbacks", {}).get(self.state_key, {"averages": {}}))
             self._module = trainer.module
 
@@ -191,30 +208,36 @@ class ExponentialMovingAverage(Callback):
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers by name; what is shared has its first name alone."""
+    """Return a module's parameters and buffers by name; a shared tensor only has its first name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def matching(module: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a module that averages are of, by name.
+    """Return the tensors of a module that have averages, by name.
+
+    Args:
+        module: The module.
+        averages: The averages by name.
 
     Raises:
-        MisconfigurationError: There are no averages, or the module has not all of those tensors.
+        MisconfigurationError: If there are no averages, or the module does not have all of those tensors.
     """
     if not averages:
-        raise MisconfigurationError("ExponentialMovingAverage has no averages: they begin with the first update of a fit.")
+        raise MisconfigurationError(
+            "ExponentialMovingAverage has no averages yet: they start at the first update of a fit. Call fit before."
+        )
     tensors = named_tensors(module)
     missing = [name for name, value in averages.items() if name not in tensors or tensors[name].shape != value.shape]
     if missing:
         raise MisconfigurationError(
-            f"ExponentialMovingAverage: {type(module).__name__} has no tensors of the names and shapes that were averaged as "
+            f"ExponentialMovingAverage: {type(module).__name__} has no tensors with the names and shapes of the averages "
             f"{missing}. Give the module that was trained, or one that was built like it."
         )
     return {name: tensors[name] for name in averages}
 
 
 def copy_averages(averages: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Copies averages into the tensors that they are of; see :func:`matching`."""
+    """Copy averages into the tensors of a module that have their names; see :func:`matching`."""
     with torch.no_grad():
         for name, tensor in matching(module, averages).items():
             tensor.copy_(averages[name])

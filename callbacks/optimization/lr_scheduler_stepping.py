@@ -5,48 +5,71 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from eventtrain.callback import Callback
-from eventtrain.errors import MisconfigurationError
-from eventtrain.events import AfterUpdate, FitStart, MetricsLogged, Teardown, TrainBatchEnd, TrainDataEnd, ValidationEnd
+from eventtrain.callback import Callback, on_demand
+from eventtrain.events import AfterUpdate, FitStart, MetricsLogged, Setup, TrainBatchEnd, TrainDataEnd, ValidationEnd
+from eventtrain.metrics.watched import WatchedMetric
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig, looks_stepwise
 from eventtrain.trainer import Trainer
 
 
 class LRSchedulerStepping(Callback):
-    """Steps each scheduler at its interval, and only where something was updated since its last step.
+    """Steps each scheduler at its interval, and only if something was updated since its last step.
 
-    Attached by default. Listens to ``after_update`` for the interval ``"step"``, ``train_batch_end`` for ``"batch"``,
-    ``train_data_end`` for ``"epoch"``, ``validation_end`` for ``"validation"``, and the epoch's ``metrics_logged`` for
-    those by epoch that monitor a metric. Does nothing in manual optimization. Override :meth:`is_due` to step at
-    other counts.
+    Attached by default. Listens to ``after_update`` for the interval ``"step"``, to ``train_data_end`` for ``"epoch"``, to
+    ``validation_end`` for ``"validation"``, to ``setup`` and to ``fit_start``. If the run has such schedulers it also listens
+    to ``train_batch_end`` for the interval ``"batch"``, and to ``metrics_logged`` for those by epoch that monitor a metric:
+    they step when the epoch's values are final. Steps by ``trainer.step_lr_scheduler``. Does nothing in manual optimization.
+    Emits no metrics. Override :meth:`is_due` to step at other counts.
+
+    A monitored scheduler waits until its metric has a new value. If the metric was never logged, although the stage that
+    should log it is over, that is an error, or one warning if the scheduler's config has ``'strict': False``.
+
+    Raises:
+        MisconfigurationError: During the run, if a monitored metric was never logged.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> class OnlyAfterWarmup(LRSchedulerStepping):
+        ...     def is_due(self, config, count):
+        ...         return count > 100 and super().is_due(config, count)
+        >>> trainer = Trainer(max_epochs=1, callbacks=[OnlyAfterWarmup()])  # in place of the default one
+        >>> [type(callback).__name__ for callback in trainer.callbacks]
+        ['OnlyAfterWarmup', 'ProgressBar']
     """
 
     role = "lr_scheduler_stepping"
 
     def __init__(self) -> None:
-        # By the scheduler's place in configure_optimizers: the metric's renewals and the global step at its last step.
-        self._seen: dict[int, int] = {}
-        self._last_update: dict[int, int] = {}
-        self._warned: set[str] = set()
+        # These dicts are by the scheduler's place in configure_optimizers.
+        self._last_update: dict[int, int] = {}  # the global step at its last step
+        self._seen: dict[int, int] = {}  # the counts of monitored metrics that a checkpoint had
+        self._metrics: dict[int, WatchedMetric] = {}
         self._by_interval: dict[str, list[tuple[int, LRSchedulerConfig]]] = {}
 
     def is_due(self, config: LRSchedulerConfig, count: int) -> bool:
-        """The policy: whether a scheduler steps.
+        """Return whether a scheduler steps: the policy, which a subclass may override.
 
         Args:
             config: The scheduler's config.
-            count: How many of its intervals the run has completed, this one included.
+            count: The number of its intervals that the run has completed, with the current one.
         """
         return count % config.frequency == 0
 
+    # ------------------------------------------------------------------ events
+
+    def on_setup(self, trainer: Trainer, event: Setup) -> None:
+        if event.stage == "fit":
+            self._last_update, self._seen, self._metrics = {}, {}, {}
+
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
-        if trainer.global_step == 0:
-            self._seen.clear()
-            self._last_update.clear()
         self._by_interval = {interval: [] for interval in ("step", "batch", "epoch", "monitored", "validation")}
         if not trainer.module.automatic_optimization:
             return
         for index, config in enumerate(trainer.lr_scheduler_configs):
+            if config.monitor is not None:
+                metric = WatchedMetric(config.monitor, f"{type(config.scheduler).__name__}(monitor={config.monitor!r})")
+                metric.seen = self._seen.get(index, 0)
+                self._metrics[index] = metric
             kind = "monitored" if config.interval == "epoch" and config.monitor is not None else config.interval
             self._by_interval[kind].append((index, config))
             if looks_stepwise(config, trainer.max_epochs):
@@ -56,21 +79,18 @@ class LRSchedulerStepping(Callback):
                     "{'scheduler': scheduler, 'interval': 'step'} as its config.",
                     stacklevel=2,
                 )
-
         if self._by_interval["batch"]:
-            # Not an on_... method: hardly a run has such a scheduler, and every batch would pay for the event.
-            trainer.signals.train_batch_end.connect(self.step_by_batches)
-
-    def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        trainer.signals.train_batch_end.disconnect(self.step_by_batches)
+            trainer.listen(self.on_train_batch_end)
+        if self._by_interval["monitored"]:
+            trainer.listen(self.on_metrics_logged)
 
     def on_after_update(self, trainer: Trainer, event: AfterUpdate) -> None:
         for index, config in self._by_interval["step"]:
             if self.is_due(config, event.global_step):
                 self._step(trainer, index, config)
 
-    def step_by_batches(self, trainer: Trainer, event: TrainBatchEnd) -> None:
-        """Connected to ``train_batch_end`` for runs that have a scheduler with the interval ``"batch"``."""
+    @on_demand
+    def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
         for index, config in self._by_interval["batch"]:
             if self.is_due(config, trainer.total_batch_idx + 1):
                 self._step(trainer, index, config, counts_updates=False)
@@ -87,6 +107,7 @@ class LRSchedulerStepping(Callback):
             if self.is_due(config, trainer.progress.validations + 1):
                 self._step(trainer, index, config)
 
+    @on_demand
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
         if event.scope != "epoch" or event.stage != "train" or not event.epoch_complete:
             return
@@ -94,45 +115,48 @@ class LRSchedulerStepping(Callback):
             if self.is_due(config, trainer.current_epoch + 1):
                 self._step(trainer, index, config)
 
+    # ------------------------------------------------------------------ one scheduler
+
     def _step(self, trainer: Trainer, index: int, config: LRSchedulerConfig, *, counts_updates: bool = True) -> None:
-        """Steps one scheduler, unless nothing was updated, or its metric not renewed, since its last step. One that
-        counts batches waits for the run's first update alone."""
+        """Step one scheduler, unless nothing was updated, or its metric has no new value, since its last step.
+
+        Args:
+            trainer: The trainer.
+            index: The scheduler's place in ``configure_optimizers``.
+            config: Its config.
+            counts_updates: Wait for an update since the last step. Schedulers by batches wait only for the run's first one.
+        """
         global_step = trainer.progress.global_step
         if global_step == (self._last_update.get(index, 0) if counts_updates else 0):
             return
-        metric: Any = None
+        value: Any = None
         if config.monitor is not None:
-            renewals = trainer.metrics.renewals.get(config.monitor, 0)
-            if renewals == 0:
-                self._on_absent_metric(trainer, config)
+            metric = self._metrics[index]
+            if trainer.times_logged(config.monitor) == 0:
+                self._report_missing(trainer, config, metric)
                 return
-            if renewals == self._seen.get(index, 0):
+            if not metric.look(trainer):
                 return
-            self._seen[index] = renewals
-            metric = trainer.callback_metrics[config.monitor]
-            if config.interval in ("step", "batch") and trainer.world_size > 1:  # an epoch's value is that of all processes
-                metric = trainer.processes.reduce(metric.clone(), "mean")
+            value = metric.value(trainer)
+            if config.interval in ("step", "batch") and trainer.world_size > 1:  # in contrast to an epoch's value
+                value = trainer.processes.reduce(value.clone(), "mean")
         self._last_update[index] = global_step
-        trainer.step_lr_scheduler(config, metric)
+        trainer.step_lr_scheduler(config, value)
 
-    def _on_absent_metric(self, trainer: Trainer, config: LRSchedulerConfig) -> None:
-        awaits_validation = trainer.validates and trainer.progress.validations == 0 and config.interval != "validation"
+    def _report_missing(self, trainer: Trainer, config: LRSchedulerConfig, metric: WatchedMetric) -> None:
+        """Report that a metric was never logged, once the stage that may log it is over."""
         awaits_epoch = config.interval in ("step", "batch") and trainer.current_epoch == 0
-        if awaits_validation or awaits_epoch:
-            return  # the stage that may log it has not been there yet
-        message = (
-            f"{type(config.scheduler).__name__} monitors {config.monitor!r}, which was never logged; there are "
-            f"{sorted(trainer.callback_metrics)}. Log it with self.log({config.monitor!r}, ...), or monitor one of those."
-        )
-        if config.strict:
-            raise MisconfigurationError(f"{message} 'strict': False makes this a warning.")
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
+        # At a validation's end, that validation is not counted yet.
+        if config.interval == "validation" or (metric.is_missing(trainer) and not awaits_epoch):
+            metric.report_missing(trainer, strict=config.strict, remedy="'strict': False makes this a warning.")
+
+    # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_update": dict(self._last_update), "seen": dict(self._seen)}
+        seen = {index: metric.seen for index, metric in self._metrics.items() if metric.seen}
+        return {"last_update": dict(self._last_update), "seen": self._seen | seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._last_update = dict(state["last_update"])
-        self._seen = dict(state.get("seen", {}))  # older checkpoints kept neither this nor the metrics' renewals
+        self._seen = dict(state.get("seen", {}))  # older checkpoints have neither this nor the counts of metrics
+        self._metrics = {}

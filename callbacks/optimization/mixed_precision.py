@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from eventtrain._torch import version
 from eventtrain.callback import Callback
-from eventtrain.checks import check_whole_number
+from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.optimizer import LightningOptimizer, evaluates_often, has_gradients
 from eventtrain.errors import MisconfigurationError, NonFiniteGradientError
 from eventtrain.events import (
@@ -32,18 +33,32 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class MixedPrecision(Callback):
     """Runs forward in lower precision; parameters, gradients and updates stay in float32.
 
-    Listens to ``before_forward``, which it enters :class:`torch.autocast` in. For fp16 also to ``before_backward``
-    (scales the loss), ``unscale_gradients``, ``before_optimizer_step`` (vetoes on an overflow: reason ``"overflow"``),
-    ``after_zero_grad`` and ``train_batch_end`` (update the scale once no optimizer holds gradients that were scaled
-    with it). Override :meth:`autocast` to change where and how forward runs in lower precision.
+    Listens to ``before_forward``, and enters :class:`torch.autocast` there. For fp16 it also scales the loss at
+    ``before_backward``, takes the scale off at ``unscale_gradients``, vetoes a step whose gradients overflowed at
+    ``before_optimizer_step`` (reason ``"overflow"``), and updates the scale at ``after_zero_grad`` and
+    ``train_batch_end``, once no optimizer holds gradients that were scaled with it. Also listens to ``setup``,
+    ``fit_start``, ``after_backward`` and ``after_optimizer_step``. Emits no metrics. Override :meth:`autocast` to choose
+    how forward runs.
 
     Args:
         precision: ``"bf16"``, without loss scaling, or ``"fp16"``, with it.
-        scaler: The loss scaler for fp16; ``torch.amp.GradScaler`` with its defaults where None.
-        max_consecutive_overflows: After so many overflows in a row the run is an error.
+        scaler: The loss scaler for fp16; None for a ``torch.amp.GradScaler`` with its defaults.
+        max_consecutive_overflows: The number of overflows in a row at which the run ends with an error.
 
     Raises:
-        MisconfigurationError: An unknown precision, or a scaler for bf16.
+        MisconfigurationError: If the precision is unknown, or a scaler is given for bf16; when training starts, if an
+            optimizer evaluates its closure several times and the precision is fp16.
+        NonFiniteGradientError: During the run, after too many overflows in a row, or after one in a step that cannot be
+            skipped.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> class OnlyWhenTraining(MixedPrecision):
+        ...     def on_before_forward(self, trainer, event):
+        ...         if event.stage == "train":
+        ...             super().on_before_forward(trainer, event)
+        >>> Trainer(max_epochs=1, callbacks=[OnlyWhenTraining("bf16")]).callback(MixedPrecision).precision
+        'bf16'
     """
 
     role = "precision"
@@ -55,12 +70,13 @@ class MixedPrecision(Callback):
         scaler: GradScaler | None = None,
         max_consecutive_overflows: int = 100,
     ) -> None:
-        if precision not in DTYPES:
-            raise MisconfigurationError(f"MixedPrecision({precision!r}): the precision has to be one of {list(DTYPES)}.")
+        check_option(precision, "MixedPrecision", "precision", tuple(DTYPES))
         if precision == "bf16" and scaler is not None:
-            raise MisconfigurationError("MixedPrecision('bf16', scaler=...): bf16 has the range of float32 and is not scaled.")
+            raise MisconfigurationError(
+                "MixedPrecision('bf16', scaler=...): bf16 has the range of float32 and is not scaled. Leave the scaler out."
+            )
         if scaler is not None and not isinstance(scaler, GradScaler):
-            raise MisconfigurationError(f"MixedPrecision(scaler={scaler!r}): it has to be a torch.amp.GradScaler.")
+            raise MisconfigurationError(f"MixedPrecision(scaler={scaler!r}): give a torch.amp.GradScaler, or None.")
         check_whole_number(max_consecutive_overflows, "MixedPrecision", "max_consecutive_overflows", least=1)
         self.precision = precision
         self.scaler = scaler
@@ -70,25 +86,30 @@ class MixedPrecision(Callback):
         self._overflows = 0
         self._loaded: dict[str, Any] = {"scaler": {}, "overflows": 0}
         self._optimizers: list[LightningOptimizer] = []
-        # Optimizers that hold scaled gradients; a scale may change only while there are none.
+        # Optimizers that hold scaled gradients; the scale may change only while there are none.
         self._scaled: set[LightningOptimizer] = set()
-        # Optimizers whose gradients were unscaled and not zeroed since; those that scaled ones were added to as well.
+        # Optimizers whose gradients were unscaled and not zeroed since; and the ones of these to which scaled gradients were
+        # added as well.
         self._plain: set[LightningOptimizer] = set()
         self._mixed: set[LightningOptimizer] = set()
-        # What the others held before the backward at hand.
+        # The versions of the other optimizers' gradients before the current backward.
         self._held: dict[LightningOptimizer, list[Any]] = {}
-        # What was unscaled since the last update of the scale, and not yet stepped.
+        # Gradients that were unscaled and not stepped yet, and all that were unscaled since the last update of the scale.
         self._unscaled: dict[LightningOptimizer, UnscaledGradients] = {}
         self._since_update: list[UnscaledGradients] = []
 
     def autocast(self, trainer: Trainer) -> torch.autocast:
-        """The policy: the autocast that each forward runs in."""
+        """Return the autocast that each forward runs in: the policy, which a subclass may override.
+
+        Args:
+            trainer: The trainer.
+        """
         return torch.autocast(trainer.device.type, dtype=DTYPES[self.precision])
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         self._autocast = self.autocast(trainer)
-        for kept in (self._scaled, self._plain, self._mixed):
-            kept.clear()
+        for optimizers in (self._scaled, self._plain, self._mixed):
+            optimizers.clear()
         self._unscaled.clear()
         self._since_update.clear()
         self._overflows = 0
@@ -113,7 +134,7 @@ class MixedPrecision(Callback):
         event.enter(self._autocast)
 
     def on_before_backward(self, trainer: Trainer, event: BeforeBackward) -> None:
-        if self._manual:  # backward runs inside of training_step, where autocast is on
+        if self._manual:  # backward runs within training_step, and autocast is on there
             event.enter(torch.autocast(trainer.device.type, enabled=False))
         if self.scaler is not None:
             event.loss = self.scaler.scale(event.loss)
@@ -122,7 +143,7 @@ class MixedPrecision(Callback):
     def on_after_backward(self, trainer: Trainer, event: AfterBackward) -> None:
         for optimizer, held in self._held.items():
             if versions(optimizer) == held:
-                continue  # such as those that were unscaled and stepped with, and that this backward did not touch
+                continue  # this backward did not touch them: they were unscaled and stepped with before, for example
             self._scaled.add(optimizer)
             if optimizer in self._plain and any(version is not None for version in held):
                 self._mixed.add(optimizer)
@@ -171,23 +192,23 @@ class MixedPrecision(Callback):
                 event.skip("overflow")
 
     def on_after_zero_grad(self, trainer: Trainer, event: AfterZeroGrad) -> None:
-        for kept in (self._scaled, self._plain, self._mixed):
-            kept.discard(event.optimizer)
+        for optimizers in (self._scaled, self._plain, self._mixed):
+            optimizers.discard(event.optimizer)
         self._unscaled.pop(event.optimizer, None)
         if any(gradients.optimizer is event.optimizer for gradients in self._since_update):
-            self._update_scale()  # else its next unscaling would be a second one under one scale
+            self._update_scale()  # its next unscaling would otherwise be a second one under one scale
 
     def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
         self._update_scale()
 
     def _forget_casts(self) -> None:
-        """In manual optimization the forward's autocast goes on while weights change, also by steps that nobody
-        publishes, and would go on using its copies of them."""
+        """Clear autocast's copies of weights in manual optimization: there the forward's autocast stays on while weights
+        change, even by steps that publish no event, and would use the old copies."""
         if self._manual:
             torch.clear_autocast_cache()
 
     def _finite(self, optimizer: LightningOptimizer) -> bool:
-        """Whether an optimizer's unscaled gradients are finite: one host synchronisation, torch's own."""
+        """Return whether an optimizer's unscaled gradients are finite, by one host synchronisation, which is torch's."""
         assert self.scaler is not None
         gradients = self._unscaled.pop(optimizer)
         gradients.asked = True
@@ -211,9 +232,9 @@ class MixedPrecision(Callback):
         if not self._optimizers:
             return dict(self._loaded)
         scaler = self.scaler.state_dict() if self.scaler is not None else self._loaded["scaler"]
-        # What optimizers hold where a checkpoint is written inside of a window, by their places in configure_optimizers.
-        held = zip(HOLDINGS, (self._scaled, self._plain, self._mixed), strict=True)
-        places = {name: [at for at, each in enumerate(self._optimizers) if each in kept] for name, kept in held}
+        # A checkpoint may be written while a window is open: optimizers are named by their places in configure_optimizers.
+        holdings = zip(HOLDINGS, (self._scaled, self._plain, self._mixed), strict=True)
+        places = {name: [at for at, each in enumerate(self._optimizers) if each in holders] for name, holders in holdings}
         waiting = [
             (self._optimizers.index(each.optimizer), each.overflowed(), self._unscaled.get(each.optimizer) is each)
             for each in self._since_update
@@ -228,12 +249,12 @@ class MixedPrecision(Callback):
         self._overflows = state["overflows"]
 
     def _hold_again(self, device: torch.device) -> None:
-        """Takes up what the optimizers held at the checkpoint."""
-        for name, kept in zip(HOLDINGS, (self._scaled, self._plain, self._mixed), strict=True):
-            kept.update(self._optimizers[at] for at in self._loaded.get(name, ()))
+        """Restore which optimizers held scaled and unscaled gradients when the checkpoint was written."""
+        for name, optimizers in zip(HOLDINGS, (self._scaled, self._plain, self._mixed), strict=True):
+            optimizers.update(self._optimizers[at] for at in self._loaded.get(name, ()))
         for at, overflowed, unstepped in self._loaded.get("awaiting_update", ()):
             assert self.scaler is not None
-            self.scaler.scale(torch.zeros((), device=device))  # builds the scale, which the scaler does at its first use
+            self.scaler.scale(torch.zeros((), device=device))  # the scaler builds its scale at the first use
             gradients = UnscaledGradients(self._optimizers[at])
             gradients.unscale_again(self.scaler, overflowed, device)
             self._since_update.append(gradients)
@@ -242,16 +263,16 @@ class MixedPrecision(Callback):
 
 
 def versions(optimizer: LightningOptimizer) -> list[Any]:
-    """What changes when a backward adds to any of an optimizer's gradients."""
-    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in optimizer.parameters()]
+    """Return a list that changes when a backward adds to any of an optimizer's gradients."""
+    return [None if p.grad is None else (id(p.grad), version(p.grad)) for p in optimizer.parameters()]
 
 
 class UnscaledGradients:
-    """One window's gradients of one optimizer, in the form that ``GradScaler`` takes an optimizer in.
+    """The gradients of one optimizer in one window, in the form of an optimizer that ``GradScaler`` accepts.
 
-    The scaler keeps its books by object and refuses a second ``unscale_`` of one before its ``update``. With an object
-    for each window, an optimizer that steps twice under one scale is no special case, all the overflows in
-    between are remembered, and the real step, with its closure, stays outside of the scaler.
+    The scaler keeps its records by object, and refuses a second ``unscale_`` of one object before its ``update``. With one
+    object per window, an optimizer that steps twice under one scale needs no special case, the scaler remembers all
+    overflows since its last update, and the scaler does not run the real step with its closure.
 
     Args:
         optimizer: The optimizer that holds them.
@@ -260,31 +281,30 @@ class UnscaledGradients:
     def __init__(self, optimizer: LightningOptimizer) -> None:
         self.optimizer = optimizer
         self.param_groups = optimizer.param_groups
-
         self.asked = self._finite = False
 
     def step(self) -> bool:
-        """Called by ``GradScaler.step`` where every gradient is finite."""
+        """Note that every gradient is finite: only then does ``GradScaler.step`` call this method."""
         self._finite = True
         return True
 
     def overflowed(self) -> bool:
-        """Whether a gradient is not finite: as the scaler found, or where it was not asked yet by the gradients."""
+        """Return whether a gradient is not finite: by the scaler's answer, or by the gradients if it was not asked yet."""
         if self.asked:
             return not self._finite
         gradients = (parameter.grad for parameter in self.optimizer.parameters() if parameter.grad is not None)
         return not all(bool(gradient.isfinite().all()) for gradient in gradients)
 
     def unscale_again(self, scaler: GradScaler, overflowed: bool, device: torch.device) -> None:
-        """Lets a new scaler know what an old one found when it unscaled these gradients.
+        """Give a new scaler the record that an old one made when it unscaled these gradients.
 
         Args:
-            scaler: The new one.
-            overflowed: What the old one found.
-            device: Where it looked.
+            scaler: The new scaler.
+            overflowed: Whether a gradient was not finite.
+            device: The device of the gradients.
         """
         witness = torch.zeros((), device=device)
         witness.grad = torch.full_like(witness, torch.inf if overflowed else 0.0)
-        self.param_groups, kept = [{"params": [witness]}], self.param_groups
+        self.param_groups, param_groups = [{"params": [witness]}], self.param_groups
         scaler.unscale_(self)  # type: ignore[arg-type]
-        self.param_groups = kept
+        self.param_groups = param_groups

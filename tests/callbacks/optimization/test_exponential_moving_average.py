@@ -1,4 +1,4 @@
-"""Averages have the bits of torch's own, count real updates alone, and evaluation never leaves them in the module."""
+"""Averages have the bits of torch's own and count only real updates, and evaluation never leaves them in the module."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
-from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision
-from eventtrain.callbacks.optimization.exponential_moving_average import ExponentialMovingAverage
-from eventtrain.callbacks.stopping.early_stopping import EarlyStopping
+from eventtrain.callbacks import (
+    EarlyStopping,
+    ExponentialMovingAverage,
+    GradientAccumulation,
+    LRSchedulerStepping,
+    MixedPrecision,
+    ModelCheckpoint,
+)
 from tests import resuming
+from tests.kit import new_trainer, train
 
 BATCHES = list(torch.randn(7, 4, 3, generator=torch.Generator().manual_seed(0)))
 DECAY = 0.7
 
 
 class Model(LightningModule):
-    """With BatchNorm, whose statistics are buffers; keeps the weights that each evaluation batch ran with."""
+    """A network with BatchNorm, which has buffers; records the weights that each evaluation batch was evaluated with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +58,7 @@ class Model(LightningModule):
 
 
 class Weights(Callback):
-    """The weights after each batch that changed them: what there is to average, whatever events say."""
+    """Records the weights after each batch that changed them, independently of ``after_update``."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Tensor]] = []
@@ -84,13 +90,6 @@ def values(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def trained(module: LightningModule, *callbacks: Any, validate: bool = False, **options: Any) -> Trainer:
-    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "default_callbacks": False, "device": "cpu", **options}
-    trainer = Trainer(callbacks=callbacks, **options)
-    trainer.fit(module, BATCHES, BATCHES[:1] if validate else None)
-    return trainer
-
-
 def assert_equal(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     resuming.assert_same({key: mine[key] for key in sorted(mine)}, {key: expected[key] for key in sorted(expected)}, "tensors")
 
@@ -99,7 +98,7 @@ def assert_different(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     assert all(not torch.equal(mine[name], value) for name, value in expected.items() if name.endswith("weight"))
 
 
-# ------------------------------------------------------------------ what is averaged, and when
+# ------------------------------------------------------------------ averages
 
 
 @pytest.mark.parametrize("buffers", ["average", "copy"])
@@ -107,10 +106,10 @@ def assert_different(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 def test_it_averages_and_evaluates_as_torchs_averaged_model(window: int, buffers: Any) -> None:
     ema = ExponentialMovingAverage(DECAY, buffers=buffers)
     module = Model()
-    trainer = trained(module, ema, GradientAccumulation(window), max_epochs=2)
+    trainer = train(module, BATCHES, ema, GradientAccumulation(window), max_epochs=2)
 
     plain = Model()
-    oracle = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=buffers == "average")
+    oracle = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=buffers == "average")  # type: ignore[no-untyped-call]
     optimizer = plain.configure_optimizers()
     for _ in range(2):
         for start in range(0, len(BATCHES), window):
@@ -120,6 +119,7 @@ def test_it_averages_and_evaluates_as_torchs_averaged_model(window: int, buffers
                 (plain(batch).square().mean() / window).backward()
             if len(members) < window:
                 for parameter in plain.parameters():
+                    assert parameter.grad is not None
                     parameter.grad.mul_(window / len(members))
             optimizer.step()
             oracle.update_parameters(plain)
@@ -132,7 +132,8 @@ def test_it_averages_and_evaluates_as_torchs_averaged_model(window: int, buffers
     assert_equal(values(module), values(plain))
     oracle.eval()
     predicted: Any = trainer.predict(module, BATCHES)
-    assert_equal(dict(enumerate(predicted)), {n: oracle(batch).detach() for n, batch in enumerate(BATCHES)})  # type: ignore[arg-type]
+    assert len(predicted) == len(BATCHES)
+    assert all(torch.equal(mine, oracle(batch)) for mine, batch in zip(predicted, BATCHES, strict=True))
 
 
 def test_a_step_that_overflowed_is_not_counted() -> None:
@@ -143,13 +144,13 @@ def test_a_step_that_overflowed_is_not_counted() -> None:
 
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     weights, ema = Weights(), ExponentialMovingAverage(DECAY)
-    trained(Overflows(), ema, MixedPrecision("fp16", scaler=scaler), weights)
-    # Statistics move in a skipped batch too; they are averaged as they are at the next update.
+    train(Overflows(), BATCHES, ema, MixedPrecision("fp16", scaler=scaler), weights)
+    # Statistics change in a skipped batch too; the next update averages their new values.
     assert len(weights.seen) == len(BATCHES) - 2
     assert_equal(ema.averages, weights.average())
 
 
-def test_several_optimizers_count_once_for_each_batch_in_which_any_of_them_updates() -> None:
+def test_a_batch_with_several_optimizers_counts_once_if_any_of_them_updates() -> None:
     class Manual(Model):
         def __init__(self) -> None:
             super().__init__()
@@ -168,16 +169,16 @@ def test_several_optimizers_count_once_for_each_batch_in_which_any_of_them_updat
             return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[:2], self.net[2:])]
 
     weights, ema = Weights(), ExponentialMovingAverage(DECAY)
-    trained(Manual(), ema, weights)
+    train(Manual(), BATCHES, ema, weights)
     assert len(weights.seen) == len(BATCHES) - 1
     assert_equal(ema.averages, weights.average())
 
 
-def test_warmup_limits_the_decay_by_the_updates() -> None:
+def test_warmup_limits_the_decay_of_early_updates() -> None:
     weights, ema = Weights(), ExponentialMovingAverage(0.45, warmup=True)
-    trained(Model(), ema, weights)
+    train(Model(), BATCHES, ema, weights)
     assert_equal(ema.averages, weights.average(lambda step: min(0.45, (1 + step) / (10 + step))))
-    assert (1 + len(weights.seen)) / (10 + len(weights.seen)) > 0.45 > (1 + 2) / (10 + 2), "both matter"
+    assert (1 + len(weights.seen)) / (10 + len(weights.seen)) > 0.45 > (1 + 2) / (10 + 2), "both limits were reached"
 
 
 def test_policies_may_be_overridden() -> None:
@@ -191,7 +192,7 @@ def test_policies_may_be_overridden() -> None:
     module = Model()
     module.net[1].weight.requires_grad_(False)
     weights, ema = Weights(), Later()
-    trained(module, ema, weights)
+    train(module, BATCHES, ema, weights)
     expected = weights.average(lambda step: 0.0 if step < 5 else 0.5)
     assert list(ema.averages) == ["net.0.weight", "net.3.weight"]
     assert_equal(ema.averages, {name: expected[name] for name in ema.averages})
@@ -199,7 +200,7 @@ def test_policies_may_be_overridden() -> None:
 
 def test_low_precision_is_averaged_in_float32() -> None:
     module = Model().to(torch.bfloat16)
-    module.net[3] = nn.Linear(4, 1)  # of several types at once
+    module.net[3] = nn.Linear(4, 1)  # a layer in another type
     module.net[2] = nn.Identity()
 
     def step(batch: Tensor, batch_idx: int) -> Any:
@@ -208,7 +209,7 @@ def test_low_precision_is_averaged_in_float32() -> None:
     module.training_step = step  # type: ignore[method-assign]
     module.validation_step = lambda batch, batch_idx: module.evaluated.append(values(module))  # type: ignore[method-assign]
     weights, ema = Weights(), ExponentialMovingAverage(0.99)
-    trainer = trained(module, ema, weights)
+    trainer = train(module, BATCHES, ema, weights)
     expected = weights.average(lambda step: 0.99)
     assert {average.dtype for average in ema.averages.values()} == {torch.float32}
     assert_equal(ema.averages, expected)
@@ -220,8 +221,11 @@ def test_low_precision_is_averaged_in_float32() -> None:
 
 
 class Odd(LightningModule):
-    """What modules have besides parameters: a mask, a counter, a statistic that is put in the place of the last one, a
-    complex parameter, and a parameter in two places."""
+    """A module with a mask, a counter, a statistic that is replaced in each step, a complex parameter, and a parameter that
+    two layers share."""
+
+    count: Tensor
+    statistic: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,9 +251,9 @@ class Odd(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_masks_counters_shared_and_complex_parameters() -> None:
+def test_masks_and_counters_are_not_averaged_and_shared_and_complex_parameters_are() -> None:
     module, weights, ema = Odd(), Weights(), ExponentialMovingAverage(DECAY)
-    trainer = trained(module, ema, weights)
+    trainer = train(module, BATCHES, ema, weights)
     assert ema.averages.keys() == {"layer.weight", "layer.bias", "tied.bias", "phase", "statistic"}
     expected = weights.average()
     phase = weights.seen[0]["phase"].clone()
@@ -263,9 +267,9 @@ def test_masks_counters_shared_and_complex_parameters() -> None:
     assert module.count == 7
 
 
-def test_a_second_fit_begins_anew() -> None:
+def test_a_second_fit_starts_new_averages() -> None:
     ema = ExponentialMovingAverage(DECAY)
-    trainer = trained(Model(), ema)
+    trainer = train(Model(), BATCHES, ema)
     weights, module = Weights(), Model()
     trainer.signals.train_start.connect(weights.on_train_start)
     trainer.signals.train_batch_end.connect(weights.on_train_batch_end)
@@ -276,7 +280,7 @@ def test_a_second_fit_begins_anew() -> None:
 def test_an_update_reads_nothing_from_the_device() -> None:
     reads: list[str] = []
 
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "_local_scalar_dense" in str(func) or "is_nonzero" in str(func):
                 reads.append(str(func))
@@ -284,13 +288,13 @@ def test_an_update_reads_nothing_from_the_device() -> None:
 
     class Watched(ExponentialMovingAverage):
         def on_after_update(self, trainer: Trainer, event: Any) -> None:
-            with Watch():
+            with Watch():  # type: ignore[no-untyped-call]
                 super().on_after_update(trainer, event)
-            if event.global_step == 1:  # when they begin, each floating buffer is asked once whether it is finite
+            if event.global_step == 1:  # when the averages start, each floating buffer is checked once for finite values
                 assert len(reads) == 2
                 reads.clear()
 
-    trained(Model(), Watched(warmup=True))
+    train(Model(), BATCHES, Watched(warmup=True))
     assert reads == []
 
 
@@ -310,7 +314,7 @@ def test_each_evaluation_uses_the_averages_and_gives_the_raw_weights_back() -> N
     raw: list[dict[str, Tensor]] = []
     module, weights, ema = Model(), Weights(), ExponentialMovingAverage(DECAY)
     pointers = [tensor.data_ptr() for tensor in values_of(module)]
-    trainer = trained(module, ema, weights, Keeps(), validate=True, val_check_interval=2)
+    trainer = train(module, BATCHES, ema, weights, Keeps(), val=BATCHES[:1], val_check_interval=2)
     assert len(used) == 3
     for evaluated, averages in zip(module.evaluated, used, strict=True):
         assert_equal({name: evaluated[name] for name in averages}, averages)
@@ -337,15 +341,15 @@ def values_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def test_before_the_first_update_and_for_another_module_there_is_nothing_to_use() -> None:
+def test_evaluation_uses_raw_weights_before_the_first_update_and_of_another_module() -> None:
     module, ema = Model(), ExponentialMovingAverage(DECAY)
     before = values(module)
-    trainer = trained(module, ema, validate=True, num_sanity_val_steps=1)
+    trainer = train(module, BATCHES, ema, val=BATCHES[:1], num_sanity_val_steps=1)
     assert_equal(module.evaluated[0], before)
     other = Model()
     trainer.validate(other, BATCHES[:1])
     assert_equal(other.evaluated[0], values(other))
-    with pytest.raises(MisconfigurationError, match="has no averages: they begin with the first update"):
+    with pytest.raises(MisconfigurationError, match="has no averages yet: they start at the first update"):
         ExponentialMovingAverage().copy_into(module)
 
 
@@ -364,9 +368,9 @@ def test_an_error_in_an_evaluation_gives_the_raw_weights_back(error: type[BaseEx
     if stage == "fit":
         module.fails = True
         with pytest.raises(error):
-            trained(module, ema, weights, validate=True)
+            train(module, BATCHES, ema, weights, val=BATCHES[:1])
     else:
-        trainer = trained(module, ema, weights)
+        trainer = train(module, BATCHES, ema, weights)
         module.fails = True
         with pytest.raises(error):
             trainer.validate(module, BATCHES[:1])
@@ -374,35 +378,30 @@ def test_an_error_in_an_evaluation_gives_the_raw_weights_back(error: type[BaseEx
     assert_equal(values(module), weights.seen[-1])
 
 
-def test_an_evaluation_that_is_left_gives_the_raw_weights_back() -> None:
+def test_an_interrupted_evaluation_gives_the_raw_weights_back() -> None:
     class Leaves(Callback):
         def on_validation_batch_end(self, trainer: Trainer, event: Any) -> None:
             trainer.stop("the machine goes", at_once=True)
 
         def on_validation_end(self, trainer: Trainer, event: Any) -> None:
-            raise AssertionError("it was left")
+            raise AssertionError("the validation was interrupted")
 
         def on_safe_point(self, trainer: Trainer, event: Any) -> None:
             at_safe_points.append(values(trainer.module))
 
     at_safe_points: list[dict[str, Tensor]] = []
     module, weights = Model(), Weights()
-    trainer = Trainer(
-        max_epochs=1,
-        val_check_interval=3,
-        callbacks=[ExponentialMovingAverage(DECAY), weights, Leaves()],
-        num_sanity_val_steps=0,
-        default_callbacks=False,
-        device="cpu",
-    )
-    trainer.fit(module, BATCHES, BATCHES[:2])
+    ema = ExponentialMovingAverage(DECAY)
+    trainer = train(module, BATCHES, ema, weights, Leaves(), val=BATCHES[:2], val_check_interval=3)
     assert len(module.evaluated) == 1 and trainer.global_step == 3
     assert_different(module.evaluated[0], weights.seen[-1])
     assert_equal(at_safe_points[-1], weights.seen[-1])
     assert_equal(values(module), weights.seen[-1])
 
 
-def test_an_interrupt_while_weights_are_put_back_is_made_good_at_teardown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teardown_puts_the_raw_weights_back_if_an_interrupt_came_while_they_were_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     module, weights, ema = Model(), Weights(), ExponentialMovingAverage(DECAY)
     copy, armed = Tensor.copy_, False
 
@@ -420,7 +419,7 @@ def test_an_interrupt_while_weights_are_put_back_is_made_good_at_teardown(monkey
 
     monkeypatch.setattr(Tensor, "copy_", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        trained(module, ema, weights, Arms(), validate=True)
+        train(module, BATCHES, ema, weights, Arms(), val=BATCHES[:1])
     assert not armed
     assert_different(module.evaluated[-1], weights.seen[-1])
     assert_equal(values(module), weights.seen[-1])
@@ -438,9 +437,9 @@ class SavesInValidation(Callback):
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_a_checkpoint_that_is_written_in_an_evaluation_holds_raw_weights(tmp_path: Path, stage: str) -> None:
+def test_a_checkpoint_that_is_written_during_an_evaluation_has_raw_weights(tmp_path: Path, stage: str) -> None:
     module, weights, ema, saves = Odd(), Weights(), ExponentialMovingAverage(DECAY), SavesInValidation(tmp_path / "a.ckpt")
-    trainer = trained(module, ema, weights, saves, validate=stage == "fit")
+    trainer = train(module, BATCHES, ema, weights, saves, val=BATCHES[:1] if stage == "fit" else None)
     if stage == "validate":
         trainer.validate(module, BATCHES[:1])
     content = torch.load(saves.path, weights_only=True)
@@ -454,30 +453,44 @@ def test_a_checkpoint_that_is_written_in_an_evaluation_holds_raw_weights(tmp_pat
     assert_different(module.evaluated[-1], {"layer.weight": raw["layer.weight"]})
 
 
-def test_what_another_listener_left_out_of_the_checkpoint_stays_out(tmp_path: Path) -> None:
+def test_checkpoints_are_the_same_in_any_order_of_attachment(tmp_path: Path) -> None:
+    contents = []
+    for backwards in (False, True):
+        folder = tmp_path / str(backwards)
+        callbacks = [ExponentialMovingAverage(DECAY), ModelCheckpoint(folder, every_n_steps=1, save_top_k=-1), Weights()]
+        train(Model(), BATCHES, *reversed(callbacks) if backwards else callbacks, val=BATCHES[:1], val_check_interval=2)
+        files = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.ckpt"))}
+        contents.append({name: (content["state_dict"], content["callbacks"]) for name, content in files.items()})
+    assert len(contents[0]) > len(BATCHES)
+    for (states, of_callbacks), (other_states, of_others) in zip(contents[0].values(), contents[1].values(), strict=True):
+        resuming.assert_same(dict(states), dict(other_states), "weights")
+        resuming.assert_same(of_callbacks["ExponentialMovingAverage"], of_others["ExponentialMovingAverage"], "averages")
+
+
+def test_a_tensor_that_another_listener_took_out_of_the_checkpoint_stays_out(tmp_path: Path) -> None:
     class Prunes(Callback):
         def on_save_checkpoint(self, trainer: Trainer, event: Any) -> None:
             del event.checkpoint["state_dict"]["net.0.weight"]
 
     saves = SavesInValidation(tmp_path / "a.ckpt")
-    trained(Model(), Prunes(), ExponentialMovingAverage(DECAY), saves, validate=True)
+    train(Model(), BATCHES, Prunes(), ExponentialMovingAverage(DECAY), saves, val=BATCHES[:1])
     assert "net.0.weight" not in torch.load(saves.path, weights_only=True)["state_dict"]
 
 
-def test_load_into_gives_a_module_the_averages_and_what_was_not_averaged(tmp_path: Path) -> None:
+def test_load_into_gives_a_module_the_averages_and_the_raw_values_of_other_tensors(tmp_path: Path) -> None:
     class Mine(ExponentialMovingAverage):
         pass
 
     for kind in (ExponentialMovingAverage, Mine):
         module, ema, fresh = Model(), kind(DECAY, buffers="copy"), Model()
-        trained(module, ema).save_checkpoint(tmp_path / "a.ckpt")
+        train(module, BATCHES, ema).save_checkpoint(tmp_path / "a.ckpt")
         kind.load_into(fresh, tmp_path / "a.ckpt")
         assert_equal(values(fresh), {**values(module), **ema.averages})
-    with pytest.raises(MisconfigurationError, match=r"a.ckpt holds no averages of ExponentialMovingAverage.*Mine"):
+    with pytest.raises(MisconfigurationError, match=r"a.ckpt has no averages of ExponentialMovingAverage.*Mine"):
         ExponentialMovingAverage.load_into(fresh, tmp_path / "a.ckpt")
     other = Model()
-    other.net[3] = nn.Linear(4, 2)  # what a copy of one row would fit into
-    with pytest.raises(MisconfigurationError, match=r"Model has no tensors .* as \['net.3.weight', 'net.3.bias'\]"):
+    other.net[3] = nn.Linear(4, 2)  # a copy of one row would fit into it
+    with pytest.raises(MisconfigurationError, match=r"Model has no tensors with .* \['net.3.weight', 'net.3.bias'\]"):
         ema.copy_into(other)
 
 
@@ -486,26 +499,26 @@ def test_an_evaluation_with_ckpt_path_uses_the_averages_of_the_file(tmp_path: Pa
         def on_safe_point(self, trainer: Trainer, event: Any) -> None:
             if trainer.global_step == 3:
                 trainer.save_checkpoint(tmp_path / "a.ckpt")
-                kept.update(values(trainer.module) | {name: average.clone() for name, average in ema.averages.items()})
+                at_step_3.update(values(trainer.module) | {name: average.clone() for name, average in ema.averages.items()})
 
-    kept: dict[str, Tensor] = {}
+    at_step_3: dict[str, Tensor] = {}
     module, ema = Model(), ExponentialMovingAverage(DECAY)
-    of_the_fit = trained(module, ema, Saves())
-    fresh = Trainer(callbacks=[ExponentialMovingAverage()], max_epochs=1, default_callbacks=False, device="cpu")
+    of_the_fit = train(module, BATCHES, ema, Saves())
+    fresh = new_trainer(ExponentialMovingAverage())
     for trainer in (of_the_fit, fresh):
         tested = Model() if trainer is fresh else module
         trainer.validate(tested, BATCHES[:1], ckpt_path=tmp_path / "a.ckpt")
-        assert_equal(tested.evaluated[-1], kept)
+        assert_equal(tested.evaluated[-1], at_step_3)
         assert_equal(values(tested), {n: v.clone() for n, v in torch.load(tmp_path / "a.ckpt")["state_dict"].items()})
 
-    trained(Model()).save_checkpoint(tmp_path / "b.ckpt")
+    train(Model(), BATCHES).save_checkpoint(tmp_path / "b.ckpt")
     of_the_fit.validate(module, BATCHES[:1], ckpt_path=tmp_path / "b.ckpt")
     assert_equal(module.evaluated[-1], values(module))
 
 
 @pytest.mark.parametrize(("window", "val_check_interval"), [(1, None), (3, 2)])
-def test_a_run_goes_on_from_any_safe_point(tmp_path: Path, window: int, val_check_interval: int | None) -> None:
-    """Its validation's values are of the averages, so that a run that goes on shows whether it has the right ones."""
+def test_a_run_resumes_from_any_safe_point(tmp_path: Path, window: int, val_check_interval: int | None) -> None:
+    """Validation logs values of the averages, so that a resumed run shows whether it has the right ones."""
 
     def build() -> Any:
         data = torch.randn(20, 3, generator=torch.Generator().manual_seed(2))
@@ -523,23 +536,23 @@ def test_a_run_goes_on_from_any_safe_point(tmp_path: Path, window: int, val_chec
     assert resuming.check_all_safe_points(build, tmp_path) == 15
 
 
-def test_averages_of_a_checkpoint_go_to_their_weights_device_and_leave_the_checkpoint_alone() -> None:
+def test_averages_of_a_checkpoint_move_to_the_device_of_their_weights_and_the_checkpoint_stays_unchanged() -> None:
     """A checkpoint is read on the CPU; the meta device stands for an accelerator."""
-    given = {name: value for name, value in values(Model()).items() if value.is_floating_point()}
-    before = {name: value.clone() for name, value in given.items()}
+    loaded = {name: value for name, value in values(Model()).items() if value.is_floating_point()}
+    before = {name: value.clone() for name, value in loaded.items()}
     for device in ("cpu", "meta"):
         ema = ExponentialMovingAverage(DECAY)
-        trainer = Trainer(max_epochs=1, callbacks=[ema], default_callbacks=False, device=device)
-        trainer.signals.fit_start.connect(lambda trainer, event, ema=ema: ema.load_state_dict({"averages": given}))
+        trainer = new_trainer(ema, device=device)
+        trainer.signals.fit_start.connect(lambda trainer, event, ema=ema: ema.load_state_dict({"averages": loaded}))
         trainer.fit(Model(), BATCHES)
         assert {average.device.type for average in ema.averages.values()} == {device}
-        assert_equal(given, before)
+        assert_equal(loaded, before)
 
 
-def test_a_run_that_had_no_averages_begins_them_when_it_goes_on(tmp_path: Path) -> None:
-    trained(Model()).save_checkpoint(tmp_path / "a.ckpt")
+def test_a_run_without_averages_starts_them_when_it_is_resumed(tmp_path: Path) -> None:
+    train(Model(), BATCHES).save_checkpoint(tmp_path / "a.ckpt")
     weights, ema, module = Weights(), ExponentialMovingAverage(DECAY), Model()
-    trainer = Trainer(max_epochs=3, callbacks=[ema, weights], default_callbacks=False, device="cpu")
+    trainer = new_trainer(ema, weights, max_epochs=3)
     trainer.fit(module, BATCHES, ckpt_path=tmp_path / "a.ckpt")
     assert len(weights.seen) >= len(BATCHES)
     assert_equal(ema.averages, weights.average())
@@ -549,13 +562,16 @@ def test_a_run_that_had_no_averages_begins_them_when_it_goes_on(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan"), True, "0.9", None])
-def test_a_decay_that_cannot_be(decay: Any) -> None:
-    with pytest.raises(MisconfigurationError, match=r"ExponentialMovingAverage\(decay=.*: it has to be a number from 0 to 1"):
+def test_a_decay_that_is_not_from_0_to_1_is_an_error(decay: Any) -> None:
+    with pytest.raises(MisconfigurationError, match=r"ExponentialMovingAverage\(decay=.*: give a number from 0 to 1"):
         ExponentialMovingAverage(decay)
 
 
-def test_other_mistakes() -> None:
-    with pytest.raises(MisconfigurationError, match="ExponentialMovingAverage\\(buffers='swap'\\): it has to be 'average' or"):
+def test_an_unknown_option_for_buffers_is_an_error() -> None:
+    with pytest.raises(MisconfigurationError, match=r"ExponentialMovingAverage\(buffers='swap'\): give 'average' or 'copy'"):
         ExponentialMovingAverage(buffers="swap")  # type: ignore[arg-type]
+
+
+def test_two_averages_in_one_trainer_are_an_error() -> None:
     with pytest.raises(MisconfigurationError, match="both have the role 'weight_averaging'"):
-        Trainer(max_epochs=1, callbacks=[ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.99)], device="cpu")
+        new_trainer(ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.99))

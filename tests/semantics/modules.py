@@ -96,7 +96,7 @@ class Pair(LightningModule):
 
     Args:
         step: Called in each batch as ``step(module, batch, batch_idx)``.
-        configure: What ``configure_optimizers`` makes of the two.
+        configure: Takes the two, and returns the result of ``configure_optimizers``.
     """
 
     def __init__(self, step: Callable[..., Any] = lambda module, batch, batch_idx: None, configure: Any = None) -> None:

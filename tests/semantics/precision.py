@@ -22,7 +22,7 @@ FUSED = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 
 
 def data(n: int, *, bad: tuple[int, ...] = ()) -> list[tuple[Tensor, Tensor]]:
-    """A regression; the batches with the indices ``bad`` overflow in fp16, whatever the scale."""
+    """Return the batches of a regression; those with the indices ``bad`` overflow in fp16 at any scale."""
     generator = torch.Generator().manual_seed(3)
     drawn = [(torch.randn(5, 4, generator=generator), torch.randn(5, 1, generator=generator)) for _ in range(n)]
     return [(x * 1e6 if i in bad else x, y) for i, (x, y) in enumerate(drawn)]
@@ -46,7 +46,7 @@ class Net(LightningModule):
 
 
 def small_scaler(**changes: Any) -> GradScaler:
-    """Grows after two clean updates, so that a short run sees it."""
+    """Return a scaler that grows after two clean updates, so that a short run sees it."""
     return GradScaler("cpu", **{"init_scale": 64.0, "growth_interval": 2, **changes})
 
 
@@ -55,7 +55,7 @@ def autocast(dtype: torch.dtype = torch.float16) -> torch.autocast:
 
 
 class Scales(On):
-    """Keeps the scale at the end of each batch, once every callback has seen it."""
+    """Records the scale at the end of each batch, once every callback has seen it."""
 
     def __init__(self, scaler: GradScaler) -> None:
         self.kept: list[float] = []
@@ -82,7 +82,7 @@ def by_hand(
     clip: Callable[[Any], Any] | None = None,
     scaler: GradScaler | None = None,
 ) -> tuple[Net, Optimizer, GradScaler, list[float], int]:
-    """The loop of the AMP examples, with accumulation; a short window is normalised as rule B3 says.
+    """Train by the loop of the AMP examples, with accumulation; a short window is normalised as rule B3 says.
 
     Returns:
         The module, its optimizer, the scaler, the scale after each batch, and the number of updates.
@@ -142,7 +142,7 @@ class Pair(LightningModule):
 
 
 def eager_scaler(**changes: Any) -> GradScaler:
-    """The scale doubles at every update: whoever unscales by another scale than the one of backward is seen."""
+    """Return a scaler whose scale doubles at every update, so that gradients unscaled by a wrong scale show."""
     return GradScaler("cpu", **{"init_scale": 8.0, "growth_interval": 1, **changes})
 
 

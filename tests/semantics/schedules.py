@@ -17,12 +17,12 @@ class Halving(LambdaLR):
 
 
 def scheduled(scheduler: Any = Halving, **config: Any) -> Any:
-    """A ``configure`` for the probe: its SGD with one scheduler."""
+    """Return a ``configure`` for the probe: its SGD with one scheduler."""
     return lambda sgd: {"optimizer": sgd, "lr_scheduler": {"scheduler": scheduler(sgd), **config}}
 
 
 def steps(trainer: Any, index: int = 0) -> int:
-    """How often a scheduler has stepped."""
+    """Return how often a scheduler has stepped."""
     return trainer.lr_scheduler_configs[index].scheduler.last_epoch
 
 
@@ -39,7 +39,7 @@ class Logging(Probe):
 
 
 class Metered:
-    """A scheduler that keeps the metrics it was given; not torch's, but with its methods."""
+    """A scheduler that records its metrics. Not one of torch's, but with the same methods."""
 
     def __init__(self, optimizer: Any = None) -> None:
         self.metrics: list[float] = []

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision, ProgressBar
-from tests.kit import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import NoLength, On, Probe, Recorder, batches, new_trainer, train
 from tests.semantics.modules import Regression, Stepping, assert_same_training, regression_data
 
 # ------------------------------------------------------------------ A1: the closure
@@ -52,7 +52,7 @@ def test_a1_equals_the_loop_of_the_guide(make_optimizer: Any) -> None:
 
 
 class ClosureWatcher(SGD):
-    """An SGD that notes what it is given and what comes back."""
+    """An SGD that records the closures of its steps and their results."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -140,11 +140,11 @@ def test_a1_training_step_may_leave_out_the_index() -> None:
     assert module.updates == [1.0, 2.0, 3.0]
 
 
-# ------------------------------------------------------------------ A2: what training_step returns
+# ------------------------------------------------------------------ A2: the results of training_step
 
 
 class Returning(Probe):
-    """Returns what a function makes of the loss."""
+    """Returns the result of a function of the loss."""
 
     def __init__(self, make: Any, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -201,7 +201,7 @@ def test_a2_none_is_a_batch_without_a_loss(make: Any) -> None:
     ],
     ids=["mapping-without-loss", "float", "string", "tuple", "float-loss", "vector", "detached"],
 )
-def test_a2_anything_else_is_an_error_that_says_what_was_returned(make: Any, said: list[str]) -> None:
+def test_a2_anything_else_is_an_error_that_names_the_result(make: Any, said: list[str]) -> None:
     with pytest.raises(MisconfigurationError) as caught:
         train(Returning(make), 1)
     for part in ["training_step", *said]:
@@ -367,7 +367,7 @@ def test_a4_no_optimizer_warns_and_the_run_goes_on(returned: Any) -> None:
 
 
 def counting(sgd: Any) -> Any:
-    """A scheduler that steps with each update, beside its optimizer."""
+    """Return the optimizer with a scheduler that steps with each update."""
     return {"optimizer": sgd, "lr_scheduler": {"scheduler": LambdaLR(sgd, lambda step: 1.0), "interval": "step"}}
 
 
@@ -452,7 +452,7 @@ def test_a6_a_step_of_the_wrapped_optimizer_that_was_skipped_is_announced_too() 
     [(), (GradientAccumulation(4),), (MixedPrecision("fp16"),), (GradientAccumulation(4), MixedPrecision("fp16"))],
     ids=["plain", "window", "scale", "window-and-scale"],
 )
-def test_a7_everybody_sees_the_raw_loss(callbacks: Any) -> None:
+def test_a7_every_listener_sees_the_raw_loss(callbacks: Any) -> None:
     callbacks = copy.deepcopy(callbacks)
     shown: list[float] = []
 
@@ -557,13 +557,6 @@ def exhausted(*_: Any, **__: Any) -> Any:
     return next(iter(()))
 
 
-class Unsized:
-    """Batches without a length."""
-
-    def __iter__(self) -> Any:
-        return iter(batches(3))
-
-
 STOPPING_EVENTS = (
     *("train_epoch_start", "before_batch_fetch", "after_batch_fetch", "train_batch_start", "optimizer_step", "before_forward"),
     *("before_zero_grad", "before_backward", "gradients_ready", "before_optimizer_step", "after_update", "train_batch_end"),
@@ -571,7 +564,7 @@ STOPPING_EVENTS = (
 )
 
 
-@pytest.mark.parametrize("loader", [3, Unsized()], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [3, NoLength(batches(3))], ids=["sized", "unsized"])
 @pytest.mark.parametrize("event", STOPPING_EVENTS)
 def test_a9_stop_iteration_in_a_callback_is_an_error(event: str, loader: Any) -> None:
     class Validating(Probe):
@@ -582,7 +575,7 @@ def test_a9_stop_iteration_in_a_callback_is_an_error(event: str, loader: Any) ->
         train(Validating(), loader, On(**{event: exhausted}), val=1)
 
 
-@pytest.mark.parametrize("loader", [3, Unsized()], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [3, NoLength(batches(3))], ids=["sized", "unsized"])
 @pytest.mark.parametrize(
     "hook",
     [
@@ -605,11 +598,11 @@ def test_a9_stop_iteration_in_a_hook_of_the_module_is_an_error(hook: str, loader
 
 def test_a9_stop_iteration_of_the_loader_ends_the_epoch() -> None:
     module = Probe()
-    trainer = train(module, Unsized(), max_epochs=2)
+    trainer = train(module, NoLength(batches(3)), max_epochs=2)
     assert module.updates == [1.0, 2.0, 3.0] * 2 and trainer.current_epoch == 2
 
 
-def test_a9_a_stop_iteration_inside_of_a_sized_loader_is_an_error() -> None:
+def test_a9_a_stop_iteration_in_a_sized_loader_is_an_error() -> None:
     class Short(list):  # type: ignore[type-arg]
         def __iter__(self) -> Any:
             return iter(batches(2))

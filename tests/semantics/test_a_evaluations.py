@@ -162,7 +162,7 @@ def test_a5_another_optimizer_that_evaluates_twice_trains() -> None:
     ],
     ids=["number", "function"],
 )
-def test_a5_a_second_evaluation_in_a_window_is_an_error_whatever_the_class(policy: Any, raw: bool) -> None:
+def test_a5_a_second_evaluation_in_a_window_is_an_error_for_every_class(policy: Any, raw: bool) -> None:
     module = twice(Stepping(lambda m, e, b, optimizer, closure: (optimizer.optimizer if raw else optimizer).step(closure)))
     with pytest.raises(MisconfigurationError, match=r"(?s)Twice.*second time.*accumulation"):
         train(module, 4, policy())
@@ -175,7 +175,7 @@ def test_a5_lbfgs_in_a_window_that_a_function_asks_for_is_an_error_when_it_happe
     assert len(module.updates) == 1, "the window of one batch trained"
 
 
-def test_a5_a_second_evaluation_under_loss_scaling_is_an_error_whatever_the_class() -> None:
+def test_a5_a_second_evaluation_under_loss_scaling_is_an_error_for_every_class() -> None:
     module = twice(quadratic(Probe()))
     with pytest.raises(MisconfigurationError, match=r"(?s)Twice.*second time.*loss scaling"):
         train(module, 4, MixedPrecision("fp16"))

@@ -1,4 +1,4 @@
-"""B. Gradient accumulation: windows, what is in them, and what becomes of them."""
+"""B. Gradient accumulation: windows, their batches, and how they end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
-from tests.kit import On, Probe, Recorder, batches, train
+from tests.kit import NoLength, On, Probe, Recorder, batches, train
 from tests.resuming import assert_same
 from tests.semantics.modules import Regression, Weighted, regression_data, weighted
 
 
 def windows_of(module: Probe, trainer_arguments: dict[str, Any], accumulation: GradientAccumulation, xs: Any) -> list[int]:
-    """Trains, and returns how many batches each update accumulated."""
+    """Train, and return how many batches each update accumulated."""
     sizes: list[int] = []
     seen = 0
 
@@ -84,7 +84,7 @@ def test_b1_unit_batch_counts_the_batches_of_the_run() -> None:
 
 
 def test_b1_a_size_changes_only_at_the_start_of_a_window() -> None:
-    # The key 1 falls inside of the first window, the key 5 inside of the second.
+    # The key 1 falls into the first window, the key 5 into the second.
     policy = GradientAccumulation({0: 3, 1: 4, 5: 1}, unit="batch")
     module = Probe()
     assert windows_of(module, {}, policy, 9) == [3, 4, 1, 1]
@@ -139,25 +139,15 @@ def test_b1_an_unknown_option_is_an_error_that_lists_the_known(option: Any) -> N
 # ------------------------------------------------------------------ B2: the epoch's end
 
 
-class Unsized:
-    """Batches without a length."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __iter__(self) -> Any:
-        return iter(batches(self.n))
-
-
-@pytest.mark.parametrize("loader", [5, Unsized(5)], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [5, NoLength(batches(5))], ids=["sized", "unsized"])
 def test_b2_windows_do_not_straddle_epochs(loader: Any) -> None:
     module = Probe()
     trainer = train(module, loader, GradientAccumulation(2), max_epochs=2)
     assert module.updates == [1.5, 3.5, 5.0] * 2 and trainer.global_step == 6
 
 
-@pytest.mark.parametrize("loader", [5, Unsized(5)], ids=["sized", "unsized"])
-def test_b2_drop_discards_what_is_left(loader: Any) -> None:
+@pytest.mark.parametrize("loader", [5, NoLength(batches(5))], ids=["sized", "unsized"])
+def test_b2_drop_discards_the_last_window(loader: Any) -> None:
     class Logging(Probe):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.log("x", batch, on_step=False, on_epoch=True)
@@ -172,7 +162,7 @@ def test_b2_drop_discards_what_is_left(loader: Any) -> None:
     assert trainer.callback_metrics["x"].item() == 3.0, "the surplus logs"
 
 
-@pytest.mark.parametrize("loader", [3, Unsized(3)], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [3, NoLength(batches(3))], ids=["sized", "unsized"])
 @pytest.mark.parametrize("windows", [4, {0: 1, 1: 4}, lambda trainer: 4], ids=["number", "schedule", "function"])
 def test_b2_drop_with_an_epoch_shorter_than_the_window_is_an_error(windows: Any, loader: Any) -> None:
     with pytest.raises(MisconfigurationError, match=r"3 batches.*4.*drop"):
@@ -185,7 +175,7 @@ def test_b2_drop_does_not_mind_windows_that_the_run_never_has() -> None:
     assert module.updates == [1.5, 1.5]
 
 
-def test_b2_carry_goes_on_in_the_next_epoch() -> None:
+def test_b2_carry_continues_in_the_next_epoch() -> None:
     module = Probe()
     trainer = train(module, 3, GradientAccumulation(2, remainder="carry"), max_epochs=3)
     # (1, 2) (3, 1) (2, 3) (1, 2), and 3 is left open
@@ -219,7 +209,7 @@ def test_b2_a_carried_window_is_untouched_by_epoch_schedulers_and_validation() -
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 3
 
 
-def test_b2_what_is_open_at_the_end_of_the_run_is_dropped() -> None:
+def test_b2_an_open_window_is_dropped_at_the_end_of_the_run() -> None:
     module = Probe()
     trainer = train(module, 3, GradientAccumulation(2, remainder="carry"))
     assert module.updates == [1.5] and trainer.global_step == 1 and module.w.item() == -1.5
@@ -316,7 +306,7 @@ def test_b3_no_look_ahead_is_needed(normalize: Any) -> None:
     assert behind == [0] * 5, "no batch is read before its turn"
 
 
-def test_b3_what_is_short_is_rescaled_at_gradients_ready() -> None:
+def test_b3_a_short_window_is_rescaled_at_gradients_ready() -> None:
     before: list[float] = []
     after: list[float] = []
     module = Probe()
@@ -402,7 +392,7 @@ def test_b5_without_accumulation_every_batch_closes_its_window() -> None:
 
 
 class Caller(nn.Module):
-    """What DDP wraps: its forward calls a module's step."""
+    """The module that DDP wraps: its forward calls another module's step."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -413,7 +403,7 @@ class Caller(nn.Module):
 
 
 class Synchronised:
-    """torch's own DDP around the step, and what it all-reduced."""
+    """Puts torch's DDP around the step, and records the all-reduced gradients."""
 
     def __init__(self) -> None:
         self.reduced: list[float] = []
@@ -442,7 +432,7 @@ def test_b5_gradients_are_synchronised_once_per_window(tmp_path: Any) -> None:
         trainer = train(module, 5, GradientAccumulation(2), ddp, max_epochs=2)
         assert module.updates == [1.5, 3.5, 5.0] * 2
         assert len(ddp.reduced) == trainer.global_step == 6
-        assert ddp.reduced == [1.5, 3.5, 2.5] * 2, "complete windows, before what is short is rescaled"
+        assert ddp.reduced == [1.5, 3.5, 2.5] * 2, "complete windows, before short ones are rescaled"
     finally:
         torch.distributed.destroy_process_group()
 
@@ -450,7 +440,7 @@ def test_b5_gradients_are_synchronised_once_per_window(tmp_path: Any) -> None:
 # ------------------------------------------------------------------ B6: epochs shorter than a window
 
 
-@pytest.mark.parametrize("loader", [2, Unsized(2)], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [2, NoLength(batches(2))], ids=["sized", "unsized"])
 @pytest.mark.parametrize("windows", [4, {0: 4}, lambda trainer: 4], ids=["number", "schedule", "function"])
 def test_b6_an_epoch_shorter_than_the_window_warns_once(windows: Any, loader: Any) -> None:
     module = Probe()
@@ -461,13 +451,13 @@ def test_b6_an_epoch_shorter_than_the_window_warns_once(windows: Any, loader: An
 
 
 @pytest.mark.parametrize("windows", [2, {0: 1, 1: 2}, {0: 2, 9: 4}], ids=["as-long", "schedule", "never-reached"])
-def test_b6_no_warning_where_no_epoch_is_too_short(windows: Any) -> None:
+def test_b6_no_warning_if_no_epoch_is_too_short(windows: Any) -> None:
     module = Probe()
     train(module, 2, GradientAccumulation(windows), max_epochs=2)  # a warning would be an error
     assert module.updates[-1] == 1.5
 
 
-# ------------------------------------------------------------------ B7: validation inside of an epoch
+# ------------------------------------------------------------------ B7: validation within an epoch
 
 
 class Validating(Probe):
@@ -536,7 +526,7 @@ def test_b7_an_epoch_that_ends_before_a_batch_leaves_a_carried_window_open() -> 
 def hand_written(
     length: int, epochs: int, size: Any, *, unit: str, remainder: str, normalize: str, max_steps: int | None
 ) -> tuple[torch.Tensor, int]:
-    """The loop that anybody would write: the weight and the number of updates."""
+    """Run the obvious hand-written loop, and return the weight and the number of updates."""
     w = torch.zeros(1, requires_grad=True)
     optimizer = SGD([w], lr=0.1, momentum=0.5)
     updates = batches_done = in_window = window = 0

@@ -11,8 +11,7 @@ from torch.optim import AdamW
 
 from eventtrain import MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation
-from eventtrain.distributed import SingleProcess
-from tests.kit import On, Recorder, new_trainer, train
+from tests.kit import FakeProcesses, On, Recorder, new_trainer, train
 from tests.resuming import assert_same
 from tests.semantics.modules import Regression, Weighted, regression_data, weighted
 
@@ -147,33 +146,22 @@ def test_b4_the_first_weight_is_kept_in_checkpoints(make: Any, tmp_path: Any) ->
     assert set(references) == {4.0} and set(resumed.updates) == {1.5}
 
 
-class TwoRanks(SingleProcess):
-    """The view that one rank of two has; the other's tensors are these."""
-
-    world_size = 2
-
-    def __init__(self, *others: float) -> None:
-        self.others = list(others)
-
-    def reduce(self, value: Any, reduction: str) -> Any:
-        assert reduction == "sum" and isinstance(value, torch.Tensor)
-        return value + self.others.pop(0)
-
-
 @pytest.mark.parametrize("make", [float, torch.tensor], ids=["float", "tensor"])
 def test_b4_weights_are_summed_across_ranks(make: Any) -> None:
     """The other rank has the gradients 7 and 9 with the weights 4 and 2, in a window of two batches."""
 
     def average(trainer: Any, event: Any) -> None:
-        parameter = trainer.module.w  # what an all-reduce with a mean does, on what the other rank's backward gave
+        parameter = trainer.module.w  # as an all-reduce with a mean does with the other rank's gradients
         theirs = (7.0 * 4.0 + 9.0 * 2.0) / (2 * 1.0)
         parameter.grad.add_(theirs).div_(2)
 
     module = Weighted()
     trainer = new_trainer(GradientAccumulation(2), On(reduce_gradients=average))
-    trainer.processes = TwoRanks(6.0)  # type: ignore[assignment]
+    trainer.processes = ranks = FakeProcesses(reduce=lambda value, reduction: value + 6.0)
     trainer.fit(module, weighted((1.0, make(1.0)), (2.0, make(3.0))))
     assert module.updates == [pytest.approx((1 * 1 + 2 * 3 + 7 * 4 + 9 * 2) / (1 + 3 + 4 + 2))]
+    ((value, reduction),) = ranks.reduced
+    assert reduction == "sum" and isinstance(value, torch.Tensor)
 
 
 @pytest.mark.parametrize("missing", [1.0, 2.0])

@@ -1,4 +1,4 @@
-"""D5. Learning rate schedulers that step at the end of an epoch, and those that monitor a metric."""
+"""D5. Learning rate schedulers that step at the end of an epoch, and schedulers that monitor a metric."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_d5_a_checkpoint_at_the_epochs_end_has_them_all(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["max_steps", "train_batch_start", "after_update", "train_batch_end"])
-def test_d5_a_run_stopped_inside_of_an_epoch_steps_no_epoch_scheduler(how: str) -> None:
+def test_d5_a_run_stopped_within_an_epoch_steps_no_epoch_scheduler(how: str) -> None:
     recorder = Recorder("train_epoch_end", "train_data_end")
 
     def stop(trainer: Any, event: Any) -> None:
@@ -129,7 +129,7 @@ def test_d5_a_monitored_scheduler_gets_the_epochs_final_value() -> None:
     assert metrics_given(trainer) == [3.0, 3.0]
 
 
-def test_d5_a_monitored_scheduler_gets_what_is_logged_at_the_epochs_end() -> None:
+def test_d5_a_monitored_scheduler_gets_the_value_of_the_epochs_end() -> None:
     class Late(Probe):
         def on_train_epoch_end(self) -> None:
             self.log("late", 10.0 + self.current_epoch)
@@ -198,7 +198,7 @@ ABSENT = [
 
 
 @pytest.mark.parametrize(("config", "options"), ABSENT)
-def test_d5_an_absent_metric_is_an_error_that_lists_what_there_is(config: Any, options: Any) -> None:
+def test_d5_an_absent_metric_is_an_error_that_lists_the_metrics(config: Any, options: Any) -> None:
     module = Logging(configure=metered(**config))
     with pytest.raises(MisconfigurationError, match=r"(?s)'absent'.*'mean'.*'x'|(?s:.*'absent'.*\['val', 'x'\])") as caught:
         train(module, 2, LRSchedulerStepping(), max_epochs=3, **options)

@@ -25,7 +25,7 @@ from eventtrain.callbacks import (
 from tests.kit import On, Probe, Recorder, batches, new_trainer, train
 from tests.semantics.schedules import Halving, Logging, Metered, metered, metrics_given, scheduled, steps
 
-# ------------------------------------------------------------------ D1: what configure_optimizers returns
+# ------------------------------------------------------------------ D1: the results of configure_optimizers
 
 
 FORMS = {
@@ -210,7 +210,7 @@ def test_d2_interval_validation_is_the_runs_validations() -> None:
     assert module.rates == [1.0] * 4 + [0.5] * 4 + [0.25] * 4 and steps(trainer) == 3
 
 
-def test_d2_a_validation_outside_of_fit_steps_nothing() -> None:
+def test_d2_trainer_validate_steps_nothing() -> None:
     module = Logging(configure=scheduled(interval="validation"))
     trainer = train(module, 3, LRSchedulerStepping(), val=1, val_check_interval=2)
     assert steps(trainer) == 1
@@ -232,7 +232,7 @@ def test_d2_a_sanity_check_steps_nothing_after_a_resume_either(tmp_path: Any) ->
     assert recorder.names[0] == "train_batch_start", "an update since the last validation does not count here"
 
 
-def test_d2_several_schedulers_have_their_own_intervals() -> None:
+def test_d2_several_schedulers_have_separate_intervals() -> None:
     def configure(sgd: Any) -> Any:
         def counting() -> Any:
             return LambdaLR(sgd, lambda count: 1.0)
@@ -411,7 +411,7 @@ def test_d4_nothing_steps_before_the_first_window_is_closed(interval: str) -> No
     assert module.rates == [1.0]
 
 
-# ------------------------------------------------------------------ D6: what cannot work
+# ------------------------------------------------------------------ D6: mistakes
 
 
 def test_d6_plateau_without_monitor_is_an_error() -> None:
@@ -564,7 +564,7 @@ def test_d8_the_hook_does_every_step(config: Any, expected: Any) -> None:
     assert not (scheduler.metrics if isinstance(scheduler, Metered) else scheduler.last_epoch), "nothing steps beside it"
 
 
-def test_d8_the_default_steps_with_the_metric_where_there_is_one() -> None:
+def test_d8_the_default_steps_with_the_metric_if_there_is_one() -> None:
     class Super(Logging):
         def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
             super().lr_scheduler_step(scheduler, metric)
@@ -600,7 +600,7 @@ def test_d8_a_listener_may_write_the_metric() -> None:
 
 
 class Kept(TensorBoardLogger):
-    """Keeps what it would write."""
+    """Keeps the values in place of writing them."""
 
     written: list[tuple[int, float]]
 
@@ -611,7 +611,7 @@ class Kept(TensorBoardLogger):
 @pytest.mark.parametrize("interval", ["step", "batch"])
 @pytest.mark.parametrize("logger_first", [True, False])
 @pytest.mark.parametrize("window", [1, 2])
-def test_d9_logged_rates_are_those_the_step_used(tmp_path: Any, logger_first: bool, interval: str, window: int) -> None:
+def test_d9_logged_rates_are_the_rates_of_the_step(tmp_path: Any, logger_first: bool, interval: str, window: int) -> None:
     frequency = window if interval == "batch" else 1
     module = Probe(configure=scheduled(interval=interval, frequency=frequency))
     logger = Kept(tmp_path, log_every_n_steps=1)

@@ -20,7 +20,7 @@ from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSched
 from tests.kit import On, Probe, Recorder, batches, train
 from tests.semantics.modules import Manual, Pair
 
-# ------------------------------------------------------------------ E1: what a module calls
+# ------------------------------------------------------------------ E1: the calls of a module
 
 
 def test_e1_the_minimal_step_of_the_guide() -> None:
@@ -43,7 +43,7 @@ def one(sgd: Any) -> Any:
         lambda sgd: ([sgd], []),
     ],
 )
-def test_e1_one_optimizer_in_whatever_form_is_one_object(configure: Any) -> None:
+def test_e1_one_optimizer_in_any_form_is_one_object(configure: Any) -> None:
     module = Manual(configure=configure)
     train(module, 2)
     assert isinstance(module.optimizers(), LightningOptimizer) and module.optimizers().optimizer is module.sgd
@@ -62,7 +62,7 @@ def test_e1_one_optimizer_in_whatever_form_is_one_object(configure: Any) -> None
         lambda sgd, scheduler: [{"optimizer": sgd, "lr_scheduler": scheduler}],
     ],
 )
-def test_e1_one_scheduler_in_whatever_form_is_one_object(configure: Any) -> None:
+def test_e1_one_scheduler_in_any_form_is_one_object(configure: Any) -> None:
     made: list[Any] = []
     module = Manual(configure=lambda sgd: configure(sgd, made.append(one(sgd)) or made[0]))
     train(module, 2)
@@ -225,7 +225,7 @@ def test_e1_training_step_may_return_something_or_nothing(returned: Any) -> None
 
 
 @pytest.mark.parametrize("interval", ["step", "epoch", "batch"])
-def test_e1_schedulers_are_the_users_alone(interval: str) -> None:
+def test_e1_schedulers_step_only_by_the_user(interval: str) -> None:
     class Stepping(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:
             super().training_step(batch, batch_idx)
@@ -250,7 +250,7 @@ EVENTS = (
 )
 
 
-def test_e2_the_same_events_come_from_what_the_module_calls() -> None:
+def test_e2_the_same_events_come_from_the_calls_of_the_module() -> None:
     automatic, manual = Recorder(*EVENTS), Recorder(*EVENTS)
     train(Probe(), 3, GradientClipping(1.0), automatic)
     train(Manual(), 3, GradientClipping(1.0), manual)
@@ -353,7 +353,7 @@ ALL = {"a", "b", "shared", "free"}
 
 
 def toggling(body: Callable[..., Any]) -> Toggling:
-    """Runs one batch; checks that everything is as it was before it."""
+    """Run one batch, and check that all flags are as they were before it."""
     module = Toggling(body)
     before = module.flags()
     train(module, 1)
@@ -402,7 +402,7 @@ def test_e3_with_blocks(toggled: Toggler) -> None:
 
 
 @toggler
-def test_e3_inside_of_a_nested_toggle_the_flags_are_the_users_own(toggled: Toggler) -> None:
+def test_e3_within_a_nested_toggle_the_flags_are_the_users(toggled: Toggler) -> None:
     def body(module: Any, first: Any, second: Any) -> None:
         with toggled(module, first):
             with toggled(module, second):
@@ -435,7 +435,7 @@ def test_e3_three_optimizers_nested(toggled: Toggler) -> None:
 
 
 @toggler
-def test_e3_the_same_optimizer_nested_in_itself(toggled: Toggler) -> None:
+def test_e3_an_optimizer_may_be_toggled_twice(toggled: Toggler) -> None:
     def body(module: Any, first: Any, second: Any) -> None:
         with toggled(module, first):
             with toggled(module, first):
@@ -472,7 +472,7 @@ def test_e3_a_toggle_that_was_left_open_ends_with_the_run() -> None:
     toggling(lambda module, first, second: module.toggle_optimizer(first))
 
 
-def test_e3_what_the_user_froze_later_is_restored_as_it_was_at_the_toggle() -> None:
+def test_e3_a_flag_that_the_user_changed_later_is_restored_as_it_was_at_the_toggle() -> None:
     def body(module: Any, first: Any, second: Any) -> None:
         module.a.requires_grad_(False)
         module.frozen_b.requires_grad_(True)
@@ -500,7 +500,7 @@ def test_e3_untoggling_in_the_wrong_order_is_an_error() -> None:
     toggling(body)
 
 
-def test_e3_untoggling_what_is_not_toggled_does_nothing() -> None:
+def test_e3_untoggling_an_optimizer_that_is_not_toggled_does_nothing() -> None:
     def body(module: Any, first: Any, second: Any) -> None:
         module.untoggle_optimizer(first)
         with module.toggled_optimizer(first):
@@ -527,7 +527,7 @@ def test_e3_gradients_reach_the_toggled_optimizer_only() -> None:
     assert (module.a.item(), module.b.item()) == (-3.0, -30.0)
 
 
-# ------------------------------------------------------------------ E4: what does not belong together
+# ------------------------------------------------------------------ E4: combinations that are refused
 
 
 def test_e4_manual_backward_in_automatic_mode_is_an_error() -> None:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from eventtrain import LightningModule
 from eventtrain.callbacks import LRSchedulerStepping
-from tests.kit import batches, train
+from tests.kit import NoLength, batches, train
 from tests.semantics.modules import Manual, Pair
 
 # ------------------------------------------------------------------ E5: the recipes of the guide
@@ -71,11 +71,7 @@ def test_e5_is_last_batch_with_every_kind_of_loader(sized: bool, limit: int | No
         def training_step(self, batch: Any, batch_idx: int) -> None:
             flags.append(self.trainer.is_last_batch)
 
-    class Unsized:
-        def __iter__(self) -> Any:
-            return iter(batches(3))
-
-    train(Flagged(), 3 if sized else Unsized(), limit_train_batches=limit)
+    train(Flagged(), 3 if sized else NoLength(batches(3)), limit_train_batches=limit)
     assert flags == [False] * ((limit or 3) - 1) + [True]
 
 
@@ -163,7 +159,7 @@ def test_e5_a_gan() -> None:
     assert trainer.global_step == 8
 
 
-def test_e5_stepping_ones_own_optimizer() -> None:
+def test_e5_stepping_an_optimizer_that_the_module_made() -> None:
     class Own(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:
             own = self.optimizers().optimizer

@@ -141,7 +141,7 @@ def test_h1_bf16_equals_the_hand_written_loop(fused: bool) -> None:
 
 
 class Manual(Net):
-    """Several steps in each batch, each on a forward of its own."""
+    """Takes several steps in each batch, each after a new forward."""
 
     def __init__(self, steps: int, *, raw: bool = False) -> None:
         super().__init__(lambda parameters: SGD(parameters, lr=0.5))
@@ -180,7 +180,7 @@ def test_h1_in_manual_mode_a_forward_after_a_step_uses_the_new_weights(precision
         assert scaler.state_dict() == other.state_dict()
 
 
-def test_h1_in_manual_mode_backward_runs_outside_of_autocast() -> None:
+def test_h1_in_manual_mode_backward_runs_without_autocast() -> None:
     class Module(Watching):
         def __init__(self) -> None:
             super().__init__()

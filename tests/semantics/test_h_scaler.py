@@ -28,7 +28,7 @@ from tests.semantics.precision import (
     small_scaler,
 )
 
-# ------------------------------------------------------------------ H4: what else is stepped
+# ------------------------------------------------------------------ H4: other steps
 
 
 @FUSED
@@ -113,7 +113,7 @@ def test_h4_an_automatic_optimizer_without_gradients_is_skipped_under_a_scaler()
 
 
 @pytest.mark.parametrize("callbacks", [(), ("bf16",)], ids=["float32", "bf16"])
-def test_h4_without_a_scaler_the_step_is_torchs_own_business(callbacks: tuple[Any, ...]) -> None:
+def test_h4_without_a_scaler_the_step_is_left_to_torch(callbacks: tuple[Any, ...]) -> None:
     skipped = Recorder("optimizer_step_skipped", "after_optimizer_step")
     trainer = train(Apart(), 2, *map(MixedPrecision, callbacks), skipped)
     assert skipped.names == ["after_optimizer_step"] * 2
@@ -268,7 +268,7 @@ def test_h5_a_none_loss_in_the_closing_batch_keeps_the_windows_gradients(
 
 
 def test_h5_a_dropped_window_does_not_hold_the_scale_for_ever() -> None:
-    """Three batches, N = 2: what is left of each epoch is discarded, scaled as it is."""
+    """Three batches, N = 2: the last, scaled batch of each epoch is discarded."""
     module, scaler = Probe(), eager_scaler()
     scales = Scales(scaler)
     train(module, 3, GradientAccumulation(2, remainder="drop"), MixedPrecision("fp16", scaler=scaler), scales, max_epochs=3)
@@ -284,7 +284,7 @@ def test_h5_carried_windows_are_unscaled_by_the_scale_they_were_scaled_with() ->
 
 
 def test_h2_a_second_run_of_the_same_callback_begins_anew() -> None:
-    """What an unfinished run held does not bind the next."""
+    """The state of an unfinished run does not bind the next."""
     scaler = eager_scaler()
     precision = MixedPrecision("fp16", scaler=scaler)
     trainer = new_trainer(precision, GradientAccumulation(4, remainder="drop"), max_epochs=1)
@@ -298,7 +298,7 @@ def test_h2_a_second_run_of_the_same_callback_begins_anew() -> None:
 
 
 def test_h2_scaled_gradients_on_top_of_unscaled_ones_are_an_error() -> None:
-    """Their sum means nothing: 1, 2.06, 3.06 in place of 1, 3, 6 where nobody says so."""
+    """Their sum means nothing: 1, 2.06, 3.06 in place of 1, 3, 6 if it is not refused."""
 
     class NeverZeroed(Probe):
         def __init__(self) -> None:

@@ -38,7 +38,7 @@ def test_h2_two_optimizers_whose_backwards_come_first() -> None:
 
 
 def test_h2_one_of_two_overflows() -> None:
-    """It alone is skipped, and the scale backs off once, as in the documentation."""
+    """Only its step is skipped, and the scale backs off once, as in the documentation."""
 
     def step(module: Pair, g: Any, d: Any, x: Tensor, batch_idx: int) -> None:
         g.zero_grad()
@@ -81,7 +81,7 @@ def critic(module: Pair, g: Any, d: Any, x: Tensor, batch_idx: int) -> None:
 
 
 def test_h2_five_critic_steps_a_batch() -> None:
-    """The scale changes between them, where the critic is zeroed again; each is unscaled by what it was scaled with."""
+    """The scale changes between them, when the critic is zeroed again; each is unscaled by the scale of its backward."""
     module, trainer, scales = run_pair(critic, 2, eager_scaler())
     assert module.d_updates == [1.0, 2.0, 3.0, 4.0, 5.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert module.g_updates == [1.0, 2.0]
@@ -201,7 +201,7 @@ def test_h2_an_optimizer_that_steps_rarely_does_not_hold_the_scale() -> None:
 
 
 def test_h2_an_optimizer_stepped_again_without_zeroing_keeps_the_scale() -> None:
-    """Gradients that pile up from one backward to the next, as torch's scaler alone would refuse."""
+    """Gradients that pile up from one backward to the next, which torch's scaler would refuse."""
 
     def step(module: Pair, g: Any, d: Any, x: Tensor, batch_idx: int) -> None:
         g.zero_grad()

@@ -10,63 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, AdamW
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
-from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision, ProgressBar
-from tests.kit import On, Probe, Recorder, batches, new_trainer, train
+from eventtrain import LightningOptimizer, MisconfigurationError
+from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision, ProgressBar
+from tests.kit import NoLength, On, Probe, Recorder, batches, new_trainer, train
+from tests.semantics.modules import Regression, Stepping, assert_same_training, regression_data
 
 # ------------------------------------------------------------------ A1: the closure
-
-
-class Network(LightningModule):
-    """A small regression whose data is random and fixed."""
-
-    def __init__(self, make_optimizer: Any = None) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
-        self.make_optimizer = make_optimizer or (lambda parameters: AdamW(parameters, lr=0.01))
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.loss(batch)
-
-    def configure_optimizers(self) -> Any:
-        return self.make_optimizer(self.parameters())
-
-
-def regression_data(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(4, 3, generator=generator), torch.randn(4, 1, generator=generator)) for _ in range(n)]
-
-
-def assert_same(module: nn.Module, optimizer: Any, expected_module: nn.Module, expected_optimizer: Any) -> None:
-    """Parameters and optimizer state are the same, bit for bit."""
-    for (name, value), expected in zip(module.state_dict().items(), expected_module.state_dict().values(), strict=True):
-        assert torch.equal(value, expected), name
-    state, expected_state = optimizer.state_dict(), expected_optimizer.state_dict()
-    assert state["param_groups"] == expected_state["param_groups"]
-    assert state["state"].keys() == expected_state["state"].keys()
-    for index, values in expected_state["state"].items():
-        assert_equal(state["state"][index], values)
-
-
-def assert_equal(value: Any, expected: Any) -> None:
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(value, expected)
-    elif isinstance(expected, dict):
-        assert value.keys() == expected.keys()
-        for key in expected:
-            assert_equal(value[key], expected[key])
-    elif isinstance(expected, list):
-        assert len(value) == len(expected)
-        for one, other in zip(value, expected, strict=True):
-            assert_equal(one, other)
-    else:
-        assert value == expected
 
 
 @pytest.mark.parametrize(
@@ -79,7 +31,7 @@ def assert_equal(value: Any, expected: Any) -> None:
     ids=["sgd", "adamw", "adamw-foreach"],
 )
 def test_a1_equals_the_loop_of_the_guide(make_optimizer: Any) -> None:
-    module = Network(make_optimizer)
+    module = Regression(make_optimizer)
     model = copy.deepcopy(module)
     trainer = new_trainer(max_epochs=3)
     trainer.fit(module, regression_data(4))
@@ -95,12 +47,12 @@ def test_a1_equals_the_loop_of_the_guide(make_optimizer: Any) -> None:
                 return loss
 
             optimizer.step(closure)
-    assert_same(module, trainer.optimizers[0], model, optimizer)
+    assert_same_training(module, trainer.optimizers[0], model, optimizer)
     assert trainer.global_step == 12
 
 
 class ClosureWatcher(SGD):
-    """An SGD that notes what it is given and what comes back."""
+    """An SGD that records the closures of its steps and their results."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -188,11 +140,11 @@ def test_a1_training_step_may_leave_out_the_index() -> None:
     assert module.updates == [1.0, 2.0, 3.0]
 
 
-# ------------------------------------------------------------------ A2: what training_step returns
+# ------------------------------------------------------------------ A2: the results of training_step
 
 
 class Returning(Probe):
-    """Returns what a function makes of the loss."""
+    """Returns the result of a function of the loss."""
 
     def __init__(self, make: Any, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -249,7 +201,7 @@ def test_a2_none_is_a_batch_without_a_loss(make: Any) -> None:
     ],
     ids=["mapping-without-loss", "float", "string", "tuple", "float-loss", "vector", "detached"],
 )
-def test_a2_anything_else_is_an_error_that_says_what_was_returned(make: Any, said: list[str]) -> None:
+def test_a2_anything_else_is_an_error_that_names_the_result(make: Any, said: list[str]) -> None:
     with pytest.raises(MisconfigurationError) as caught:
         train(Returning(make), 1)
     for part in ["training_step", *said]:
@@ -257,17 +209,6 @@ def test_a2_anything_else_is_an_error_that_says_what_was_returned(make: Any, sai
 
 
 # ------------------------------------------------------------------ A3: the optimizer_step hook
-
-
-class Stepping(Probe):
-    """Its ``optimizer_step`` is a function of ``(module, epoch, batch_idx, optimizer, closure)``."""
-
-    def __init__(self, how: Any, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.how = how
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> Any:
-        self.how(self, epoch, batch_idx, optimizer, optimizer_closure)
 
 
 def test_a3_the_hook_is_called_for_every_stepping_batch_with_its_arguments() -> None:
@@ -422,208 +363,11 @@ def test_a4_no_optimizer_warns_and_the_run_goes_on(returned: Any) -> None:
     assert (recorder.count("train_batch_end"), recorder.count("after_update"), recorder.count("train_epoch_end")) == (6, 0, 2)
 
 
-# ------------------------------------------------------------------ A5: several evaluations
-
-
-def quadratic(module: Probe) -> Probe:
-    """Makes the probe's loss one that LBFGS has something to do with."""
-    module.loss = lambda x: ((module.w - 3.0) ** 2 * x + module.w**4).sum()  # type: ignore[method-assign]
-    return module
-
-
-def lbfgs(module: Probe, **options: Any) -> Probe:
-    """Gives the probe an LBFGS."""
-    module.configure = lambda _: module.watch(LBFGS([module.w], **{"lr": 0.5, "max_iter": 4, **options}))
-    return module
-
-
-@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_a5_lbfgs_equals_the_hand_written_loop(line_search: str | None) -> None:
-    module = lbfgs(quadratic(Probe(width=2)), line_search_fn=line_search)
-    trainer = train(module, 3, max_epochs=2)
-
-    model = quadratic(Probe(width=2))
-    optimizer = LBFGS([model.w], lr=0.5, max_iter=4, line_search_fn=line_search)
-    evaluations = 0
-    for x in batches(3) * 2:
-
-        def closure(x: Any = x) -> torch.Tensor:
-            nonlocal evaluations
-            evaluations += 1
-            loss = model.loss(x)
-            optimizer.zero_grad()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-    assert_same(module, trainer.optimizers[0], model, optimizer)
-    assert len(module.seen) == evaluations > 6
-    assert trainer.global_step == 6 and trainer.optimizers[0].num_steps == 6
-
-
-PER_STEP = ("optimizer_step", "after_optimizer_step", "after_update")
-PER_EVALUATION = (
-    *("before_forward", "after_forward", "before_zero_grad", "after_zero_grad", "before_backward", "after_backward"),
-    *("reduce_gradients", "unscale_gradients", "gradients_ready"),
-    *("before_optimizer_step", "before_gradient_clipping", "after_gradient_clipping"),
-)
-
-
-def test_a5_events_once_per_step_or_once_per_evaluation() -> None:
-    hook_calls: list[int] = []
-    module = lbfgs(quadratic(Stepping(lambda m, e, batch_idx, o, closure: (hook_calls.append(batch_idx), o.step(closure)))))
-    recorder = Recorder(*PER_STEP, *PER_EVALUATION)
-    train(module, 3, GradientClipping(0.5), recorder)
-    evaluations = len(module.seen)
-    assert evaluations > 6 and hook_calls == [0, 1, 2]
-    assert {name: recorder.count(name) for name in PER_STEP} == dict.fromkeys(PER_STEP, 3)
-    assert {name: recorder.count(name) for name in PER_EVALUATION} == dict.fromkeys(PER_EVALUATION, evaluations)
-    indices = [
-        event.evaluation for name, event in zip(recorder.names, recorder.events, strict=True) if name == PER_EVALUATION[9]
-    ]
-    assert [index for index in indices if index == 1] == [1] * 3 and max(indices) > 1
-
-
-def test_a5_each_evaluation_is_clipped() -> None:
-    norms: list[float] = []
-
-    class Clipped(LBFGS):
-        def step(self, closure: Any = None) -> Any:
-            def noting() -> Any:
-                loss = closure()
-                norms.append(self.param_groups[0]["params"][0].grad.norm().item())
-                return loss
-
-            return super().step(noting)
-
-    module = quadratic(Probe())
-    module.configure = lambda _: Clipped([module.w], lr=0.01, max_iter=4)
-    train(module, 2, GradientClipping(0.5))
-    assert len(norms) > 2 and norms == pytest.approx([0.5] * len(norms), abs=1e-5)
-
-
-@pytest.mark.parametrize("windows", [2, {0: 1, 5: 2}], ids=["number", "schedule"])
-def test_a5_lbfgs_with_accumulation_is_refused_at_setup(windows: Any) -> None:
-    module = lbfgs(quadratic(Probe()))
-    with pytest.raises(MisconfigurationError, match="LBFGS"):
-        train(module, 4, GradientAccumulation(windows), max_epochs=6)
-    assert module.seen == [], "refused at setup"
-
-
-def test_a5_lbfgs_with_windows_of_one_batch_trains() -> None:
-    expected, module = lbfgs(quadratic(Probe())), lbfgs(quadratic(Probe()))
-    train(expected, 3)
-    train(module, 3, GradientAccumulation({0: 1}))
-    assert torch.equal(module.w, expected.w)
-
-
-def test_a5_lbfgs_with_loss_scaling_is_refused_at_setup() -> None:
-    module = lbfgs(quadratic(Probe()))
-    with pytest.raises(MisconfigurationError, match="LBFGS"):
-        train(module, 4, MixedPrecision("fp16"))
-    assert module.seen == [], "refused at setup"
-
-
-class Twice(SGD):
-    """Evaluates its closure twice in each step, and moves the weights in between."""
-
-    def step(self, closure: Any = None) -> Any:
-        with torch.enable_grad():
-            closure()
-        super().step()
-        with torch.enable_grad():
-            loss = closure()
-        super().step()
-        return loss
-
-
-def twice(module: Probe) -> Probe:
-    module.configure = lambda _: Twice([module.w], lr=0.1)
-    return module
-
-
-def test_a5_another_optimizer_that_evaluates_twice_trains() -> None:
-    module = twice(quadratic(Probe()))
-    recorder = Recorder("after_optimizer_step", "after_update", "before_optimizer_step")
-    train(module, 2, recorder)
-
-    model = quadratic(Probe())
-    optimizer = Twice([model.w], lr=0.1)
-    for x in batches(2):
-
-        def closure(x: Any = x) -> torch.Tensor:
-            loss = model.loss(x)
-            optimizer.zero_grad()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-    assert torch.equal(module.w, model.w)
-    assert recorder.names == ["before_optimizer_step", "before_optimizer_step", "after_optimizer_step", "after_update"] * 2
-
-
-@pytest.mark.parametrize("raw", [False, True], ids=["wrapper", "wrapped"])
-@pytest.mark.parametrize(
-    "policy",
-    [
-        lambda: GradientAccumulation(2),
-        lambda: GradientAccumulation(lambda trainer: 2),
-    ],
-    ids=["number", "function"],
-)
-def test_a5_a_second_evaluation_in_a_window_is_an_error_whatever_the_class(policy: Any, raw: bool) -> None:
-    module = twice(Stepping(lambda m, e, b, optimizer, closure: (optimizer.optimizer if raw else optimizer).step(closure)))
-    with pytest.raises(MisconfigurationError, match=r"(?s)Twice.*second time.*accumulation"):
-        train(module, 4, policy())
-
-
-def test_a5_lbfgs_in_a_window_that_a_function_asks_for_is_an_error_when_it_happens() -> None:
-    module = lbfgs(quadratic(Probe()))
-    with pytest.raises(MisconfigurationError, match=r"(?s)LBFGS.*second time.*accumulation"):
-        train(module, 4, GradientAccumulation(lambda trainer: 1 if trainer.global_step < 1 else 2))
-    assert len(module.updates) == 1, "the window of one batch trained"
-
-
-def test_a5_a_second_evaluation_under_loss_scaling_is_an_error_whatever_the_class() -> None:
-    module = twice(quadratic(Probe()))
-    with pytest.raises(MisconfigurationError, match=r"(?s)Twice.*second time.*loss scaling"):
-        train(module, 4, MixedPrecision("fp16"))
-    assert len(module.seen) == 2, "when it happens"
-
-
-def test_a5_a_veto_at_the_first_evaluation_updates_nothing() -> None:
-    module = lbfgs(quadratic(Probe()))
-    recorder = Recorder("optimizer_step_skipped", "after_optimizer_step", "after_update")
-    trainer = train(module, 2, On(before_optimizer_step=lambda trainer, event: event.skip("not now")), recorder)
-    assert module.w.item() == 0.0 and trainer.global_step == 0 and len(module.seen) == 2
-    assert recorder.names == ["optimizer_step_skipped"] * 2
-    assert [event.reason for event in recorder.events] == ["not now"] * 2
-
-
-def test_a5_a_veto_at_a_later_evaluation_is_an_error() -> None:
-    def veto(trainer: Any, event: Any) -> None:
-        if event.evaluation == 2:
-            event.skip("too late")
-
-    with pytest.raises(MisconfigurationError, match=r"(?s)LBFGS.*too late.*evaluation 2"):
-        train(lbfgs(quadratic(Probe())), 2, On(before_optimizer_step=veto))
-
-
-def test_a5_a_loss_that_vanishes_at_a_later_evaluation_is_an_error() -> None:
-    class Vanishing(Probe):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().training_step(batch, batch_idx)
-            return loss if len(self.seen) != 2 else None
-
-    with pytest.raises(MisconfigurationError, match=r"(?s)LBFGS.*no loss"):
-        train(lbfgs(quadratic(Vanishing())), 2)
-
-
 # ------------------------------------------------------------------ A6: batches without a loss
 
 
 def counting(sgd: Any) -> Any:
-    """A scheduler that steps with each update, beside its optimizer."""
+    """Return the optimizer with a scheduler that steps with each update."""
     return {"optimizer": sgd, "lr_scheduler": {"scheduler": LambdaLR(sgd, lambda step: 1.0), "interval": "step"}}
 
 
@@ -708,7 +452,7 @@ def test_a6_a_step_of_the_wrapped_optimizer_that_was_skipped_is_announced_too() 
     [(), (GradientAccumulation(4),), (MixedPrecision("fp16"),), (GradientAccumulation(4), MixedPrecision("fp16"))],
     ids=["plain", "window", "scale", "window-and-scale"],
 )
-def test_a7_everybody_sees_the_raw_loss(callbacks: Any) -> None:
+def test_a7_every_listener_sees_the_raw_loss(callbacks: Any) -> None:
     callbacks = copy.deepcopy(callbacks)
     shown: list[float] = []
 
@@ -813,13 +557,6 @@ def exhausted(*_: Any, **__: Any) -> Any:
     return next(iter(()))
 
 
-class Unsized:
-    """Batches without a length."""
-
-    def __iter__(self) -> Any:
-        return iter(batches(3))
-
-
 STOPPING_EVENTS = (
     *("train_epoch_start", "before_batch_fetch", "after_batch_fetch", "train_batch_start", "optimizer_step", "before_forward"),
     *("before_zero_grad", "before_backward", "gradients_ready", "before_optimizer_step", "after_update", "train_batch_end"),
@@ -827,7 +564,7 @@ STOPPING_EVENTS = (
 )
 
 
-@pytest.mark.parametrize("loader", [3, Unsized()], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [3, NoLength(batches(3))], ids=["sized", "unsized"])
 @pytest.mark.parametrize("event", STOPPING_EVENTS)
 def test_a9_stop_iteration_in_a_callback_is_an_error(event: str, loader: Any) -> None:
     class Validating(Probe):
@@ -838,7 +575,7 @@ def test_a9_stop_iteration_in_a_callback_is_an_error(event: str, loader: Any) ->
         train(Validating(), loader, On(**{event: exhausted}), val=1)
 
 
-@pytest.mark.parametrize("loader", [3, Unsized()], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [3, NoLength(batches(3))], ids=["sized", "unsized"])
 @pytest.mark.parametrize(
     "hook",
     [
@@ -861,11 +598,11 @@ def test_a9_stop_iteration_in_a_hook_of_the_module_is_an_error(hook: str, loader
 
 def test_a9_stop_iteration_of_the_loader_ends_the_epoch() -> None:
     module = Probe()
-    trainer = train(module, Unsized(), max_epochs=2)
+    trainer = train(module, NoLength(batches(3)), max_epochs=2)
     assert module.updates == [1.0, 2.0, 3.0] * 2 and trainer.current_epoch == 2
 
 
-def test_a9_a_stop_iteration_inside_of_a_sized_loader_is_an_error() -> None:
+def test_a9_a_stop_iteration_in_a_sized_loader_is_an_error() -> None:
     class Short(list):  # type: ignore[type-arg]
         def __iter__(self) -> Any:
             return iter(batches(2))

@@ -1,4 +1,4 @@
-"""B. Gradient accumulation: windows, what is in them, and what becomes of them."""
+"""B. Gradient accumulation: windows, their batches, and how they end."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from eventtrain import LightningModule, MisconfigurationError
+from eventtrain import MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
-from eventtrain.distributed import SingleProcess
-from tests.kit import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import NoLength, On, Probe, Recorder, batches, train
+from tests.resuming import assert_same
+from tests.semantics.modules import Regression, Weighted, regression_data, weighted
 
 
 def windows_of(module: Probe, trainer_arguments: dict[str, Any], accumulation: GradientAccumulation, xs: Any) -> list[int]:
-    """Trains, and returns how many batches each update accumulated."""
+    """Train, and return how many batches each update accumulated."""
     sizes: list[int] = []
     seen = 0
 
@@ -83,7 +84,7 @@ def test_b1_unit_batch_counts_the_batches_of_the_run() -> None:
 
 
 def test_b1_a_size_changes_only_at_the_start_of_a_window() -> None:
-    # The key 1 falls inside of the first window, the key 5 inside of the second.
+    # The key 1 falls into the first window, the key 5 into the second.
     policy = GradientAccumulation({0: 3, 1: 4, 5: 1}, unit="batch")
     module = Probe()
     assert windows_of(module, {}, policy, 9) == [3, 4, 1, 1]
@@ -138,25 +139,15 @@ def test_b1_an_unknown_option_is_an_error_that_lists_the_known(option: Any) -> N
 # ------------------------------------------------------------------ B2: the epoch's end
 
 
-class Unsized:
-    """Batches without a length."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __iter__(self) -> Any:
-        return iter(batches(self.n))
-
-
-@pytest.mark.parametrize("loader", [5, Unsized(5)], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [5, NoLength(batches(5))], ids=["sized", "unsized"])
 def test_b2_windows_do_not_straddle_epochs(loader: Any) -> None:
     module = Probe()
     trainer = train(module, loader, GradientAccumulation(2), max_epochs=2)
     assert module.updates == [1.5, 3.5, 5.0] * 2 and trainer.global_step == 6
 
 
-@pytest.mark.parametrize("loader", [5, Unsized(5)], ids=["sized", "unsized"])
-def test_b2_drop_discards_what_is_left(loader: Any) -> None:
+@pytest.mark.parametrize("loader", [5, NoLength(batches(5))], ids=["sized", "unsized"])
+def test_b2_drop_discards_the_last_window(loader: Any) -> None:
     class Logging(Probe):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.log("x", batch, on_step=False, on_epoch=True)
@@ -171,7 +162,7 @@ def test_b2_drop_discards_what_is_left(loader: Any) -> None:
     assert trainer.callback_metrics["x"].item() == 3.0, "the surplus logs"
 
 
-@pytest.mark.parametrize("loader", [3, Unsized(3)], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [3, NoLength(batches(3))], ids=["sized", "unsized"])
 @pytest.mark.parametrize("windows", [4, {0: 1, 1: 4}, lambda trainer: 4], ids=["number", "schedule", "function"])
 def test_b2_drop_with_an_epoch_shorter_than_the_window_is_an_error(windows: Any, loader: Any) -> None:
     with pytest.raises(MisconfigurationError, match=r"3 batches.*4.*drop"):
@@ -184,7 +175,7 @@ def test_b2_drop_does_not_mind_windows_that_the_run_never_has() -> None:
     assert module.updates == [1.5, 1.5]
 
 
-def test_b2_carry_goes_on_in_the_next_epoch() -> None:
+def test_b2_carry_continues_in_the_next_epoch() -> None:
     module = Probe()
     trainer = train(module, 3, GradientAccumulation(2, remainder="carry"), max_epochs=3)
     # (1, 2) (3, 1) (2, 3) (1, 2), and 3 is left open
@@ -218,7 +209,7 @@ def test_b2_a_carried_window_is_untouched_by_epoch_schedulers_and_validation() -
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 3
 
 
-def test_b2_what_is_open_at_the_end_of_the_run_is_dropped() -> None:
+def test_b2_an_open_window_is_dropped_at_the_end_of_the_run() -> None:
     module = Probe()
     trainer = train(module, 3, GradientAccumulation(2, remainder="carry"))
     assert module.updates == [1.5] and trainer.global_step == 1 and module.w.item() == -1.5
@@ -315,7 +306,7 @@ def test_b3_no_look_ahead_is_needed(normalize: Any) -> None:
     assert behind == [0] * 5, "no batch is read before its turn"
 
 
-def test_b3_what_is_short_is_rescaled_at_gradients_ready() -> None:
+def test_b3_a_short_window_is_rescaled_at_gradients_ready() -> None:
     before: list[float] = []
     after: list[float] = []
     module = Probe()
@@ -358,38 +349,10 @@ def test_b3_clipping_comes_after_normalisation() -> None:
     assert module.updates == [1.5, 2.0, 2.0]
 
 
-class Network(LightningModule):
-    """A small regression; its batches are ``(x, y)`` or ``(x, y, weight)``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return {"loss": self.loss(batch), "weight": batch[2]} if len(batch) > 2 else self.loss(batch)
-
-    def configure_optimizers(self) -> Any:
-        return AdamW(self.parameters(), lr=0.01)
-
-
-def regression_data(n: int, weights: Any = None) -> list[Any]:
-    generator = torch.Generator().manual_seed(2)
-    data = [(torch.randn(4, 3, generator=generator), torch.randn(4, 1, generator=generator)) for _ in range(n)]
-    return data if weights is None else [(*pair, weight) for pair, weight in zip(data, weights, strict=True)]
-
-
-def assert_same_parameters(module: nn.Module, expected: nn.Module) -> None:
-    for value, other in zip(module.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(value, other)
-
-
 @pytest.mark.parametrize("normalize", ["window", "fixed"])
 @pytest.mark.parametrize("window", [2, 3, 4])
 def test_b3_equals_the_hand_written_loop(window: int, normalize: Any) -> None:
-    module = Network()
+    module = Regression()
     model = copy.deepcopy(module)
     trainer = train(module, regression_data(7), GradientAccumulation(window, normalize=normalize), max_epochs=3)
 
@@ -405,193 +368,9 @@ def test_b3_equals_the_hand_written_loop(window: int, normalize: Any) -> None:
                 for parameter in model.parameters():
                     parameter.grad.mul_(window / len(inside))
             optimizer.step()
-    assert_same_parameters(module, model)
+    assert_same(dict(module.state_dict()), dict(model.state_dict()), "module")
     state, expected = trainer.optimizers[0].state_dict()["state"], optimizer.state_dict()["state"]
     assert all(torch.equal(state[i][name], expected[i][name]) for i in expected for name in expected[i])
-
-
-# ------------------------------------------------------------------ B4: weights
-
-
-class Weighted(Probe):
-    """Its batches are pairs of x and weight."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, weight = batch
-        self.seen.append(x.item())
-        return {"loss": self.loss(x), "weight": weight}
-
-
-def weighted(*pairs: tuple[float, Any]) -> list[Any]:
-    return [(torch.tensor(x), weight) for x, weight in pairs]
-
-
-TWO_WINDOWS = ((1.0, 1), (2.0, 3), (3.0, 6), (5.0, 2))
-
-
-@pytest.mark.parametrize("make", [int, float, torch.tensor], ids=["int", "float", "tensor"])
-def test_b4_the_gradient_is_the_weighted_mean(make: Any) -> None:
-    module = Weighted()
-    train(module, weighted(*((x, make(weight)) for x, weight in TWO_WINDOWS)), GradientAccumulation(2))
-    assert module.updates == [1.75, 3.5]  # (1 + 6) / 4, (18 + 10) / 8
-
-
-def test_b4_a_short_window() -> None:
-    module = Weighted()
-    train(module, weighted((1.0, 2), (2.0, 2), (3.0, 4)), GradientAccumulation(2))
-    assert module.updates == [1.5, 3.0]
-
-
-def test_b4_windows_of_one_batch() -> None:
-    module = Weighted()
-    train(module, weighted((1.0, 2), (2.0, 8), (3.0, 4)), GradientAccumulation(1))
-    assert module.updates == [1.0, 2.0, 3.0]
-
-
-def test_b4_without_accumulation_a_weight_changes_nothing() -> None:
-    module = Weighted()
-    train(module, weighted((1.0, 2), (2.0, 8), (3.0, 4)))
-    assert module.updates == [1.0, 2.0, 3.0]
-
-
-def test_b4_fixed_does_not_weight() -> None:
-    module = Weighted()
-    train(module, weighted(*TWO_WINDOWS), GradientAccumulation(2, normalize="fixed"))
-    assert module.updates == [1.5, 4.0]
-
-
-def test_b4_a_batch_without_a_loss_has_no_weight() -> None:
-    class Missing(Weighted):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return None if batch[0].item() == 2.0 else super().training_step(batch, batch_idx)
-
-    module = Missing()
-    train(module, weighted((1.0, 1), (2.0, 3), (3.0, 3)), GradientAccumulation(3))
-    assert module.updates == [2.5]  # (1 + 9) / 4
-
-
-def test_b4_a_weight_of_zero_contributes_nothing() -> None:
-    module = Weighted()
-    train(module, weighted((1.0, 4), (2.0, 0), (3.0, 0), (5.0, 2)), GradientAccumulation(2))
-    assert module.updates == [1.0, 5.0]
-
-
-@pytest.mark.parametrize("make", [int, float, torch.tensor], ids=["int", "float", "tensor"])
-def test_b4_the_first_weight_of_the_run_may_be_zero(make: Any) -> None:
-    module = Weighted()
-    train(module, weighted((1.0, make(0)), (2.0, make(1)), (3.0, make(1)), (5.0, make(1))), GradientAccumulation(2))
-    assert module.updates == [2.0, 4.0]
-
-
-@pytest.mark.parametrize("make", [int, float, torch.tensor], ids=["int", "float", "tensor"])
-def test_b4_a_window_whose_weights_are_all_zero_has_no_gradient(make: Any) -> None:
-    module = Weighted()
-    train(module, weighted((1.0, make(4)), (2.0, make(0)), (3.0, make(0))), GradientAccumulation(1))
-    assert module.updates == [1.0, 0.0, 0.0]
-
-
-def test_b4_the_arithmetic_is_that_of_the_rule() -> None:
-    weights = [3.0, 7.0, 1.0, 5.0, 11.0, 2.0, 13.0]
-    module = Network()
-    model = copy.deepcopy(module)
-    data = regression_data(7, weights)
-    train(module, data, GradientAccumulation(3), max_epochs=2)
-
-    optimizer = AdamW(model.parameters(), lr=0.01)
-    reference = weights[0]
-    for _ in range(2):
-        for start in range(0, 7, 3):
-            inside = data[start : start + 3]
-            optimizer.zero_grad()
-            for batch in inside:
-                (model.loss(batch) * batch[2] / (3 * reference)).backward()
-            for parameter in model.parameters():
-                parameter.grad.mul_(3 * reference / sum(batch[2] for batch in inside))
-            optimizer.step()
-    assert_same_parameters(module, model)
-
-
-def test_b4_backward_runs_on_the_loss_in_the_unit_of_the_first_weight() -> None:
-    module = Weighted(lr=0.0)
-    module.w.data.fill_(1.0)
-    recorder = Recorder("before_backward", "gradients_ready")
-    train(module, weighted((1.0, 1000.0), (2.0, 3000.0), (3.0, 500.0)), GradientAccumulation(2), recorder)
-    losses = [
-        event.loss.item() for name, event in zip(recorder.names, recorder.events, strict=True) if name == "before_backward"
-    ]
-    assert losses == [0.5, 3.0, 0.75], "as large as an unweighted loss: loss * w / (N * 1000)"
-    ready = [event for name, event in zip(recorder.names, recorder.events, strict=True) if name == "gradients_ready"]
-    assert [(event.weight, event.weight_reference, event.batches) for event in ready] == [
-        (4000.0, 1000.0, 2),
-        (500.0, 1000.0, 1),
-    ]
-
-
-def test_b4_weights_that_are_tensors_stay_tensors() -> None:
-    recorder = Recorder("gradients_ready")
-    pairs = weighted((1.0, torch.tensor(2.0)), (2.0, torch.tensor(6.0)))
-    train(Weighted(), pairs, GradientAccumulation(2), recorder)
-    (event,) = recorder.events
-    assert isinstance(event.weight, torch.Tensor) and event.weight.item() == 8.0
-    assert isinstance(event.weight_reference, torch.Tensor) and event.weight_reference.item() == 2.0
-
-
-@pytest.mark.parametrize("make", [float, torch.tensor], ids=["float", "tensor"])
-def test_b4_the_first_weight_is_kept_in_checkpoints(make: Any, tmp_path: Any) -> None:
-    module = Weighted()
-    policy = GradientAccumulation(2)
-    train(
-        module,
-        weighted((1.0, make(4.0)), (2.0, make(8.0))),
-        policy,
-        On(safe_point=lambda trainer, event: trainer.save_checkpoint(tmp_path / "run.ckpt") if event.epoch_end else None),
-    )
-    resumed = Weighted()
-    references: list[float] = []
-    note = On(gradients_ready=lambda trainer, event: references.append(float(event.weight_reference)))
-    trainer = new_trainer(GradientAccumulation(2), note, max_epochs=2)
-    trainer.fit(resumed, weighted((1.0, make(16.0)), (2.0, make(16.0))), ckpt_path=tmp_path / "run.ckpt")
-    assert set(references) == {4.0} and set(resumed.updates) == {1.5}
-
-
-class TwoRanks(SingleProcess):
-    """The view that one rank of two has; the other's tensors are these."""
-
-    world_size = 2
-
-    def __init__(self, *others: float) -> None:
-        self.others = list(others)
-
-    def reduce(self, value: Any, reduction: str) -> Any:
-        assert reduction == "sum" and isinstance(value, torch.Tensor)
-        return value + self.others.pop(0)
-
-
-@pytest.mark.parametrize("make", [float, torch.tensor], ids=["float", "tensor"])
-def test_b4_weights_are_summed_across_ranks(make: Any) -> None:
-    """The other rank has the gradients 7 and 9 with the weights 4 and 2, in a window of two batches."""
-
-    def average(trainer: Any, event: Any) -> None:
-        parameter = trainer.module.w  # what an all-reduce with a mean does, on what the other rank's backward gave
-        theirs = (7.0 * 4.0 + 9.0 * 2.0) / (2 * 1.0)
-        parameter.grad.add_(theirs).div_(2)
-
-    module = Weighted()
-    trainer = new_trainer(GradientAccumulation(2), On(reduce_gradients=average))
-    trainer.processes = TwoRanks(6.0)  # type: ignore[assignment]
-    trainer.fit(module, weighted((1.0, make(1.0)), (2.0, make(3.0))))
-    assert module.updates == [pytest.approx((1 * 1 + 2 * 3 + 7 * 4 + 9 * 2) / (1 + 3 + 4 + 2))]
-
-
-@pytest.mark.parametrize("missing", [1.0, 2.0])
-def test_b4_some_batches_of_a_window_without_a_weight_are_an_error(missing: float) -> None:
-    class Partly(Weighted):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            returned = super().training_step(batch, batch_idx)
-            return returned["loss"] if batch[0].item() == missing else returned
-
-    with pytest.raises(MisconfigurationError, match="weight"):
-        train(Partly(), weighted((1.0, 1), (2.0, 3)), GradientAccumulation(2))
 
 
 # ------------------------------------------------------------------ B5: distributed runs
@@ -613,7 +392,7 @@ def test_b5_without_accumulation_every_batch_closes_its_window() -> None:
 
 
 class Caller(nn.Module):
-    """What DDP wraps: its forward calls a module's step."""
+    """The module that DDP wraps: its forward calls another module's step."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -624,7 +403,7 @@ class Caller(nn.Module):
 
 
 class Synchronised:
-    """torch's own DDP around the step, and what it all-reduced."""
+    """Puts torch's DDP around the step, and records the all-reduced gradients."""
 
     def __init__(self) -> None:
         self.reduced: list[float] = []
@@ -653,7 +432,7 @@ def test_b5_gradients_are_synchronised_once_per_window(tmp_path: Any) -> None:
         trainer = train(module, 5, GradientAccumulation(2), ddp, max_epochs=2)
         assert module.updates == [1.5, 3.5, 5.0] * 2
         assert len(ddp.reduced) == trainer.global_step == 6
-        assert ddp.reduced == [1.5, 3.5, 2.5] * 2, "complete windows, before what is short is rescaled"
+        assert ddp.reduced == [1.5, 3.5, 2.5] * 2, "complete windows, before short ones are rescaled"
     finally:
         torch.distributed.destroy_process_group()
 
@@ -661,7 +440,7 @@ def test_b5_gradients_are_synchronised_once_per_window(tmp_path: Any) -> None:
 # ------------------------------------------------------------------ B6: epochs shorter than a window
 
 
-@pytest.mark.parametrize("loader", [2, Unsized(2)], ids=["sized", "unsized"])
+@pytest.mark.parametrize("loader", [2, NoLength(batches(2))], ids=["sized", "unsized"])
 @pytest.mark.parametrize("windows", [4, {0: 4}, lambda trainer: 4], ids=["number", "schedule", "function"])
 def test_b6_an_epoch_shorter_than_the_window_warns_once(windows: Any, loader: Any) -> None:
     module = Probe()
@@ -672,13 +451,13 @@ def test_b6_an_epoch_shorter_than_the_window_warns_once(windows: Any, loader: An
 
 
 @pytest.mark.parametrize("windows", [2, {0: 1, 1: 2}, {0: 2, 9: 4}], ids=["as-long", "schedule", "never-reached"])
-def test_b6_no_warning_where_no_epoch_is_too_short(windows: Any) -> None:
+def test_b6_no_warning_if_no_epoch_is_too_short(windows: Any) -> None:
     module = Probe()
     train(module, 2, GradientAccumulation(windows), max_epochs=2)  # a warning would be an error
     assert module.updates[-1] == 1.5
 
 
-# ------------------------------------------------------------------ B7: validation inside of an epoch
+# ------------------------------------------------------------------ B7: validation within an epoch
 
 
 class Validating(Probe):
@@ -747,7 +526,7 @@ def test_b7_an_epoch_that_ends_before_a_batch_leaves_a_carried_window_open() -> 
 def hand_written(
     length: int, epochs: int, size: Any, *, unit: str, remainder: str, normalize: str, max_steps: int | None
 ) -> tuple[torch.Tensor, int]:
-    """The loop that anybody would write: the weight and the number of updates."""
+    """Run the obvious hand-written loop, and return the weight and the number of updates."""
     w = torch.zeros(1, requires_grad=True)
     optimizer = SGD([w], lr=0.1, momentum=0.5)
     updates = batches_done = in_window = window = 0

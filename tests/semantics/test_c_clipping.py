@@ -24,7 +24,7 @@ def scaled_by_1024() -> MixedPrecision:
 
 
 def clipped_to(norm: float, *gradients: float, norm_type: float = 2.0) -> list[float]:
-    """What torch's own clipping makes of gradients."""
+    """Return gradients as torch's own clipping leaves them."""
     parameter = nn.Parameter(torch.zeros(len(gradients)))
     parameter.grad = torch.tensor(gradients)
     nn.utils.clip_grad_norm_([parameter], norm, norm_type=norm_type)
@@ -61,7 +61,7 @@ def test_c1_before_optimizer_step_sees_complete_unscaled_unclipped_gradients() -
     at: dict[str, list[float]] = {name: [] for name in ORDER[1:]}
     note = On(**{name: lambda trainer, event, name=name: at[name].append(module.w.grad.item()) for name in at})
     train(module, [1.0, 2.0, 5.0], GradientClipping(1.0, "value"), note, scaled_by_1024(), GradientAccumulation(2))
-    # `note` is attached before the two that act on these events, so it sees what they are given.
+    # `note` is attached before the two listeners that act on these events, so it sees the event as they get it.
     assert at["unscale_gradients"] == [1.5 * 1024, 2.5 * 1024]
     assert at["gradients_ready"] == [1.5, 2.5]
     assert at["before_optimizer_step"] == module.hook == [1.5, 5.0]
@@ -82,7 +82,7 @@ def test_c1_four_gradients_of_3(arguments: Any, expected: list[float], scaled: b
         assert expected == pytest.approx([0.5 if arguments[1] == "norm" else 1.0] * 4, abs=1e-6)
 
 
-def test_c1_smaller_gradients_are_left_alone() -> None:
+def test_c1_smaller_gradients_are_not_changed() -> None:
     module = Probe()
     train(module, 3, GradientClipping(2.5))
     assert module.updates == [1.0, 2.0, clipped_to(2.5, 3.0)[0]]
@@ -100,7 +100,7 @@ class Extra(Probe):
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_c1_the_norm_is_over_the_optimizers_own_parameters(algorithm: str) -> None:
+def test_c1_the_norm_is_over_the_parameters_of_the_optimizer(algorithm: str) -> None:
     module = Extra()
     train(module, [1.0], GradientClipping(2.0, algorithm))
     assert module.updates == [1.0]
@@ -127,7 +127,7 @@ class TwoOptimizers(LightningModule):
         return SGD([self.a], lr=1.0), SGD([self.b], lr=1.0)
 
 
-def test_c1_each_of_several_optimizers_has_its_own_norm() -> None:
+def test_c1_each_of_several_optimizers_has_a_separate_norm() -> None:
     module = TwoOptimizers()
     train(module, [1.0], GradientClipping(4.0))
     assert module.a.item() == -1.0 and module.b.item() == -clipped_to(4.0, 10.0)[0]
@@ -183,7 +183,7 @@ def test_c2_none_is_no_clipping_now(value: Any) -> None:
     assert len(recorder.events) == 1
 
 
-def test_c2_none_alone_never_clips() -> None:
+def test_c2_none_never_clips() -> None:
     assert clipped_updates(GradientClipping(None)) == [8.0]
 
 
@@ -200,7 +200,7 @@ def test_c2_zero_negative_or_not_a_number_is_an_error(value: Any) -> None:
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("value", BAD, ids=map(repr, BAD))
-def test_c2_such_a_value_from_a_function_is_an_error_too(value: Any, algorithm: str) -> None:
+def test_c2_a_wrong_value_from_a_function_is_an_error_too(value: Any, algorithm: str) -> None:
     module = Probe()
     with pytest.raises(MisconfigurationError, match="positive number"):
         train(module, 2, GradientClipping(lambda trainer: value, algorithm))
@@ -208,7 +208,7 @@ def test_c2_such_a_value_from_a_function_is_an_error_too(value: Any, algorithm: 
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
-def test_c2_such_a_value_for_clip_gradients_is_an_error_too(value: float) -> None:
+def test_c2_a_wrong_value_for_clip_gradients_is_an_error_too(value: float) -> None:
     class Clipping(Probe):
         def configure_gradient_clipping(self, optimizer: Any, *_: Any) -> None:
             self.clip_gradients(optimizer, gradient_clip_val=value)
@@ -274,7 +274,7 @@ def test_c2_a_policy_may_be_any_listener() -> None:
 
 
 class Hooked(Probe):
-    """Notes what its hook is called with, and does the default."""
+    """Records the arguments of its hook, and does the default."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -286,7 +286,7 @@ class Hooked(Probe):
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
-def test_c3_the_hook_gets_what_the_policies_wrote_and_its_default_clips() -> None:
+def test_c3_the_hook_gets_the_policies_values_and_its_default_clips() -> None:
     module = Hooked()
     train(module, [8.0], GradientClipping({0: 1.0, 1: 2.0}, "value"), max_epochs=2)
     assert module.calls == [(1.0, "value"), (2.0, "value")] and module.updates == [1.0, 2.0]
@@ -324,7 +324,7 @@ def test_c3_the_example_of_the_guide() -> None:
     assert module.updates == [1.0] * 6 + [2.0] * 2
 
 
-def test_c3_the_hook_alone_decides() -> None:
+def test_c3_the_hook_decides_about_clipping() -> None:
     class Nothing(Probe):
         def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
             return None
@@ -392,7 +392,7 @@ def test_c4_the_hook_is_not_called(attached: bool) -> None:
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "loss-scale-1024"])
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["wrapper", "wrapped"])
-def test_c4_clip_gradients_clips_what_is_unscaled(algorithm: str, scaled: bool, wrapped: bool) -> None:
+def test_c4_clip_gradients_clips_unscaled_gradients(algorithm: str, scaled: bool, wrapped: bool) -> None:
     norms: list[Any] = []
 
     def clip(module: Any, optimizer: Any) -> None:

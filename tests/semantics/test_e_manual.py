@@ -13,53 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import LBFGS, SGD, Adam
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
 from tests.kit import On, Probe, Recorder, batches, train
+from tests.semantics.modules import Manual, Pair
 
-
-class Manual(Probe):
-    """The probe, optimized by hand, as in the guide's minimal step."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(automatic=False, **arguments)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        opt = self.optimizers()
-        opt.zero_grad()
-        loss = self.loss(batch)
-        self.manual_backward(loss)
-        opt.step()
-
-
-class Pair(LightningModule):
-    """Two optimizers with a parameter each: the gradients are x and 10 x.
-
-    Args:
-        step: Called in each batch as ``step(module, batch, batch_idx)``.
-        configure: What ``configure_optimizers`` makes of the two.
-    """
-
-    def __init__(self, step: Callable[..., Any] = lambda module, batch, batch_idx: None, configure: Any = None) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.a, self.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-        self.step, self.configure = step, configure
-
-    def loss(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.a * x + 10 * self.b * x).sum()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.step(self, batch, batch_idx)
-
-    def configure_optimizers(self) -> Any:
-        first, second = SGD([self.a], lr=1.0), SGD([self.b], lr=1.0)
-        return [first, second] if self.configure is None else self.configure(first, second)
-
-
-# ------------------------------------------------------------------ E1: what a module calls
+# ------------------------------------------------------------------ E1: the calls of a module
 
 
 def test_e1_the_minimal_step_of_the_guide() -> None:
@@ -82,7 +43,7 @@ def one(sgd: Any) -> Any:
         lambda sgd: ([sgd], []),
     ],
 )
-def test_e1_one_optimizer_in_whatever_form_is_one_object(configure: Any) -> None:
+def test_e1_one_optimizer_in_any_form_is_one_object(configure: Any) -> None:
     module = Manual(configure=configure)
     train(module, 2)
     assert isinstance(module.optimizers(), LightningOptimizer) and module.optimizers().optimizer is module.sgd
@@ -101,7 +62,7 @@ def test_e1_one_optimizer_in_whatever_form_is_one_object(configure: Any) -> None
         lambda sgd, scheduler: [{"optimizer": sgd, "lr_scheduler": scheduler}],
     ],
 )
-def test_e1_one_scheduler_in_whatever_form_is_one_object(configure: Any) -> None:
+def test_e1_one_scheduler_in_any_form_is_one_object(configure: Any) -> None:
     made: list[Any] = []
     module = Manual(configure=lambda sgd: configure(sgd, made.append(one(sgd)) or made[0]))
     train(module, 2)
@@ -264,7 +225,7 @@ def test_e1_training_step_may_return_something_or_nothing(returned: Any) -> None
 
 
 @pytest.mark.parametrize("interval", ["step", "epoch", "batch"])
-def test_e1_schedulers_are_the_users_alone(interval: str) -> None:
+def test_e1_schedulers_step_only_by_the_user(interval: str) -> None:
     class Stepping(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:
             super().training_step(batch, batch_idx)
@@ -289,7 +250,7 @@ EVENTS = (
 )
 
 
-def test_e2_the_same_events_come_from_what_the_module_calls() -> None:
+def test_e2_the_same_events_come_from_the_calls_of_the_module() -> None:
     automatic, manual = Recorder(*EVENTS), Recorder(*EVENTS)
     train(Probe(), 3, GradientClipping(1.0), automatic)
     train(Manual(), 3, GradientClipping(1.0), manual)
@@ -392,7 +353,7 @@ ALL = {"a", "b", "shared", "free"}
 
 
 def toggling(body: Callable[..., Any]) -> Toggling:
-    """Runs one batch; checks that everything is as it was before it."""
+    """Run one batch, and check that all flags are as they were before it."""
     module = Toggling(body)
     before = module.flags()
     train(module, 1)
@@ -441,7 +402,7 @@ def test_e3_with_blocks(toggled: Toggler) -> None:
 
 
 @toggler
-def test_e3_inside_of_a_nested_toggle_the_flags_are_the_users_own(toggled: Toggler) -> None:
+def test_e3_within_a_nested_toggle_the_flags_are_the_users(toggled: Toggler) -> None:
     def body(module: Any, first: Any, second: Any) -> None:
         with toggled(module, first):
             with toggled(module, second):
@@ -474,7 +435,7 @@ def test_e3_three_optimizers_nested(toggled: Toggler) -> None:
 
 
 @toggler
-def test_e3_the_same_optimizer_nested_in_itself(toggled: Toggler) -> None:
+def test_e3_an_optimizer_may_be_toggled_twice(toggled: Toggler) -> None:
     def body(module: Any, first: Any, second: Any) -> None:
         with toggled(module, first):
             with toggled(module, first):
@@ -511,7 +472,7 @@ def test_e3_a_toggle_that_was_left_open_ends_with_the_run() -> None:
     toggling(lambda module, first, second: module.toggle_optimizer(first))
 
 
-def test_e3_what_the_user_froze_later_is_restored_as_it_was_at_the_toggle() -> None:
+def test_e3_a_flag_that_the_user_changed_later_is_restored_as_it_was_at_the_toggle() -> None:
     def body(module: Any, first: Any, second: Any) -> None:
         module.a.requires_grad_(False)
         module.frozen_b.requires_grad_(True)
@@ -539,7 +500,7 @@ def test_e3_untoggling_in_the_wrong_order_is_an_error() -> None:
     toggling(body)
 
 
-def test_e3_untoggling_what_is_not_toggled_does_nothing() -> None:
+def test_e3_untoggling_an_optimizer_that_is_not_toggled_does_nothing() -> None:
     def body(module: Any, first: Any, second: Any) -> None:
         module.untoggle_optimizer(first)
         with module.toggled_optimizer(first):
@@ -566,7 +527,7 @@ def test_e3_gradients_reach_the_toggled_optimizer_only() -> None:
     assert (module.a.item(), module.b.item()) == (-3.0, -30.0)
 
 
-# ------------------------------------------------------------------ E4: what does not belong together
+# ------------------------------------------------------------------ E4: combinations that are refused
 
 
 def test_e4_manual_backward_in_automatic_mode_is_an_error() -> None:
@@ -605,167 +566,6 @@ def test_e4_without_lr_scheduler_stepping_a_manual_module_is_not_warned() -> Non
     module = Manual(configure=lambda sgd: ([sgd], [StepLR(sgd, 1)]))
     train(module, 2)  # a warning would be an error
     assert module.rates == [1.0, 1.0]
-
-
-# ------------------------------------------------------------------ E5: the recipes of the guide
-
-
-def test_e5_optimizers_at_different_frequencies() -> None:
-    def step(module: Any, batch: Any, batch_idx: int) -> None:
-        every, other = module.optimizers()
-        every.zero_grad()
-        other.zero_grad()
-        module.manual_backward(module.loss(batch))
-        every.step()
-        if batch_idx % 2 == 0:
-            other.step()
-
-    module = Pair(step)
-    trainer = train(module, 5)
-    assert (module.a.item(), module.b.item()) == (-15.0, -90.0)
-    assert [optimizer.num_steps for optimizer in module.optimizers()] == [5, 3] and trainer.global_step == 5
-
-
-def test_e5_accumulation_by_hand() -> None:
-    class ByHand(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            N = 2
-            opt = self.optimizers()
-            loss = self.loss(batch) / N
-            self.manual_backward(loss)
-            if (batch_idx + 1) % N == 0:
-                opt.step()
-                opt.zero_grad()
-
-    module = ByHand()
-    trainer = train(module, 6)
-    assert module.updates == [1.5, 3.5, 5.5] and trainer.global_step == 3
-
-
-def test_e5_is_last_batch_steps_a_scheduler_at_every_other_epochs_end() -> None:
-    class Stepping(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            super().training_step(batch, batch_idx)
-            if self.trainer.is_last_batch and (self.trainer.current_epoch + 1) % 2 == 0:
-                self.lr_schedulers().step()
-
-    module = Stepping(configure=lambda sgd: ([sgd], [LambdaLR(sgd, lambda n: 0.5**n)]))
-    train(module, 2, max_epochs=4)
-    assert module.rates == [1.0] * 4 + [0.5] * 4
-
-
-@pytest.mark.parametrize("limit", [None, 2])
-@pytest.mark.parametrize("sized", [True, False])
-def test_e5_is_last_batch_with_every_kind_of_loader(sized: bool, limit: int | None) -> None:
-    flags: list[bool] = []
-
-    class Flagged(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            flags.append(self.trainer.is_last_batch)
-
-    class Unsized:
-        def __iter__(self) -> Any:
-            return iter(batches(3))
-
-    train(Flagged(), 3 if sized else Unsized(), limit_train_batches=limit)
-    assert flags == [False] * ((limit or 3) - 1) + [True]
-
-
-@pytest.mark.parametrize("options", [{"on_step": False, "on_epoch": True}, {"on_step": True, "on_epoch": True}, {}])
-@pytest.mark.parametrize("monitor", [False, True], ids=["no-monitor", "monitor"])
-def test_e5_a_plateau_stepped_with_the_epochs_metric(monitor: bool, options: Any) -> None:
-    """As in the guide: no ``monitor`` is needed, because the config's keys are ignored."""
-    given: list[float] = []
-
-    class Plateau(ReduceLROnPlateau):
-        def step(self, metrics: Any, *args: Any) -> None:
-            given.append(float(metrics))
-            super().step(metrics, *args)
-
-    class Monitored(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            super().training_step(batch, batch_idx)
-            self.log("loss", batch + 10.0 * self.current_epoch, **options)
-
-        def on_train_epoch_end(self) -> None:
-            self.lr_schedulers().step(self.trainer.callback_metrics["loss"])
-
-    def configure(sgd: Any) -> Any:
-        scheduler = Plateau(sgd, patience=0, factor=0.5)
-        return {"optimizer": sgd, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"} if monitor else scheduler}
-
-    module = Monitored(configure=configure)
-    train(module, 3, LRSchedulerStepping(), max_epochs=3)
-    last_or_mean = 2.0 if options.get("on_epoch") else 3.0
-    assert given == [last_or_mean, last_or_mean + 10.0, last_or_mean + 20.0]
-    assert module.rates == [1.0] * 6 + [0.5] * 3
-
-
-def test_e5_a_gan() -> None:
-    """The guide's: discriminator first, then generator, each with an optimizer, logged together."""
-
-    class GAN(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.G, self.D = nn.Linear(2, 2), nn.Linear(2, 1)
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            g_opt, d_opt = self.optimizers()
-            noise = torch.full_like(batch, 0.5)
-            score = nn.functional.binary_cross_entropy_with_logits
-            real, fake = torch.ones(len(batch), 1), torch.zeros(len(batch), 1)
-            d_loss = score(self.D(batch), real) + score(self.D(self.G(noise).detach()), fake)
-            d_opt.zero_grad()
-            self.manual_backward(d_loss)
-            d_opt.step()
-            g_loss = score(self.D(self.G(noise)), real)
-            g_opt.zero_grad()
-            self.manual_backward(g_loss)
-            g_opt.step()
-            self.log_dict({"g_loss": g_loss, "d_loss": d_loss}, prog_bar=True)
-
-        def configure_optimizers(self) -> Any:
-            return Adam(self.G.parameters(), lr=0.01), Adam(self.D.parameters(), lr=0.01)
-
-    data = list(torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(3)))
-    torch.manual_seed(4)
-    module = GAN()
-    torch.manual_seed(4)
-    other = GAN()
-    trainer = train(module, data, max_epochs=2)
-
-    g_opt, d_opt = other.configure_optimizers()
-    score = nn.functional.binary_cross_entropy_with_logits
-    for batch in data * 2:
-        noise = torch.full_like(batch, 0.5)
-        real, fake = torch.ones(8, 1), torch.zeros(8, 1)
-        d_loss = score(other.D(batch), real) + score(other.D(other.G(noise).detach()), fake)
-        d_opt.zero_grad()
-        d_loss.backward()
-        d_opt.step()
-        g_loss = score(other.D(other.G(noise)), real)
-        g_opt.zero_grad()
-        g_loss.backward()
-        g_opt.step()
-    for value, expected in zip(module.parameters(), other.parameters(), strict=True):
-        assert torch.equal(value, expected)
-    assert torch.equal(trainer.callback_metrics["g_loss"], g_loss.detach())
-    assert torch.equal(trainer.callback_metrics["d_loss"], d_loss.detach())
-    assert trainer.global_step == 8
-
-
-def test_e5_stepping_ones_own_optimizer() -> None:
-    class Own(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            own = self.optimizers().optimizer
-            own.zero_grad()
-            self.manual_backward(self.loss(batch))
-            own.step()
-
-    module = Own()
-    trainer = train(module, 3)
-    assert module.updates == [1.0, 2.0, 3.0] and trainer.global_step == 3
 
 
 # ------------------------------------------------------------------ properties

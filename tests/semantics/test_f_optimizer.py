@@ -1,4 +1,4 @@
-"""F. LightningOptimizer: it is the wrapped optimizer, and what a step taken past it means."""
+"""F. LightningOptimizer: it stands for the wrapped optimizer, and notices steps that bypass it."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_f1_writes_reach_the_wrapped_optimizer() -> None:
     assert not hasattr(optimizer, "note")
 
 
-def test_f1_step_alone_is_written_to_the_wrapper() -> None:
-    """Schedulers patch ``step`` on what they were built on."""
+def test_f1_only_step_is_written_to_the_wrapper() -> None:
+    """Schedulers patch ``step`` of the object that they were built on."""
     parameter, optimizer, wrapper = wrapped()
     wrapper.step = lambda *args, **kwargs: "patched"
     assert wrapper.step() == "patched"
@@ -321,7 +321,7 @@ def test_f2_a_raw_step_is_clipped_and_vetoed_through_the_wrapper() -> None:
 
 
 def test_f2_a_raw_step_has_normalised_gradients() -> None:
-    """x = 1..5, N = 2: means of what is really in the window, 1.5, 3.5, 5."""
+    """x = 1..5, N = 2: means over the batches that are in the window, 1.5, 3.5, 5."""
     module = Raw()
     trainer = train(module, 5, GradientAccumulation(2))
     assert module.updates == [1.5, 3.5, 5.0]
@@ -351,7 +351,7 @@ def test_f2_gradients_that_overflow_under_a_raw_step_raise() -> None:
     assert module.w.item() == -1.0
 
 
-def test_f2_nonfinite_gradients_without_loss_scaling_are_torchs_own_business() -> None:
+def test_f2_nonfinite_gradients_without_loss_scaling_go_to_torch() -> None:
     module = Raw()
     train(module, [1.0, float("inf")])
     assert module.updates == [1.0, float("inf")]
@@ -423,7 +423,7 @@ def test_f2_a_raw_step_of_a_batch_without_a_loss_is_left() -> None:
 
 @pytest.mark.parametrize("make", [SGD, AdamW], ids=["SGD", "AdamW"])
 def test_f2_a_fused_step_that_overflows_counts_no_update(make: Any) -> None:
-    """A fused optimizer's hooks fire on an overflow too, where torch's own scaler steps it."""
+    """A fused optimizer's hooks fire on an overflow too, if torch's own scaler steps it."""
 
     class Module(Probe):
         def configure_optimizers(self) -> Any:
@@ -481,7 +481,7 @@ def test_f3_the_closures_result_is_returned() -> None:
     assert results == [0.0, -2.0, -9.0]  # the raw losses: 0 * 1, -1 * 2, -3 * 3
 
 
-def test_f3_the_closures_result_is_returned_where_the_step_was_skipped() -> None:
+def test_f3_the_closures_result_is_returned_if_the_step_was_skipped() -> None:
     results: list[Any] = []
 
     class Keeping(Probe):

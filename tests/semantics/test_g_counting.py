@@ -1,4 +1,4 @@
-"""G. Counting: steps, the estimate of them, where ``max_steps`` ends a run, limits."""
+"""G. Counting: steps, the estimate of them, the end of a run by ``max_steps``, limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision
-from tests.kit import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import NoLength, On, Probe, Recorder, batches, new_trainer, train
 
 # ------------------------------------------------------------------ G1: global_step
 
@@ -113,7 +113,7 @@ def test_g1_it_is_counted_between_the_optimizer_step_hook_and_after_update() -> 
 
 
 def test_g1_a_warm_up_in_the_hook_sees_the_old_value() -> None:
-    """The recipe: the rate of the first update is 1/4 of the whole, that of the fourth the whole."""
+    """The recipe: the first update has 1/4 of the rate, the fourth has all of it."""
 
     class WarmUp(Probe):
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
@@ -153,7 +153,7 @@ def test_g1_num_steps_counts_one_run_of_a_wrapper_that_is_returned_again() -> No
 
 
 class Asking(Probe):
-    """Asks for the estimate where schedulers do: in ``configure_optimizers``."""
+    """Asks for the estimate in ``configure_optimizers``, as schedulers do."""
 
     estimate: int
 
@@ -294,18 +294,8 @@ class Guess(Stream):
         return 99
 
 
-class Unsized:
-    """A loader without a length."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(batches(self.n))
-
-
 UNSIZED = {
-    "iterable": lambda: Unsized(6),
+    "iterable": lambda: NoLength(batches(6)),
     "iterable data set": lambda: DataLoader(Stream(6), batch_size=None),
     "iterable data set that guesses": lambda: DataLoader(Guess(6), batch_size=None),
 }
@@ -361,7 +351,7 @@ def test_g2_a_policy_is_simulated(
     assert module.estimate == trainer.global_step == len(module.updates)
 
 
-def test_g2_the_guides_own_override_is_simulated() -> None:
+def test_g2_the_override_of_the_guide_is_simulated() -> None:
     class Warmup(GradientAccumulation):
         def batches_per_step(self, trainer: Any) -> int:
             return 1 if trainer.global_step < 3 else 4
@@ -379,7 +369,7 @@ def test_g2_a_policy_that_reads_more_is_an_error_that_names_it() -> None:
 
     with pytest.raises(MisconfigurationError, match=r"Greedy\.batches_per_step reads trainer\.callback_metrics.*max_steps"):
         train(Asking(), 4, Greedy(1))
-    train(Probe(), 4, Greedy(1))  # where nobody asks for the estimate it may
+    train(Probe(), 4, Greedy(1))  # if nothing asks for the estimate, it may
 
 
 @pytest.mark.parametrize("name", ["current_epoch", "global_step", "batch_idx", "total_batch_idx", "note"])
@@ -403,17 +393,17 @@ def test_g2_the_simulation_leaves_no_trace() -> None:
 
 
 def test_g2_it_never_iterates_the_loader() -> None:
-    class Counting(Unsized):
+    class Counting:
         passes = 0
 
         def __len__(self) -> int:
-            return self.n
+            return 3
 
         def __iter__(self) -> Iterator[torch.Tensor]:
             self.passes += 1
-            return super().__iter__()
+            return iter(batches(3))
 
-    loader = Counting(3)
+    loader = Counting()
     at_setup: list[int] = []
 
     class Module(Asking):
@@ -427,7 +417,7 @@ def test_g2_it_never_iterates_the_loader() -> None:
     assert loader.passes == 2
 
 
-# ------------------------------------------------------------------ G3: max_steps inside of an epoch
+# ------------------------------------------------------------------ G3: max_steps within an epoch
 
 
 class Validating(Probe):
@@ -609,7 +599,8 @@ def test_g4_a_fractional_interval_of_an_unknown_length_is_an_error(validates: bo
     with pytest.raises(
         MisconfigurationError, match=r"val_check_interval=0\.5 is a fraction of an epoch whose length is unknown"
     ):
-        train(Validating() if validates else Probe(), Unsized(4), val=1 if validates else None, val_check_interval=0.5)
+        module = Validating() if validates else Probe()
+        train(module, NoLength(batches(4)), val=1 if validates else None, val_check_interval=0.5)
 
 
 def test_g1_an_overflow_counts_nothing() -> None:

@@ -1,4 +1,4 @@
-"""I. Logging: what ``self.log`` keeps, for whom, under which name."""
+"""I. Logging: the values that ``self.log`` keeps, their names, and who gets them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from torchmetrics.aggregation import MaxMetric
 from torchmetrics.classification import BinaryAccuracy
 
 from eventtrain import MisconfigurationError, Trainer
-from eventtrain.distributed import SingleProcess
-from tests.kit import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import FakeProcesses, Logged, On, Probe, Recorder, batches, new_trainer, numbers, train
 
 THREE = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5.0])]
 """Batches sized 2, 2, 1, whose means are 1.5, 3.5, 5."""
 
 
 class Logs(Probe):
-    """Calls a function of ``(module, batch, batch_idx)`` in each step of the stage it is given for."""
+    """Calls a function of ``(module, batch, batch_idx)`` in each training step, and one in each evaluation step."""
 
     def __init__(self, training: Any = None, evaluation: Any = None, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -44,68 +43,49 @@ def logs(name: str = "value", value: Callable[[Tensor], Any] = lambda x: x.mean(
     return lambda module, batch, batch_idx: module.log(name, value(batch), **options)
 
 
-def plain(metrics: Any) -> dict[str, float]:
-    return {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-
-
-class Written(On):
-    """What loggers get: ``(stage, scope, step, metrics)``, without the empty ones."""
-
-    def __init__(self) -> None:
-        self.kept: list[Any] = []
-        super().__init__(metrics_logged=self.keep)
-
-    def keep(self, trainer: Any, event: Any) -> None:
-        if event.metrics:
-            self.kept.append((event.stage, event.scope, event.step, plain(event.metrics)))
-
-    def scope(self, scope: str) -> list[dict[str, float]]:
-        return [kept[3] for kept in self.kept if kept[1] == scope]
-
-
 # ------------------------------------------------------------------ I1: options
 
 
 def test_i1_in_training_the_default_is_the_step() -> None:
-    written = Written()
+    written = Logged()
     trainer = train(Logs(logs()), 3, written)
-    assert written.kept == [("train", "step", i, {"value": float(i)}) for i in (1, 2, 3)]
-    assert plain(trainer.callback_metrics) == {"value": 3.0}
+    assert written.entries == [("train", "step", i, {"value": float(i)}) for i in (1, 2, 3)]
+    assert numbers(trainer.callback_metrics) == {"value": 3.0}
 
 
 def test_i1_in_evaluation_the_default_is_the_epoch() -> None:
-    written = Written()
+    written = Logged()
     trainer = train(Logs(evaluation=logs()), 1, written, val=3)
-    assert written.kept == [("validation", "epoch", 1, {"value": 2.0})]
-    assert plain(trainer.callback_metrics) == {"value": 2.0}
+    assert written.entries == [("validation", "epoch", 1, {"value": 2.0})]
+    assert numbers(trainer.callback_metrics) == {"value": 2.0}
     assert new_trainer().test(Logs(evaluation=logs()), batches(3)) == [{"value": 2.0}]
 
 
 def test_i1_in_training_on_the_epoch() -> None:
-    written = Written()
+    written = Logged()
     trainer = train(Logs(logs(on_step=False, on_epoch=True)), 3, written, max_epochs=2)
-    assert written.kept == [("train", "epoch", 3, {"value": 2.0}), ("train", "epoch", 6, {"value": 2.0})]
-    assert plain(trainer.callback_metrics) == {"value": 2.0}
+    assert written.entries == [("train", "epoch", 3, {"value": 2.0}), ("train", "epoch", 6, {"value": 2.0})]
+    assert numbers(trainer.callback_metrics) == {"value": 2.0}
 
 
 def test_i1_in_evaluation_on_the_step() -> None:
     seen: list[Any] = []
-    look = On(validation_batch_end=lambda trainer, event: seen.append(plain(trainer.callback_metrics)))
+    look = On(validation_batch_end=lambda trainer, event: seen.append(numbers(trainer.callback_metrics)))
     trainer = train(Logs(evaluation=logs(on_step=True, on_epoch=False)), 1, look, val=3)
     assert seen == [{"value": 1.0}, {"value": 2.0}, {"value": 3.0}]
-    assert plain(trainer.callback_metrics) == {"value": 3.0}
+    assert numbers(trainer.callback_metrics) == {"value": 3.0}
 
 
 def test_i1_with_both_there_are_three_names() -> None:
-    written, seen = Written(), []
-    look = On(train_batch_end=lambda trainer, event: seen.append(plain(trainer.callback_metrics)))
+    written, seen = Logged(), []
+    look = On(train_batch_end=lambda trainer, event: seen.append(numbers(trainer.callback_metrics)))
     trainer = train(Logs(logs(on_epoch=True)), 3, written, look)
-    assert written.kept == [
+    assert written.entries == [
         *[("train", "step", i, {"value_step": float(i)}) for i in (1, 2, 3)],
         ("train", "epoch", 3, {"value_epoch": 2.0}),
     ]
     assert seen == [{"value": float(i), "value_step": float(i)} for i in (1, 2, 3)]
-    assert plain(trainer.callback_metrics) == {"value": 2.0, "value_step": 3.0, "value_epoch": 2.0}
+    assert numbers(trainer.callback_metrics) == {"value": 2.0, "value_step": 3.0, "value_epoch": 2.0}
 
 
 def test_i1_prog_bar() -> None:
@@ -115,7 +95,7 @@ def test_i1_prog_bar() -> None:
         module.log("both", batch, prog_bar=True, on_epoch=True)
 
     trainer = train(Logs(both), 3)
-    assert plain(trainer.progress_bar_metrics) == {"shown": 3.0, "both_step": 3.0, "both_epoch": 2.0}
+    assert numbers(trainer.progress_bar_metrics) == {"shown": 3.0, "both_step": 3.0, "both_epoch": 2.0}
 
 
 def test_i1_logger() -> None:
@@ -124,19 +104,19 @@ def test_i1_logger() -> None:
         module.log("kept_too", batch, logger=False, on_step=False, on_epoch=True)
         module.log("written", batch)
 
-    written = Written()
+    written = Logged()
     trainer = train(Logs(both), 2, written)
-    assert written.kept == [("train", "step", i, {"written": float(i)}) for i in (1, 2)]
-    assert plain(trainer.callback_metrics) == {"kept": 2.0, "kept_too": 1.5, "written": 2.0}
-    assert plain(trainer.logged_metrics) == {"written": 2.0}
+    assert written.entries == [("train", "step", i, {"written": float(i)}) for i in (1, 2)]
+    assert numbers(trainer.callback_metrics) == {"kept": 2.0, "kept_too": 1.5, "written": 2.0}
+    assert numbers(trainer.logged_metrics) == {"written": 2.0}
 
 
 @pytest.mark.parametrize(("reduce_fx", "expected"), [("mean", 3.0), ("min", 1.5), ("max", 5.0), ("sum", 10.0)])
 def test_i1_reduce_fx(reduce_fx: str, expected: float) -> None:
     options = {"on_epoch": True, "reduce_fx": reduce_fx}
     trainer = train(Logs(logs(**options), logs("val", **options)), THREE, val=THREE)
-    assert plain(trainer.callback_metrics)["value_epoch"] == expected
-    assert plain(trainer.callback_metrics)["val"] == expected
+    assert numbers(trainer.callback_metrics)["value_epoch"] == expected
+    assert numbers(trainer.callback_metrics)["val"] == expected
 
 
 def test_i1_another_reduce_fx_is_an_error_that_lists_them() -> None:
@@ -146,67 +126,48 @@ def test_i1_another_reduce_fx_is_an_error_that_lists_them() -> None:
 
 def test_i1_batch_size() -> None:
     trainer = train(Logs(logs(on_step=False, on_epoch=True, batch_size=1)), THREE)
-    assert plain(trainer.callback_metrics)["value"] == pytest.approx(10.0 / 3)
-
-
-class TwoRanks(SingleProcess):
-    """The other rank has the same values, plus 2."""
-
-    world_size = 2
-
-    def __init__(self) -> None:
-        self.reduced: list[tuple[float, str]] = []
-
-    def reduce(self, value: Tensor, reduction: Any) -> Tensor:
-        self.reduced.append((value.item(), reduction))
-        return value + 2.0  # of "max"
-
-    def gather_for_all(self, value: Any) -> Any:
-        return [value, [entry | {"total": entry["total"] + 2.0} for entry in value] if isinstance(value, list) else value]
+    assert numbers(trainer.callback_metrics)["value"] == pytest.approx(10.0 / 3)
 
 
 @pytest.mark.parametrize("sync", [False, True])
 def test_i1_sync_dist(sync: bool) -> None:
+    def total_plus_two(value: Any) -> list[Any]:
+        return [value, [entry | {"total": entry["total"] + 2.0} for entry in value] if isinstance(value, list) else value]
+
     trainer = new_trainer()
-    trainer.processes = TwoRanks()
+    trainer.processes = ranks = FakeProcesses(reduce=lambda value, reduction: value + 2.0, gather=total_plus_two)
     trainer.fit(Logs(logs(sync_dist=sync, reduce_fx="max", on_epoch=True)), batches(2))
-    # An epoch's value is always that of all ranks, so that all decide alike; a step's only where that is asked for.
+    # An epoch's value is always over all ranks, so that all decide alike; a step's only with sync_dist.
     step = 4.0 if sync else 2.0
-    assert plain(trainer.callback_metrics) == {"value": 4.0, "value_step": step, "value_epoch": 4.0}
-    assert trainer.processes.reduced == ([(1.0, "max"), (2.0, "max")] if sync else [])
+    assert numbers(trainer.callback_metrics) == {"value": 4.0, "value_step": step, "value_epoch": 4.0}
+    reduced = [(value.item(), reduction) for value, reduction in ranks.reduced]
+    assert reduced == ([(1.0, "max"), (2.0, "max")] if sync else [])
 
 
 def test_i1_a_synchronised_mean_is_weighted_over_all_ranks() -> None:
-    class Other(SingleProcess):
+    def with_the_other(value: Any) -> list[Any]:
         """The other rank has seen twice as much, of twice the value."""
-
-        world_size = 2
-
-        def gather_for_all(self, value: Any) -> Any:
-            if not isinstance(value, list):
-                return [value, value]
-            return [value, [entry | {"total": 4 * entry["total"], "weight": 2 * entry["weight"]} for entry in value]]
+        if not isinstance(value, list):
+            return [value, value]
+        return [value, [entry | {"total": 4 * entry["total"], "weight": 2 * entry["weight"]} for entry in value]]
 
     trainer = new_trainer()
-    trainer.processes = Other()
+    trainer.processes = FakeProcesses(gather=with_the_other)
     trainer.fit(Logs(logs(on_step=False, on_epoch=True)), THREE)
-    assert plain(trainer.callback_metrics) == pytest.approx({"value": 3.0 * 5 / 3})
+    assert numbers(trainer.callback_metrics) == pytest.approx({"value": 3.0 * 5 / 3})
 
 
 def test_i1_a_rank_without_a_batch_has_the_others_values() -> None:
-    class Other(SingleProcess):
-        world_size = 2
-
-        def gather_for_all(self, value: Any) -> Any:
-            if not isinstance(value, list):
-                return [value, value]
-            mine = {"name": "theirs", "suffix": "", "on_step": False, "on_epoch": True, "total": torch.tensor(6.0), "weight": 2}
-            return [value, [{**mine, "options": [False, True, False, True, "mean", False]}]]
+    def with_the_other(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            return [value, value]
+        theirs = {"name": "theirs", "suffix": "", "on_step": False, "on_epoch": True, "total": torch.tensor(6.0), "weight": 2}
+        return [value, [{**theirs, "options": [False, True, False, True, "mean", False]}]]
 
     trainer = new_trainer()
-    trainer.processes = Other()
+    trainer.processes = FakeProcesses(gather=with_the_other)
     trainer.fit(Logs(logs(on_step=False, on_epoch=True)), THREE)
-    assert plain(trainer.callback_metrics) == {"value": 3.0, "theirs": 3.0}
+    assert numbers(trainer.callback_metrics) == {"value": 3.0, "theirs": 3.0}
 
 
 def test_i1_log_dict() -> None:
@@ -215,8 +176,8 @@ def test_i1_log_dict() -> None:
 
     trainer = train(Logs(both), 3)
     expected = {"a": 2.0, "a_step": 3.0, "a_epoch": 2.0, "b": 4.0, "b_step": 6.0, "b_epoch": 4.0}
-    assert plain(trainer.callback_metrics) == expected
-    assert plain(trainer.progress_bar_metrics).keys() == {"a_step", "a_epoch", "b_step", "b_epoch"}
+    assert numbers(trainer.callback_metrics) == expected
+    assert numbers(trainer.progress_bar_metrics).keys() == {"a_step", "a_epoch", "b_step", "b_epoch"}
 
 
 @pytest.mark.parametrize("value", [2, 2.0, True, torch.tensor(2), torch.tensor([[2.0]]), torch.tensor(2.0).numpy()])
@@ -238,10 +199,10 @@ def test_i1_hooks_of_the_epoch_log_on_the_epoch() -> None:
         def on_validation_epoch_end(self) -> None:
             self.log("val_end", 3.0)
 
-    written = Written()
+    written = Logged()
     train(Module(), 2, written, val=1)
-    assert written.scope("epoch") == [{"val_end": 3.0}, {"start": 1.0, "end": 2.0}]
-    assert written.scope("step") == []
+    assert written.of_scope("epoch") == [{"val_end": 3.0}, {"start": 1.0, "end": 2.0}]
+    assert written.of_scope("step") == []
 
 
 def test_i1_hooks_of_a_batch_log_on_the_step() -> None:
@@ -255,17 +216,17 @@ def test_i1_hooks_of_a_batch_log_on_the_step() -> None:
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             self.log("end", batch)
 
-    written = Written()
+    written = Logged()
     train(Module(), 2, written)
-    assert written.scope("step") == [{"start": x, "gradient": x, "end": x} for x in (1.0, 2.0)]
+    assert written.of_scope("step") == [{"start": x, "gradient": x, "end": x} for x in (1.0, 2.0)]
 
 
-def test_i1_what_a_batch_without_an_update_logs_goes_out_with_the_next() -> None:
-    written = Written()
+def test_i1_values_of_a_batch_without_an_update_go_out_with_the_next() -> None:
+    written = Logged()
     module = Logs(logs())
     veto = On(before_optimizer_step=lambda t, e: e.skip("mine") if t.batch_idx == 0 else None)
     train(module, 3, veto, written)
-    assert written.kept == [("train", "step", 1, {"value": 2.0}), ("train", "step", 2, {"value": 3.0})]
+    assert written.entries == [("train", "step", 1, {"value": 2.0}), ("train", "step", 2, {"value": 3.0})]
 
 
 def test_i1_without_a_trainer_a_value_goes_nowhere() -> None:
@@ -290,14 +251,14 @@ def test_i2_epoch_means_are_weighted_by_batch_size(wrap: Any) -> None:
 
     loader = [wrap(x) for x in THREE]
     trainer = train(Module(), loader, val=loader)
-    assert plain(trainer.callback_metrics) == {"train": 3.0, "val": 3.0}
+    assert numbers(trainer.callback_metrics) == {"train": 3.0, "val": 3.0}
 
 
 def test_i2_each_epoch_begins_anew() -> None:
-    written = Written()
+    written = Logged()
     module = Logs(lambda module, x, i: module.log("value", x * (module.current_epoch + 1), on_step=False, on_epoch=True))
     train(module, 3, written, max_epochs=2)
-    assert written.scope("epoch") == [{"value": 2.0}, {"value": 4.0}]
+    assert written.of_scope("epoch") == [{"value": 2.0}, {"value": 4.0}]
 
 
 def test_i2_values_are_detached() -> None:
@@ -317,17 +278,17 @@ def test_i2_a_value_is_the_one_at_the_time_it_was_logged() -> None:
         module.log("extreme", module.w, on_step=False, on_epoch=True, reduce_fx="max")
         module.log("mean", module.w, on_step=False, on_epoch=True)
 
-    written = Written()
+    written = Logged()
     train(Logs(log_weight), 3, written)  # w: 0, -1, -3, then -6
-    assert written.scope("step") == [{"weight": 0.0}, {"weight": -1.0}, {"weight": -3.0}]
-    assert written.scope("epoch") == [{"extreme": 0.0, "mean": pytest.approx(-4.0 / 3)}]
+    assert written.of_scope("step") == [{"weight": 0.0}, {"weight": -1.0}, {"weight": -3.0}]
+    assert written.of_scope("epoch") == [{"extreme": 0.0, "mean": pytest.approx(-4.0 / 3)}]
 
 
 @pytest.mark.parametrize("view", [lambda w: w[0], lambda w: w.view(()), lambda w: w.data, lambda w: w.detach()[0]])
 def test_i2_a_view_of_a_weight_is_the_one_at_the_time_too(view: Callable[[Tensor], Tensor]) -> None:
-    written = Written()
+    written = Logged()
     train(Logs(lambda module, x, i: module.log("weight", view(module.w))), 3, written)
-    assert written.scope("step") == [{"weight": 0.0}, {"weight": -1.0}, {"weight": -3.0}]
+    assert written.of_scope("step") == [{"weight": 0.0}, {"weight": -1.0}, {"weight": -3.0}]
 
 
 def test_i2_values_stay_on_their_device() -> None:
@@ -359,7 +320,7 @@ def test_i2_sums_of_float64_stay_float64() -> None:
 
 
 @pytest.mark.parametrize("reduce_fx", ["mean", "sum", "min", "max"])
-def test_i2_what_was_logged_is_not_changed_by_the_reduction(reduce_fx: str) -> None:
+def test_i2_the_logged_tensor_is_not_changed_by_the_reduction(reduce_fx: str) -> None:
     """Neither a plain value nor a loss, which backward has yet to use."""
     values = [torch.ones(()) for _ in range(3)]
     losses: list[Tensor] = []
@@ -378,7 +339,7 @@ def test_i2_what_was_logged_is_not_changed_by_the_reduction(reduce_fx: str) -> N
 
 
 class Metered(Logs):
-    """Counts what is done to its metric."""
+    """Counts the calls of its metric."""
 
     def __init__(self, *, on_step: bool, on_epoch: bool, forward: bool = True) -> None:
         super().__init__()
@@ -396,15 +357,15 @@ class Metered(Logs):
 
 
 def test_i3_on_the_epoch_it_is_computed_and_reset_at_its_end() -> None:
-    written = Written()
+    written = Logged()
     module = Metered(on_step=False, on_epoch=True, forward=False)
     trainer = train(module, 3, written, max_epochs=2)
-    assert written.kept == [("train", "epoch", 3, {"mean": 2.0}), ("train", "epoch", 6, {"mean": 2.0})]
+    assert written.entries == [("train", "epoch", 3, {"mean": 2.0}), ("train", "epoch", 6, {"mean": 2.0})]
     assert module.resets == [2, 5]
-    assert plain(trainer.callback_metrics) == {"mean": 2.0}
+    assert numbers(trainer.callback_metrics) == {"mean": 2.0}
 
 
-def test_i3_weights_of_its_own_are_kept() -> None:
+def test_i3_a_metrics_weights_are_kept() -> None:
     """The metric knows how to reduce; a mean of the steps' means would be 3.33."""
 
     class Module(Logs):
@@ -417,15 +378,15 @@ def test_i3_weights_of_its_own_are_kept() -> None:
             self.log("mean", self.metric)
 
     trainer = train(Module(), 1, val=THREE)
-    assert plain(trainer.callback_metrics) == {"mean": 3.0}
+    assert numbers(trainer.callback_metrics) == {"mean": 3.0}
 
 
-def test_i3_on_the_step_it_is_the_batchs_own_value() -> None:
-    written = Written()
+def test_i3_on_the_step_it_is_the_value_of_the_batch() -> None:
+    written = Logged()
     trainer = train(Metered(on_step=True, on_epoch=True), 3, written)
-    assert written.scope("step") == [{"mean_step": float(i)} for i in (1, 2, 3)]
-    assert written.scope("epoch") == [{"mean_epoch": 2.0}]
-    assert plain(trainer.callback_metrics) == {"mean": 2.0, "mean_step": 3.0, "mean_epoch": 2.0}
+    assert written.of_scope("step") == [{"mean_step": float(i)} for i in (1, 2, 3)]
+    assert written.of_scope("epoch") == [{"mean_epoch": 2.0}]
+    assert numbers(trainer.callback_metrics) == {"mean": 2.0, "mean_step": 3.0, "mean_epoch": 2.0}
 
 
 def test_i3_a_sanity_check_leaves_nothing_in_it() -> None:
@@ -439,7 +400,7 @@ def test_i3_a_sanity_check_leaves_nothing_in_it() -> None:
             self.log("largest", self.largest)
 
     trainer = train(Module(), 1, val=3, num_sanity_val_steps=2)
-    assert plain(trainer.callback_metrics) == {"largest": 3.0}
+    assert numbers(trainer.callback_metrics) == {"largest": 3.0}
 
 
 def test_i3_an_evaluation_that_raised_leaves_nothing_in_it() -> None:
@@ -474,7 +435,7 @@ def test_i3_a_collection_in_log_dict() -> None:
             self.log_dict(self.metrics)
 
     trainer = train(Module(), 1, val=3)
-    assert plain(trainer.callback_metrics) == {"mean": 2.0, "max": 3.0}
+    assert numbers(trainer.callback_metrics) == {"mean": 2.0, "max": 3.0}
 
 
 def test_i3_an_accuracy_over_two_epochs_of_training_and_validation() -> None:
@@ -492,12 +453,12 @@ def test_i3_an_accuracy_over_two_epochs_of_training_and_validation() -> None:
             self.val_accuracy(batch > 1.0, torch.ones(1))
             self.log("val_accuracy", self.val_accuracy)
 
-    written = Written()
+    written = Logged()
     train(Module(), [x.view(1) for x in batches(4)], written, val=[x.view(1) for x in batches(4)], max_epochs=2)
-    assert written.scope("epoch") == [{"val_accuracy": 0.75}, {"train_accuracy": 0.5}] * 2
+    assert written.of_scope("epoch") == [{"val_accuracy": 0.75}, {"train_accuracy": 0.5}] * 2
 
 
-# ------------------------------------------------------------------ I4: what cannot be logged
+# ------------------------------------------------------------------ I4: values that cannot be logged
 
 VALUES: dict[str, tuple[Any, str]] = {
     "not a scalar": (torch.ones(3), r"shape \(3,\).*mean"),
@@ -548,7 +509,7 @@ def test_i4_one_name_with_different_options_is_an_error_that_names_the_hook(chan
         train(Logs(twice), 1)
 
 
-def test_i4_one_name_in_a_step_and_outside_of_one_is_an_error() -> None:
+def test_i4_one_name_both_in_a_step_and_between_steps_is_an_error() -> None:
     class Module(Logs):
         def on_train_epoch_end(self) -> None:
             self.log("value", 1.0)
@@ -557,7 +518,7 @@ def test_i4_one_name_in_a_step_and_outside_of_one_is_an_error() -> None:
         train(Module(logs()), 1)
 
 
-def test_i4_on_step_outside_of_a_step_is_an_error() -> None:
+def test_i4_on_step_between_steps_is_an_error() -> None:
     class Module(Logs):
         def on_train_epoch_end(self) -> None:
             self.log("value", 1.0, on_step=True)
@@ -568,7 +529,7 @@ def test_i4_on_step_outside_of_a_step_is_an_error() -> None:
 
 def test_i4_one_name_in_several_stages_may_have_other_options() -> None:
     trainer = train(Logs(logs(on_epoch=True), logs()), 2, val=3)
-    assert plain(trainer.callback_metrics)["value_epoch"] == 1.5
+    assert numbers(trainer.callback_metrics)["value_epoch"] == 1.5
 
 
 MEANINGLESS = (
@@ -625,13 +586,13 @@ def test_i4_a_name_that_is_no_string_is_an_error() -> None:
 # ------------------------------------------------------------------ I5: several evaluation loaders
 
 
-def test_i5_several_loaders_have_names_of_their_own() -> None:
-    written = Written()
+def test_i5_several_loaders_have_separate_names() -> None:
+    written = Logged()
     module = Logs(evaluation=logs())
     trainer = train(module, 1, written, val=[LoaderOf(2), LoaderOf(4)])
     expected = {"value/dataloader_idx_0": 1.5, "value/dataloader_idx_1": 2.5}
-    assert written.scope("epoch") == [expected]
-    assert plain(trainer.callback_metrics) == expected
+    assert written.of_scope("epoch") == [expected]
+    assert numbers(trainer.callback_metrics) == expected
     results = new_trainer().test(module, [LoaderOf(2), LoaderOf(4)])
     assert results == [{"value/dataloader_idx_0": 1.5}, {"value/dataloader_idx_1": 2.5}]
 
@@ -652,7 +613,7 @@ class LoaderOf:
 def test_i5_with_both_the_loader_comes_last() -> None:
     """As in Lightning: ``value_epoch/dataloader_idx_0``."""
     trainer = train(Logs(evaluation=logs(on_step=True, on_epoch=True)), 1, val=[LoaderOf(2), LoaderOf(4)])
-    assert plain(trainer.callback_metrics) == {
+    assert numbers(trainer.callback_metrics) == {
         "value/dataloader_idx_0": 1.5, "value_step/dataloader_idx_0": 2.0, "value_epoch/dataloader_idx_0": 1.5,
         "value/dataloader_idx_1": 2.5, "value_step/dataloader_idx_1": 4.0, "value_epoch/dataloader_idx_1": 2.5,
     }  # fmt: skip
@@ -671,14 +632,14 @@ def test_i5_hooks_of_the_epoch_have_no_suffix() -> None:
             self.log("all", 1.0)
 
     trainer = train(Module(), 1, val=[LoaderOf(1), LoaderOf(1)])
-    assert plain(trainer.callback_metrics) == {"all": 1.0}
+    assert numbers(trainer.callback_metrics) == {"all": 1.0}
 
 
 def test_i1_metrics_of_each_fit_begin_anew() -> None:
     trainer: Trainer = new_trainer()
     trainer.fit(Logs(logs("first")), batches(1))
     trainer.fit(Logs(logs("second")), batches(1))
-    assert plain(trainer.callback_metrics) == {"second": 1.0}
+    assert numbers(trainer.callback_metrics) == {"second": 1.0}
 
 
 def test_i1_step_metrics_come_after_the_batch_end_and_the_update() -> None:

@@ -1,9 +1,9 @@
-"""J. Stages: evaluation inside and outside of training, requests, and the module's hooks."""
+"""J. Stages: evaluation during a fit and without one, requests, and the module's hooks."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eventtrain import LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
-from eventtrain.distributed import SingleProcess
-from tests.kit import On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import FakeProcesses, On, Probe, Recorder, batches, new_trainer, train
 
 
 class Evaluates(Probe):
@@ -46,7 +45,7 @@ def modes(module: Any, batch: Any, batch_idx: int) -> None:
     module.found.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
 
 
-def test_j1_inside_of_fit_evaluation_uses_no_grad() -> None:
+def test_j1_during_a_fit_evaluation_uses_no_grad() -> None:
     """Sanity check included: tensors of inference mode could not be trained with."""
     module = Evaluates(modes)
     module.found = []
@@ -55,7 +54,7 @@ def test_j1_inside_of_fit_evaluation_uses_no_grad() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_j1_outside_of_fit_evaluation_runs_without_gradients(stage: str) -> None:
+def test_j1_without_a_fit_evaluation_runs_without_gradients(stage: str) -> None:
     module = Evaluates(modes)
     module.found = []
     getattr(new_trainer(), stage)(module, batches(1))
@@ -132,7 +131,7 @@ def pictures(n: int) -> list[Tensor]:
     return [torch.randn(3, 2, generator=torch.Generator().manual_seed(i)) for i in range(n)]
 
 
-def test_j1_each_submodules_own_flag_is_restored() -> None:
+def test_j1_the_flag_of_each_submodule_is_restored() -> None:
     module = Layers()
     before = module.now()
     assert before == [True, True, False, True, True, True]
@@ -144,7 +143,7 @@ def test_j1_each_submodules_own_flag_is_restored() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_j1_flags_are_restored_outside_of_fit(stage: str) -> None:
+def test_j1_flags_are_restored_after_an_evaluation_without_a_fit(stage: str) -> None:
     module = Layers()
     before = module.now()
     getattr(new_trainer(), stage)(module, pictures(1))
@@ -168,7 +167,7 @@ def test_j1_a_frozen_batch_norm_keeps_its_statistics() -> None:
     module = Layers()
     train(module, pictures(3), val=pictures(2), max_epochs=2, num_sanity_val_steps=2)
     assert torch.equal(module.frozen[0].running_mean, torch.zeros(2))
-    assert module.norm.num_batches_tracked.item() == 6  # the batches of training alone
+    assert module.norm.num_batches_tracked.item() == 6  # the batches of training only
 
 
 # ------------------------------------------------------------------ J1: random numbers
@@ -230,7 +229,7 @@ def test_j1_the_training_rng_is_left_as_it_was_found_after_an_error() -> None:
     assert after == draw()
 
 
-def test_j1_a_validation_leaves_training_alone_bit_for_bit() -> None:
+def test_j1_a_validation_does_not_change_a_bit_of_training() -> None:
     results = []
     for limit in (None, 0):
         torch.manual_seed(11)
@@ -334,7 +333,7 @@ def test_j2_an_error_in_it_comes_before_training() -> None:
     assert not module.trainer.sanity_checking
 
 
-def test_j2_it_leaves_the_rng_alone() -> None:
+def test_j2_it_leaves_the_generators_unchanged() -> None:
     after = []
     for steps in (0, 2):
         seeded()
@@ -551,7 +550,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 
 
 def hooked() -> tuple[Any, list[str], dict[str, tuple[Any, ...]]]:
-    """A module that overrides every hook with exactly Lightning's arguments and passes on what it returns."""
+    """A module that overrides every hook with exactly Lightning's arguments, and returns the result of the default."""
     calls: list[str] = []
     given: dict[str, tuple[Any, ...]] = {}
 
@@ -690,29 +689,20 @@ def test_j5_events_without_a_counterpart_come_as_events() -> None:
 # ------------------------------------------------------------------ J4: several ranks decide alike
 
 
-class TwoRanks(SingleProcess):
-    """The seam to another rank, on which the n-th flag asked for is as given; the first rank's view."""
-
-    world_size = 2
-
-    def __init__(self, elsewhere: dict[int, bool]) -> None:
-        self.elsewhere = elsewhere
-        self.asked: list[bool] = []
-
-    def any(self, flag: bool) -> bool:
-        self.asked.append(flag)
-        return flag or self.elsewhere.get(len(self.asked) - 1, False)
+class TwoRanks(FakeProcesses):
+    """The first of two ranks. Of the two flags at a batch's start, only the first, whether it is skipped, is a question."""
 
     def any_of(self, flags: list[bool]) -> list[bool]:
-        """The other rank asks for no end; of a batch's flags, whether it is skipped is asked like the others."""
         return [self.any(flags[0]), flags[1]] if len(flags) == 2 else flags
 
 
-def train_on_two_ranks(module: Probe, count: int, *callbacks: Any, elsewhere: dict[int, bool]) -> tuple[Any, TwoRanks]:
+def train_on_two_ranks(module: Probe, count: int, *callbacks: Any, elsewhere: Collection[int] = ()) -> tuple[Trainer, TwoRanks]:
+    """Train as one of two ranks; the other says yes to the questions with these numbers."""
+    ranks = TwoRanks(elsewhere=lambda question: question in elsewhere)
     trainer = new_trainer(*callbacks)
-    trainer.processes = TwoRanks(elsewhere)
+    trainer.processes = ranks
     trainer.fit(module, batches(count))
-    return trainer, trainer.processes
+    return trainer, ranks
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["on this rank", "on another"])
@@ -720,36 +710,36 @@ def test_j4_a_none_loss_in_a_closing_batch_is_an_error_on_all_ranks(here: bool) 
     module = Probe(nothing_for={1.0} if here else set())
     backwards = Recorder("before_backward")
     with pytest.raises(MisconfigurationError, match=r"no loss on a rank in batch 0.*'weight': 0"):
-        train_on_two_ranks(module, 2, backwards, elsewhere={} if here else {0: True})
+        train_on_two_ranks(module, 2, backwards, elsewhere=() if here else {0})
     assert backwards.events == [], "before a backward that would wait for the other ranks"
 
 
-def test_j4_a_none_loss_in_a_batch_that_only_accumulates_is_none_of_the_others_business() -> None:
+def test_j4_a_none_loss_in_a_batch_that_only_accumulates_does_not_concern_the_others() -> None:
     module = Probe(nothing_for={1.0})
-    train_on_two_ranks(module, 2, GradientAccumulation(2), elsewhere={})
+    train_on_two_ranks(module, 2, GradientAccumulation(2))
     assert module.updates == [2.0]
 
 
 def test_j4_a_veto_holds_on_all_ranks() -> None:
-    """Asked in turn: is there no loss anywhere, is there a veto anywhere."""
+    """The questions in turn: is there no loss anywhere, is there a veto anywhere."""
     module, skips = Probe(), Recorder("optimizer_step_skipped")
-    trainer, ranks = train_on_two_ranks(module, 3, skips, elsewhere={3: True})
+    trainer, ranks = train_on_two_ranks(module, 3, skips, elsewhere={3})
     assert module.updates == [1.0, 3.0] and trainer.global_step == 2
     assert [event.reason for event in skips.events] == ["another rank's veto"]
-    assert ranks.asked == [False] * 6
+    assert ranks.flags == [False] * 6
 
 
 def test_j4_a_skipped_batch_is_skipped_on_all_ranks() -> None:
-    """Asked in turn: is the batch skipped anywhere, and, of those that are not, loss and veto."""
+    """The questions in turn: is the batch skipped anywhere, and if not, is there no loss, is there a veto."""
     module = Probe()
     silent = On(train_batch_start=lambda trainer, event: None)
-    trainer, _ = train_on_two_ranks(module, 3, silent, elsewhere={3: True})
+    trainer, _ = train_on_two_ranks(module, 3, silent, elsewhere={3})
     assert module.updates == [1.0, 3.0] and trainer.global_step == 2
 
 
-@pytest.mark.parametrize("what", ["the run", "the epoch"])
-def test_j4_an_end_that_another_rank_asks_for_is_everybodys(what: str) -> None:
-    class Asks(TwoRanks):
+@pytest.mark.parametrize("part", ["the run", "the epoch"])
+def test_j4_an_end_that_another_rank_asks_for_holds_on_all_ranks(part: str) -> None:
+    class Asks(FakeProcesses):
         """The other rank asks in its second batch."""
 
         exchanges = 0
@@ -759,12 +749,12 @@ def test_j4_an_end_that_another_rank_asks_for_is_everybodys(what: str) -> None:
                 return flags
             self.exchanges += 1
             asks = self.exchanges == 3  # before the first batch, after it, after the second
-            return [flag or (asks and at == (0 if what == "the run" else 3)) for at, flag in enumerate(flags)]
+            return [flag or (asks and at == (0 if part == "the run" else 3)) for at, flag in enumerate(flags)]
 
     module = Probe()
     trainer = new_trainer()
-    trainer.processes = Asks({})
+    trainer.processes = Asks()
     trainer.fit(module, batches(4))
     assert module.updates == [1.0, 2.0]
-    assert trainer.current_epoch == (0 if what == "the run" else 1)
-    assert (trainer.stop_request.reason == "another process asked for it") == (what == "the run")
+    assert trainer.current_epoch == (0 if part == "the run" else 1)
+    assert (trainer.stop_reason == "another process asked for it") == (part == "the run")

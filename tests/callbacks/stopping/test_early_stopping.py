@@ -201,7 +201,7 @@ def test_only_a_look_reads_from_the_device() -> None:
 
 def test_processes_stop_together() -> None:
     class Other(TwoProcesses):
-        """The other process has a reason at its fifth look; the first question is that of ``fit_start``."""
+        """The other process has a reason at its fifth look; it asks for the first time at ``fit_start``."""
 
         world_size = 1  # so that only EarlyStopping asks
 

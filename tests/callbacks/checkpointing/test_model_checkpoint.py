@@ -617,7 +617,7 @@ def test_the_run_continues_while_a_file_is_written(tmp_path: Path, monkeypatch: 
     weights = Weights()
 
     class OfSteps1And4(ModelCheckpoint):
-        """With a file at each step the run would wait for that of step 1 at step 2."""
+        """If each step had a file, the run would wait for the one of step 1 at step 2."""
 
         def is_due(self, trainer: Trainer, event: Any) -> bool:
             return trainer.global_step in (1, 4)

@@ -18,9 +18,6 @@ ALLOWED = {
 
 TO_CONVERT = {
     "callbacks/monitoring/model_summary.py": {"_compiled_call_impl", "_orig_mod"},
-    "callbacks/profiling/spans.py": {"_compiled_call_impl", "_modules", "_orig_mod"},
-    "callbacks/profiling/torch_profiler.py": {"_profiler_enabled"},
-    "eventtrain/checkpoint/contents.py": {"_opt_called"},
 }  # fmt: skip
 """The files that still use private names. The test fails when one is converted and its line is still here."""
 

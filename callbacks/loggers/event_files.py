@@ -18,8 +18,8 @@ import torch
 
 from eventtrain.callbacks.loggers.run_files import RunFile
 from eventtrain.checkpoint.rng import isolated_rng
-from eventtrain.core.evaluation import restore
-from eventtrain.data.batches import move_to_device
+from eventtrain.data.device import move_to_device
+from eventtrain.module.modes import restore_modes
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -235,4 +235,4 @@ def draw_graph(writer: SummaryWriter, module: LightningModule) -> None:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         warnings.warn(f"No graph of {name} is logged, because its forward cannot be traced: {reason}", stacklevel=2)
     finally:
-        restore(training)
+        restore_modes(training)

@@ -17,7 +17,6 @@ ALLOWED = {
 """Private names of other libraries, by file, with the reason."""
 
 TO_CONVERT = {
-    "callbacks/monitoring/model_summary.py": {"_compiled_call_impl", "_orig_mod"},
     "callbacks/profiling/spans.py": {"_compiled_call_impl", "_modules", "_orig_mod"},
     "callbacks/profiling/torch_profiler.py": {"_profiler_enabled"},
     "eventtrain/checkpoint/contents.py": {"_opt_called"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 import re
@@ -182,9 +183,9 @@ def configuration(trainer: Trainer) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "module": type(trainer.module).__name__,
         "optimization": "automatic" if trainer.module.automatic_optimization else "manual",
-        **trainer.run_limits,
-        **{f"limit of {stage} batches": limit for stage, limit in trainer.limits.items()},
-        "num_sanity_val_steps": trainer.num_sanity_val_steps,
+        **dataclasses.asdict(trainer.limits),
+        **{f"limit of {stage} batches": limit for stage, limit in trainer.arguments.batch_limits.items()},
+        "num_sanity_val_steps": trainer.arguments.num_sanity_val_steps,
         "seed": trainer.seed,
     }
     for kind, parts in (

@@ -45,8 +45,10 @@ def on_demand(handler: F) -> F:
 
 
 def is_on_demand(handler: Any) -> bool:
-    """Return whether a handler is marked by :func:`on_demand`."""
-    return getattr(handler, "_on_demand", False) is True
+    """Return whether a handler is marked by :func:`on_demand`, itself or the method of a base class that it overrides."""
+    kind = type(getattr(handler, "__self__", None))
+    methods = [vars(base).get(getattr(handler, "__name__", "")) for base in kind.__mro__]
+    return any(getattr(method, "_on_demand", False) is True for method in [handler, *methods])
 
 
 class Callback(CallbackHooks):

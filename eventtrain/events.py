@@ -859,7 +859,7 @@ class RequestStop(Event):
 @dataclass(slots=True)
 class TakeCheckpoint(Event):
     """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after
-    ``request_stop``; before ``train_end`` if the run ends elsewhere; and whenever ``trainer.keep_checkpoint`` is called.
+    ``request_stop``; before ``train_end`` if the run was asked to stop after its last safe point; and whenever ``trainer.keep_checkpoint`` is called.
 
     Attributes:
         epoch_end: The epoch is complete.

@@ -76,6 +76,7 @@ class TrainLoop:
         is_last_batch: The current batch is its epoch's last.
         batches: The pass over the training data of the current epoch, or of the one that the run has ended in.
         resumption: The place that the next epoch continues from; None for its beginning.
+        known_request: The request to stop, as it was at the last safe point; None before the first.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class TrainLoop:
         self.is_last_batch = False
         self.batches: Batches | None = None
         self.resumption: Resumption | None = None
+        self.known_request: tuple[str | None, bool] | None = None
 
     # ------------------------------------------------------------------ fit, epoch, batch
 
@@ -129,8 +131,8 @@ class TrainLoop:
         self.agree()
         while self.resumes_in_epoch() or not (self.is_complete() or self.is_stopping()):
             self.train_epoch()
-        # Once more, because the run may have been asked to stop after its last safe point.
-        if signals.take_checkpoint.listeners:
+        if self.known_request not in (None, (self.stop.reason, self.stop.force)) and signals.take_checkpoint.listeners:
+            # The run was asked to stop after its last safe point, at which no listener knew of its end.
             signals.take_checkpoint.publish(TakeCheckpoint(False, self.batch.window_open))
         signals.train_end.publish(TrainEnd())
 
@@ -164,6 +166,7 @@ class TrainLoop:
                 pass  # keep_checkpoint has published take_checkpoint
             elif signals.take_checkpoint.listeners:
                 signals.take_checkpoint.publish(TakeCheckpoint(ends_epoch, self.batch.window_open))
+            self.known_request = stop.reason, stop.force
             if ends_epoch:
                 progress.count_epoch()
                 self.agree()

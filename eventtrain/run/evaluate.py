@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from eventtrain.checkpoint.find import read_checkpoint
 from eventtrain.core.evaluation import EvaluationStage
@@ -73,5 +74,13 @@ class Evaluation(Run):
 
     @contextmanager
     def _evaluating(self) -> Generator[None, None, None]:
-        with torch.inference_mode(), evaluation_mode(self.module, self.evaluated):
+        """The context of an evaluation outside a fit: without gradients, and without what makes them possible."""
+        no_grad = torch.no_grad() if has_special_parameters(self.module) else torch.inference_mode()
+        with no_grad, evaluation_mode(self.module, self.evaluated):
             yield
+
+
+def has_special_parameters(module: nn.Module) -> bool:
+    """Return whether a module has parameters of a subclass of ``Tensor``, such as sharded ones. They may fail in inference
+    mode, or afterwards."""
+    return any(type(parameter) not in (torch.Tensor, nn.Parameter) for parameter in module.parameters())

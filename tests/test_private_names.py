@@ -16,11 +16,6 @@ ALLOWED = {
 }
 """Private names of other libraries, by file, with the reason."""
 
-TO_CONVERT = {
-    "callbacks/monitoring/model_summary.py": {"_compiled_call_impl", "_orig_mod"},
-}  # fmt: skip
-"""The files that still use private names. The test fails when one is converted and its line is still here."""
-
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name.isidentifier() and name != "_"
@@ -82,7 +77,7 @@ def private_names(file: str) -> set[str]:
 
 
 def test_private_names_of_torch_are_used_in_one_file() -> None:
-    assert {file: names for file in TREES if (names := private_names(file))} == TO_CONVERT
+    assert {file: names for file in TREES if (names := private_names(file))} == {}
 
 
 def test_private_names_are_recognised() -> None:

@@ -11,11 +11,13 @@ import socket
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eventtrain._torch import summary_writer
 from eventtrain.callbacks.loggers.run_files import RunFile
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.data.device import move_to_device
@@ -130,22 +132,7 @@ def open_writer(directory: Path, owner: str, purge_step: int | None = None) -> S
     Raises:
         OSError: If the file cannot be opened.
     """
-    from torch.utils.tensorboard import SummaryWriter  # imported late, because it takes seconds
-    from torch.utils.tensorboard.writer import FileWriter
-
-    class RunWriter(SummaryWriter):
-        file_writer: Any
-        all_writers: Any
-
-        def _get_file_writer(self) -> Any:
-            if self.file_writer is None:
-                self.file_writer = FileWriter.__new__(FileWriter)  # its __init__ would open TensorBoard's own file
-                self.file_writer.event_writer = EventFile(directory, owner, self.purge_step)
-                self.all_writers = {str(directory): self.file_writer}
-                self.purge_step = None  # only once, even if the writer is used again after it was closed
-            return self.file_writer
-
-    return RunWriter(str(directory), purge_step=purge_step)
+    return summary_writer(directory, partial(EventFile, directory, owner), purge_step)
 
 
 # ------------------------------------------------------------------ the records

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.storage import init_arguments
+from eventtrain.checkpoint.storage import read as read_checkpoint
 from eventtrain.core.closure import backward
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError
@@ -745,8 +746,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> loaded.training
             True
         """
-        content = storage.read(checkpoint_path, map_location=map_location)
-        arguments = storage.init_arguments(cls, {**content.get("hyper_parameters", {}), **kwargs})
+        content = read_checkpoint(checkpoint_path, map_location=map_location)
+        arguments = init_arguments(cls, {**content.get("hyper_parameters", {}), **kwargs})
         module = cls(**arguments)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], strict=strict)

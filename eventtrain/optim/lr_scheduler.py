@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from eventtrain.errors import MisconfigurationError, nearest
 
@@ -84,16 +84,3 @@ def has_torch_api(config: LRSchedulerConfig) -> bool:
     except TypeError:
         return False
     return True
-
-
-def looks_stepwise(config: LRSchedulerConfig, epochs: int | None) -> bool:
-    """Return whether a scheduler that steps by epochs was built for more steps than there are epochs.
-
-    Args:
-        config: The scheduler config.
-        epochs: The run's number of epochs; None if only ``max_steps`` ends it.
-    """
-    scheduler = config.scheduler
-    if config.interval != "epoch" or not isinstance(scheduler, OneCycleLR):
-        return False
-    return epochs is None or bool(scheduler.total_steps > epochs)

@@ -296,6 +296,7 @@ class Trainer:
         request.force |= force or at_once
         request.at_once |= at_once
         request.is_agreed |= by_all
+        request.force_is_agreed |= by_all and request.force
 
     def interrupt(self, reason: str | None) -> None:
         """Interrupt the fit at its next safe point: write a checkpoint there and return from ``fit``, so that

@@ -210,6 +210,12 @@ class ModuleOf(LightningModule):
         return SGD([self.w], lr=0.1)
 
 
+def gradient(parameter: Tensor) -> Tensor:
+    """Return a parameter's gradient, which has to exist."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 # ------------------------------------------------------------------ trainers
 
 

@@ -374,7 +374,7 @@ class TrainLoop:
         if reason is None or not (stop.interruption_is_agreed or self.batch.processes is None):
             return False
         path = self.keep_checkpoint(reason)
-        stop.reason, stop.force, stop.is_agreed = reason, True, True
+        stop.reason, stop.force, stop.is_agreed, stop.force_is_agreed = reason, True, True, True
         self.signals.run_interrupted.publish(RunInterrupted(reason, path))
         return True
 
@@ -413,10 +413,11 @@ class TrainLoop:
     def is_stopping(self) -> bool:
         """Return whether a request to stop holds now."""
         stop, progress = self.stop, self.progress
-        if stop.reason is None or not (stop.is_agreed or self.batch.processes is None):
+        is_single = self.batch.processes is None
+        if stop.reason is None or not (is_single or stop.is_agreed):
             return False
         early = progress.epochs_done < self.limits.min_epochs or progress.global_step < self.limits.min_steps
-        return stop.force or not early
+        return not early or (stop.force and (is_single or stop.force_is_agreed))
 
 
 def detached_outputs(state: BatchState) -> tuple[Any, Tensor | None]:

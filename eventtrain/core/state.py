@@ -155,7 +155,8 @@ class StopRequest:
         at_once: An evaluation in the fit is left at its next batch.
         epoch_reason: Why the current epoch is to end; None if it is not.
         interruption: Why the run is to be interrupted at its next safe point; None if it is not.
-        is_agreed: All processes know of the request to stop; in a run of one process it has nobody to tell.
+        is_agreed: All processes know of the request to stop. Nothing has to be agreed in a run of one process.
+        force_is_agreed: All processes know that it does not wait.
         interruption_is_agreed: All processes know of the interruption.
     """
 
@@ -165,13 +166,17 @@ class StopRequest:
     epoch_reason: str | None = None
     interruption: str | None = None
     is_agreed: bool = False
+    force_is_agreed: bool = False
     interruption_is_agreed: bool = False
 
     def agree(self, processes: Processes) -> None:
         """Take up the requests of all processes, by one exchange."""
         requests = [self.reason, self.force, self.at_once, self.epoch_reason, self.interruption]
         asked = processes.any_of([request not in (None, False) for request in requests])
-        self.is_agreed, self.force, self.at_once, ends_epoch, self.interruption_is_agreed = asked
+        self.is_agreed, self.force_is_agreed, at_once, ends_epoch, self.interruption_is_agreed = asked
+        # A signal handler may have asked for more during the exchange.
+        self.force |= self.force_is_agreed
+        self.at_once |= at_once
         elsewhere = "another process asked for it"
         if self.is_agreed and self.reason is None:
             self.reason = elsewhere

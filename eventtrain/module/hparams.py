@@ -93,7 +93,15 @@ class HyperparametersMixin:
 
     @property
     def logs_hparams(self) -> bool:
-        """Whether loggers write :attr:`hparams`: there are some, and ``logger=False`` was not given."""
+        """Whether loggers write :attr:`hparams`: there are some, and ``logger=False`` was not given.
+
+        Example:
+            >>> from eventtrain import LightningModule
+            >>> module = LightningModule()
+            >>> module.save_hyperparameters({"width": 3}, logger=False)
+            >>> module.logs_hparams
+            False
+        """
         return bool(self.hparams) and bool(self.__dict__.get("_log_hyperparams", True))
 
     @property
@@ -110,19 +118,6 @@ class HyperparametersMixin:
         """
         initial: AttributeDict = self.__dict__.get("_hparams_initial", AttributeDict())
         return copy.deepcopy(initial)
-
-    @property
-    def logs_hyperparameters(self) -> bool:
-        """Whether loggers get the hyperparameters: there are some, and they were saved with ``logger=True``.
-
-        Example:
-            >>> from eventtrain import LightningModule
-            >>> module = LightningModule()
-            >>> module.save_hyperparameters({"width": 3}, logger=False)
-            >>> module.logs_hyperparameters
-            False
-        """
-        return bool(self.hparams) and bool(self.__dict__.get("_log_hyperparams", True))
 
 
 def _as_mapping(values: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Stepping(Probe):
         super().__init__(**arguments)
         self.how = how
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> Any:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> Any:
         self.how(self, epoch, batch_idx, optimizer, optimizer_closure)
 
 

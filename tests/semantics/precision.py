@@ -15,7 +15,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from eventtrain import LightningModule
 from eventtrain.callbacks import MixedPrecision
-from tests.kit import On, train
+from tests.kit import On, gradient, train
+from tests.reference import backward
 
 INF = float("inf")
 FUSED = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -99,16 +100,16 @@ def by_hand(
             loss = module.loss(batch)
         if held == 0:
             optimizer.zero_grad()
-        scaler.scale(loss / accumulate if accumulate > 1 else loss).backward()
+        backward(scaler.scale(loss / accumulate if accumulate > 1 else loss))
         held += 1
         if held == accumulate or i == len(batches_) - 1:
             scaler.unscale_(optimizer)
             if held != accumulate:
                 for parameter in module.parameters():
-                    parameter.grad.mul_(accumulate / held)
+                    gradient(parameter).mul_(accumulate / held)
             if clip is not None:
                 clip(module.parameters())
-            overflow = not all(bool(p.grad.isfinite().all()) for p in module.parameters())
+            overflow = not all(bool(gradient(p).isfinite().all()) for p in module.parameters())
             scaler.step(optimizer)
             scaler.update()
             skipped += overflow
@@ -136,8 +137,8 @@ class Pair(LightningModule):
 
     def configure_optimizers(self) -> Any:
         g, d = SGD([self.g], lr=1.0), SGD([self.d], lr=1.0)
-        g.register_step_post_hook(lambda *_: self.g_updates.append(self.g.grad.item()))
-        d.register_step_post_hook(lambda *_: self.d_updates.append(self.d.grad.item()))
+        g.register_step_post_hook(lambda *_: self.g_updates.append(gradient(self.g).item()))
+        d.register_step_post_hook(lambda *_: self.d_updates.append(gradient(self.d).item()))
         return g, d
 
 

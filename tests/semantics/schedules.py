@@ -23,7 +23,8 @@ def scheduled(scheduler: Any = Halving, **config: Any) -> Any:
 
 def steps(trainer: Any, index: int = 0) -> int:
     """Return how often a scheduler has stepped."""
-    return trainer.lr_scheduler_configs[index].scheduler.last_epoch
+    count: int = trainer.lr_scheduler_configs[index].scheduler.last_epoch
+    return count
 
 
 class Logging(Probe):
@@ -59,4 +60,5 @@ def metered(**config: Any) -> Any:
 
 
 def metrics_given(trainer: Any) -> list[float]:
-    return trainer.lr_scheduler_configs[0].scheduler.metrics
+    metrics: list[float] = trainer.lr_scheduler_configs[0].scheduler.metrics
+    return metrics

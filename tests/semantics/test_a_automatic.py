@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision, ProgressBar
-from tests.kit import NoLength, On, Probe, Recorder, batches, new_trainer, train
+from tests.kit import NoLength, On, Probe, Recorder, batches, gradient, new_trainer, train
+from tests.reference import backward
 from tests.semantics.modules import Regression, Stepping, assert_same_training, regression_data
 
 # ------------------------------------------------------------------ A1: the closure
@@ -43,7 +45,7 @@ def test_a1_equals_the_loop_of_the_guide(make_optimizer: Any) -> None:
             def closure(batch: Any = batch) -> torch.Tensor:
                 loss = model.loss(batch)
                 optimizer.zero_grad()
-                loss.backward()
+                backward(loss)
                 return loss
 
             optimizer.step(closure)
@@ -132,7 +134,7 @@ def test_a1_without_any_listener_it_is_the_same() -> None:
 
 def test_a1_training_step_may_leave_out_the_index() -> None:
     class NoIndex(Probe):
-        def training_step(self, batch: Any) -> Any:
+        def training_step(self, batch: Any) -> Any:  # type: ignore[override]
             return self.loss(batch)
 
     module = NoIndex()
@@ -240,7 +242,7 @@ def test_a3_the_default_steps_with_the_closure() -> None:
     calls: list[Any] = []
 
     class Default(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             class Watched:
                 def step(self, *args: Any, **kwargs: Any) -> None:
                     calls.append((args, kwargs))
@@ -304,7 +306,7 @@ def test_a3_a_closure_without_a_step_is_allowed() -> None:
     module = Stepping(lambda module, epoch, batch_idx, optimizer, closure: closure())
     trainer = train(module, 3)
     assert module.seen == [1.0, 2.0, 3.0] and module.updates == [] and trainer.global_step == 0
-    assert module.w.grad is not None and module.w.grad.item() == 3.0
+    assert module.w.grad is not None and gradient(module.w).item() == 3.0
 
 
 @pytest.mark.parametrize("callbacks", [(), (GradientAccumulation(2),)], ids=["alone", "accumulating"])
@@ -372,7 +374,8 @@ def counting(sgd: Any) -> Any:
 
 
 def scheduler_steps(trainer: Any) -> int:
-    return trainer.lr_scheduler_configs[0].scheduler.last_epoch
+    count: int = trainer.lr_scheduler_configs[0].scheduler.last_epoch
+    return count
 
 
 @pytest.mark.parametrize("stepping", [None, lambda m, e, b, o, closure: o.step(closure)], ids=["default", "override"])
@@ -473,15 +476,19 @@ def test_a7_every_listener_sees_the_raw_loss(callbacks: Any) -> None:
         def on_before_backward(self, loss: torch.Tensor) -> None:
             self.hook.append(loss.item())
 
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer.step(lambda: self.closure.append(optimizer_closure().item()))
 
     module = Logging(lr=0.0)
     module.w.data.fill_(2.0)
     recorder = Recorder("after_forward", "before_backward", "after_backward", "train_batch_end")
     logged: list[float] = []
-    keep = On(metrics_logged=lambda trainer, event: event.scope == "step" and logged.append(event.metrics["loss"].item()))
-    train(module, 4, *callbacks, recorder, keep, Bar(interval=0.0, line_interval=0.0))
+
+    def keep(trainer: Any, event: Any) -> None:
+        if event.scope == "step":
+            logged.append(event.metrics["loss"].item())
+
+    train(module, 4, *callbacks, recorder, On(metrics_logged=keep), Bar(interval=0.0, line_interval=0.0))
     raw = [2.0, 4.0, 6.0, 8.0]
     seen: dict[str, list[Any]] = {name: [] for name in recorder.names}
     for name, event in zip(recorder.names, recorder.events, strict=True):
@@ -585,7 +592,7 @@ def test_a9_stop_iteration_in_a_callback_is_an_error(event: str, loader: Any) ->
     ],
 )
 def test_a9_stop_iteration_in_a_hook_of_the_module_is_an_error(hook: str, loader: Any) -> None:
-    body = {hook: lambda self, *args, **kwargs: exhausted()}
+    body: dict[str, Callable[..., Any]] = {hook: lambda self, *args, **kwargs: exhausted()}
     if hook == "on_train_epoch_end":
         body = {hook: lambda self: exhausted()}
     if hook == "on_train_batch_start":

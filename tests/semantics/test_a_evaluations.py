@@ -11,6 +11,7 @@ from torch.optim import LBFGS, SGD
 from eventtrain import MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, MixedPrecision
 from tests.kit import On, Probe, Recorder, batches, train
+from tests.reference import backward
 from tests.semantics.modules import Stepping, assert_same_training
 
 # ------------------------------------------------------------------ A5: several evaluations
@@ -43,10 +44,10 @@ def test_a5_lbfgs_equals_the_hand_written_loop(line_search: str | None) -> None:
             evaluations += 1
             loss = model.loss(x)
             optimizer.zero_grad()
-            loss.backward()
+            backward(loss)
             return loss
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     assert_same_training(module, trainer.optimizers[0], model, optimizer)
     assert len(module.seen) == evaluations > 6
     assert trainer.global_step == 6 and trainer.optimizers[0].num_steps == 6
@@ -62,7 +63,12 @@ PER_EVALUATION = (
 
 def test_a5_events_once_per_step_or_once_per_evaluation() -> None:
     hook_calls: list[int] = []
-    module = lbfgs(quadratic(Stepping(lambda m, e, batch_idx, o, closure: (hook_calls.append(batch_idx), o.step(closure)))))
+
+    def hook(module: Any, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        hook_calls.append(batch_idx)
+        optimizer.step(closure)
+
+    module = lbfgs(quadratic(Stepping(hook)))
     recorder = Recorder(*PER_STEP, *PER_EVALUATION)
     train(module, 3, GradientClipping(0.5), recorder)
     evaluations = len(module.seen)
@@ -85,7 +91,7 @@ def test_a5_each_evaluation_is_clipped() -> None:
                 norms.append(self.param_groups[0]["params"][0].grad.norm().item())
                 return loss
 
-            return super().step(noting)
+            return super().step(noting)  # type: ignore[no-untyped-call]
 
     module = quadratic(Probe())
     module.configure = lambda _: Clipped([module.w], lr=0.01, max_iter=4)
@@ -145,7 +151,7 @@ def test_a5_another_optimizer_that_evaluates_twice_trains() -> None:
         def closure(x: Any = x) -> torch.Tensor:
             loss = model.loss(x)
             optimizer.zero_grad()
-            loss.backward()
+            backward(loss)
             return loss
 
         optimizer.step(closure)

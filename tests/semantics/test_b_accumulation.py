@@ -11,12 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
-from tests.kit import NoLength, On, Probe, Recorder, batches, train
+from tests.kit import NoLength, On, Probe, Recorder, batches, gradient, train
+from tests.reference import backward
 from tests.resuming import assert_same
 from tests.semantics.modules import Regression, Weighted, regression_data, weighted
 
@@ -315,8 +317,8 @@ def test_b3_a_short_window_is_rescaled_at_gradients_ready() -> None:
         5,
         GradientAccumulation(2),
         On(
-            unscale_gradients=lambda trainer, event: before.append(module.w.grad.item()),
-            before_optimizer_step=lambda trainer, event: after.append(module.w.grad.item()),
+            unscale_gradients=lambda trainer, event: before.append(gradient(module.w).item()),
+            before_optimizer_step=lambda trainer, event: after.append(gradient(module.w).item()),
         ),
     )
     assert before == [1.5, 3.5, 2.5] and after == [1.5, 3.5, 5.0]
@@ -326,8 +328,8 @@ def test_b3_full_windows_are_not_touched() -> None:
     versions: list[int] = []
     module = Probe()
     note = On(
-        unscale_gradients=lambda trainer, event: versions.append(-module.w.grad._version),
-        before_optimizer_step=lambda trainer, event: versions.append(module.w.grad._version + versions.pop()),
+        unscale_gradients=lambda trainer, event: versions.append(-gradient(module.w)._version),
+        before_optimizer_step=lambda trainer, event: versions.append(gradient(module.w)._version + versions.pop()),
     )
     train(module, 5, GradientAccumulation(2), note)
     assert versions == [0, 0, 1], "only the short window's gradients were written to"
@@ -363,10 +365,10 @@ def test_b3_equals_the_hand_written_loop(window: int, normalize: Any) -> None:
             inside = data[start : start + window]
             optimizer.zero_grad()
             for batch in inside:
-                (model.loss(batch) / window).backward()
+                backward(model.loss(batch) / window)
             if normalize == "window" and len(inside) != window:
                 for parameter in model.parameters():
-                    parameter.grad.mul_(window / len(inside))
+                    gradient(parameter).mul_(window / len(inside))
             optimizer.step()
     assert_same(dict(module.state_dict()), dict(model.state_dict()), "module")
     state, expected = trainer.optimizers[0].state_dict()["state"], optimizer.state_dict()["state"]
@@ -425,7 +427,7 @@ class Synchronised:
 
 
 def test_b5_gradients_are_synchronised_once_per_window(tmp_path: Any) -> None:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    store = FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         module, ddp = Probe(), Synchronised()
@@ -537,7 +539,7 @@ def hand_written(
             if in_window == 0:
                 window = size({"epoch": epoch, "step": updates, "batch": batches_done}[unit])
                 optimizer.zero_grad()
-            ((w * float(index + 1)).sum() / window).backward()
+            backward((w * float(index + 1)).sum() / window)
             in_window += 1
             batches_done += 1
             if in_window == window or (remainder == "step" and index == length - 1):
@@ -590,7 +592,8 @@ def test_b_property_windows_equal_the_hand_written_loop(
     max_steps: int | None,
 ) -> None:
     def size(count: int) -> int:
-        return schedule[max(key for key in schedule if key <= count)]
+        length: int = schedule[max(key for key in schedule if key <= count)]
+        return length
 
     used = length if limit is None else min(limit, length)
     counter = {"epoch": "current_epoch", "step": "global_step", "batch": "total_batch_idx"}[unit]

@@ -11,7 +11,8 @@ from torch.optim import AdamW
 
 from eventtrain import MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation
-from tests.kit import FakeProcesses, On, Recorder, new_trainer, train
+from tests.kit import FakeProcesses, On, Recorder, gradient, new_trainer, train
+from tests.reference import backward
 from tests.resuming import assert_same
 from tests.semantics.modules import Regression, Weighted, regression_data, weighted
 
@@ -96,9 +97,9 @@ def test_b4_the_arithmetic_is_that_of_the_rule() -> None:
             inside = data[start : start + 3]
             optimizer.zero_grad()
             for batch in inside:
-                (model.loss(batch) * batch[2] / (3 * reference)).backward()
+                backward(model.loss(batch) * batch[2] / (3 * reference))
             for parameter in model.parameters():
-                parameter.grad.mul_(3 * reference / sum(batch[2] for batch in inside))
+                gradient(parameter).mul_(3 * reference / sum(batch[2] for batch in inside))
             optimizer.step()
     assert_same(dict(module.state_dict()), dict(model.state_dict()), "module")
 

@@ -16,7 +16,8 @@ from torch.optim import SGD
 
 from eventtrain import LightningModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, MixedPrecision
-from tests.kit import On, Probe, Recorder, train
+from tests.kit import On, Probe, Recorder, gradient, train
+from tests.reference import backward
 
 
 def scaled_by_1024() -> MixedPrecision:
@@ -55,11 +56,11 @@ def test_c1_before_optimizer_step_sees_complete_unscaled_unclipped_gradients() -
 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             assert optimizer is self.optimizers()
-            self.hook.append(self.w.grad.item())
+            self.hook.append(gradient(self.w).item())
 
     module = Watching()
     at: dict[str, list[float]] = {name: [] for name in ORDER[1:]}
-    note = On(**{name: lambda trainer, event, name=name: at[name].append(module.w.grad.item()) for name in at})
+    note = On(**{name: lambda trainer, event, name=name: at[name].append(gradient(module.w).item()) for name in at})
     train(module, [1.0, 2.0, 5.0], GradientClipping(1.0, "value"), note, scaled_by_1024(), GradientAccumulation(2))
     # `note` is attached before the two listeners that act on these events, so it sees the event as they get it.
     assert at["unscale_gradients"] == [1.5 * 1024, 2.5 * 1024]
@@ -280,7 +281,9 @@ class Hooked(Probe):
         super().__init__(**arguments)
         self.calls: list[Any] = []
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
         assert optimizer is self.optimizers()
         self.calls.append((gradient_clip_val, gradient_clip_algorithm))
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -312,7 +315,9 @@ def test_c3_the_policys_norm_type_holds_in_the_hook() -> None:
 
 def test_c3_the_example_of_the_guide() -> None:
     class Guide(Probe):
-        def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        def configure_gradient_clipping(
+            self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+        ) -> None:
             if self.current_epoch > 5:
                 gradient_clip_val = gradient_clip_val * 2
 
@@ -326,7 +331,9 @@ def test_c3_the_example_of_the_guide() -> None:
 
 def test_c3_the_hook_decides_about_clipping() -> None:
     class Nothing(Probe):
-        def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        def configure_gradient_clipping(
+            self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+        ) -> None:
             return None
 
     module = Nothing()
@@ -336,7 +343,9 @@ def test_c3_the_hook_decides_about_clipping() -> None:
 
 def test_c3_the_hook_may_clip_without_a_policy() -> None:
     class Own(Probe):
-        def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        def configure_gradient_clipping(
+            self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+        ) -> None:
             self.clip_gradients(optimizer, gradient_clip_val=2.0, gradient_clip_algorithm="value")
 
     module = Own()
@@ -351,9 +360,10 @@ def test_c3_the_default_is_clip_gradients() -> None:
         def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
             super().configure_gradient_clipping(*args, **kwargs)
 
-        def clip_gradients(self, optimizer: Any, **kwargs: Any) -> Any:
+        def clip_gradients(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            assert not args
             calls.append(kwargs)
-            return super().clip_gradients(optimizer, **kwargs)
+            return super().clip_gradients(optimizer, *args, **kwargs)
 
     module = Default()
     train(module, [8.0], GradientClipping(1.0, "value"))
@@ -514,7 +524,7 @@ def test_c_property_clipping_equals_the_hand_written_loop(
             inside = range(start, min(start + window, length + 1))
             optimizer.zero_grad()
             for x in inside:
-                ((w * float(x)).sum() / window).backward()
+                backward((w * float(x)).sum() / window)
             if len(inside) != window:
                 w.grad.mul_(window / len(inside))  # type: ignore[union-attr]
             if threshold is not None and algorithm == "norm":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,12 +24,13 @@ from eventtrain.callbacks import (
     TensorBoardLogger,
 )
 from tests.kit import On, Probe, Recorder, batches, new_trainer, train
+from tests.reference import backward
 from tests.semantics.schedules import Halving, Logging, Metered, metered, metrics_given, scheduled, steps
 
 # ------------------------------------------------------------------ D1: the results of configure_optimizers
 
 
-FORMS = {
+FORMS: dict[str, tuple[Callable[[Any, Any], Any], int]] = {
     "list-of-optimizers": (lambda sgd, scheduler: [sgd], 0),
     "tuple-of-optimizers": (lambda sgd, scheduler: (sgd,), 0),
     "optimizer": (lambda sgd, scheduler: sgd, 0),
@@ -360,7 +362,7 @@ def test_d4_under_a_none_loss() -> None:
 
 def test_d4_under_an_optimizer_step_that_skips() -> None:
     class EveryOther(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             if batch_idx % 2:
                 optimizer.step(closure=optimizer_closure)
             else:
@@ -373,7 +375,7 @@ def test_d4_under_an_optimizer_step_that_skips() -> None:
 
 def test_d4_a_step_of_the_wrapped_optimizer_is_a_real_update() -> None:
     class Wrapped(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer.optimizer.step(optimizer_closure)
 
     module = Wrapped(configure=scheduled(interval="step"))
@@ -704,7 +706,7 @@ def test_d_property_rates_equal_the_hand_written_loop(
             inside = range(start, min(start + window, used + 1))
             optimizer.zero_grad()
             for x in inside:
-                ((w * float(x)).sum() / window).backward()
+                backward((w * float(x)).sum() / window)
             if len(inside) != window:
                 w.grad.mul_(window / len(inside))  # type: ignore[union-attr]
             optimizer.step()

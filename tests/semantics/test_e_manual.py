@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
 from tests.kit import On, Probe, Recorder, batches, train
+from tests.reference import backward
 from tests.semantics.modules import Manual, Pair
 
 # ------------------------------------------------------------------ E1: the calls of a module
@@ -64,7 +65,12 @@ def test_e1_one_optimizer_in_any_form_is_one_object(configure: Any) -> None:
 )
 def test_e1_one_scheduler_in_any_form_is_one_object(configure: Any) -> None:
     made: list[Any] = []
-    module = Manual(configure=lambda sgd: configure(sgd, made.append(one(sgd)) or made[0]))
+
+    def configured(sgd: Any) -> Any:
+        made.append(one(sgd))
+        return configure(sgd, made[0])
+
+    module = Manual(configure=configured)
     train(module, 2)
     assert module.lr_schedulers() is made[0]
 
@@ -143,7 +149,7 @@ def test_e1_step_with_a_closure(optimizer: Any) -> None:
             evaluations += 1
             loss = quadratic(w, x)
             opt.zero_grad()
-            loss.backward()
+            backward(loss)
             return loss
 
         expected.append(opt.step(closure).item())
@@ -346,7 +352,9 @@ class Toggling(LightningModule):
         self.body(self, *self.optimizers())
 
     def configure_optimizers(self) -> Any:
-        return SGD([self.a, self.shared, self.frozen_a], lr=1.0), SGD([self.b, self.shared, self.frozen_b], lr=1.0)
+        parameters = dict(self.named_parameters())
+        names = ("a", "shared", "frozen_a"), ("b", "shared", "frozen_b")
+        return tuple(SGD([parameters[name] for name in group], lr=1.0) for group in names)
 
 
 ALL = {"a", "b", "shared", "free"}
@@ -420,7 +428,8 @@ def test_e3_within_a_nested_toggle_the_flags_are_the_users(toggled: Toggler) -> 
 def test_e3_three_optimizers_nested(toggled: Toggler) -> None:
     class Three(Toggling):
         def configure_optimizers(self) -> Any:
-            return *super().configure_optimizers(), SGD([self.free, self.frozen_free], lr=1.0)
+            parameters = dict(self.named_parameters())
+            return *super().configure_optimizers(), SGD([parameters[name] for name in ("free", "frozen_free")], lr=1.0)
 
     def body(module: Any, first: Any, second: Any, third: Any) -> None:
         with toggled(module, first), toggled(module, second):
@@ -606,7 +615,7 @@ def test_e_property_frequencies_equal_the_hand_written_loop(
     updates = 0
     for _ in range(epochs):
         for index in range(used):
-            other.loss(torch.tensor(index + 1.0)).backward()
+            backward(other.loss(torch.tensor(index + 1.0)))
             due = [optimizer for optimizer, n in zip(optimizers, (every_a, every_b), strict=True) if (index + 1) % n == 0]
             for optimizer in due:
                 optimizer.step()

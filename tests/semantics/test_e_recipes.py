@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from eventtrain import LightningModule
 from eventtrain.callbacks import LRSchedulerStepping
 from tests.kit import NoLength, batches, train
+from tests.reference import backward
 from tests.semantics.modules import Manual, Pair
 
 # ------------------------------------------------------------------ E5: the recipes of the guide
@@ -82,7 +83,7 @@ def test_e5_a_plateau_stepped_with_the_epochs_metric(monitor: bool, options: Any
     given: list[float] = []
 
     class Plateau(ReduceLROnPlateau):
-        def step(self, metrics: Any, *args: Any) -> None:
+        def step(self, metrics: Any, *args: Any) -> None:  # type: ignore[override]
             given.append(float(metrics))
             super().step(metrics, *args)
 
@@ -146,11 +147,11 @@ def test_e5_a_gan() -> None:
         real, fake = torch.ones(8, 1), torch.zeros(8, 1)
         d_loss = score(other.D(batch), real) + score(other.D(other.G(noise).detach()), fake)
         d_opt.zero_grad()
-        d_loss.backward()
+        backward(d_loss)
         d_opt.step()
         g_loss = score(other.D(other.G(noise)), real)
         g_opt.zero_grad()
-        g_loss.backward()
+        backward(g_loss)
         g_opt.step()
     for value, expected in zip(module.parameters(), other.parameters(), strict=True):
         assert torch.equal(value, expected)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneC
 from eventtrain import LightningModule, LightningOptimizer, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
 from tests.kit import On, Probe, Recorder, train
+from tests.reference import backward
 
 
 def wrapped(lr: float = 1.0, momentum: float = 0.9) -> tuple[nn.Parameter, SGD, LightningOptimizer]:
@@ -36,7 +39,7 @@ def test_f1_is_an_optimizer() -> None:
 
 def test_f1_reads_reach_the_wrapped_optimizer() -> None:
     _, optimizer, wrapper = wrapped()
-    optimizer.note = "mine"
+    optimizer.note = "mine"  # type: ignore[attr-defined]
     assert wrapper.param_groups is optimizer.param_groups
     assert wrapper.state is optimizer.state
     assert wrapper.defaults is optimizer.defaults
@@ -47,13 +50,13 @@ def test_f1_reads_reach_the_wrapped_optimizer() -> None:
 
 def test_f1_writes_reach_the_wrapped_optimizer() -> None:
     _, optimizer, wrapper = wrapped()
-    groups, state, defaults = [dict(optimizer.param_groups[0], lr=0.5)], {"a": 1}, {"lr": 3.0}
+    groups, state, defaults = [dict(optimizer.param_groups[0], lr=0.5)], defaultdict(int, {torch.ones(1): 1}), {"lr": 3.0}
     wrapper.param_groups, wrapper.state, wrapper.defaults = groups, state, defaults
     wrapper.note = "mine"
     assert optimizer.param_groups is groups
     assert optimizer.state is state
     assert optimizer.defaults is defaults
-    assert optimizer.note == "mine"
+    assert optimizer.note == "mine"  # type: ignore[attr-defined]
     del wrapper.note
     assert not hasattr(optimizer, "note")
 
@@ -61,7 +64,7 @@ def test_f1_writes_reach_the_wrapped_optimizer() -> None:
 def test_f1_only_step_is_written_to_the_wrapper() -> None:
     """Schedulers patch ``step`` of the object that they were built on."""
     parameter, optimizer, wrapper = wrapped()
-    wrapper.step = lambda *args, **kwargs: "patched"
+    wrapper.step = lambda *args, **kwargs: "patched"  # type: ignore[method-assign]
     assert wrapper.step() == "patched"
     assert "step" not in vars(optimizer)
     parameter.grad = torch.ones(2)
@@ -270,7 +273,7 @@ class Holder(LightningModule):
         super().__init__()
         self.layer = nn.Linear(1, 1)
 
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
         return self.layer(batch.view(1, 1)).sum()
 
     def configure_optimizers(self) -> Any:
@@ -299,7 +302,7 @@ def test_f1_copies_of_a_module_leave_the_trainer_behind(duplicate: Any) -> None:
 class Raw(Probe):
     """Steps the wrapped optimizer with the closure, as the seed guide's example does."""
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         optimizer = optimizer.optimizer
         optimizer.step(closure=optimizer_closure)
 
@@ -366,7 +369,7 @@ def test_f2_a_raw_step_is_counted() -> None:
 
 def test_f2_a_raw_step_after_the_closure_is_counted() -> None:
     class Later(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer_closure()
             if batch_idx % 2 == 0:
                 optimizer.optimizer.step()
@@ -462,7 +465,7 @@ def test_f3_a_closure_that_cannot_be_called_is_an_error(closure: Any) -> None:
 
 def test_f3_a_closure_that_cannot_be_called_is_an_error_in_a_run() -> None:
     class Wrong(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer.step(closure=optimizer_closure())
 
     with pytest.raises(MisconfigurationError, match=r"SGD\.step was given .* as its closure"):
@@ -473,7 +476,7 @@ def test_f3_the_closures_result_is_returned() -> None:
     results: list[Any] = []
 
     class Keeping(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             results.append(optimizer.step(closure=optimizer_closure).item())
 
     module = Keeping()
@@ -485,7 +488,7 @@ def test_f3_the_closures_result_is_returned_if_the_step_was_skipped() -> None:
     results: list[Any] = []
 
     class Keeping(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             results.append(optimizer.step(closure=optimizer_closure))
 
     module = Keeping(nothing_for=[3.0])
@@ -516,11 +519,11 @@ def test_f1_lbfgs_and_adam_are_wrapped_alike() -> None:
         def closure(parameter: nn.Parameter, optimizer: Any) -> torch.Tensor:
             optimizer.zero_grad()
             loss = (parameter**4).sum()
-            loss.backward()
+            backward(loss)
             return loss
 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            plain.step(lambda p=parameters[0], o=plain: closure(p, o))
-            wrapper.step(lambda p=parameters[1], o=wrapper: closure(p, o))
+            plain.step(partial(closure, parameters[0], plain))  # type: ignore[no-untyped-call]
+            wrapper.step(partial(closure, parameters[1], wrapper))
         assert torch.equal(parameters[0], parameters[1])

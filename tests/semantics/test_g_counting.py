@@ -81,7 +81,7 @@ def test_g1_it_is_counted_between_the_optimizer_step_hook_and_after_update() -> 
     counts: list[tuple[str, int]] = []
 
     class Module(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             counts.append(("hook begins", self.trainer.global_step))
             optimizer.step(closure=optimizer_closure)
             counts.append(("hook ends", self.trainer.global_step))
@@ -116,7 +116,7 @@ def test_g1_a_warm_up_in_the_hook_sees_the_old_value() -> None:
     """The recipe: the first update has 1/4 of the rate, the fourth has all of it."""
 
     class WarmUp(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer.step(closure=optimizer_closure)
             for group in optimizer.param_groups:
                 group["lr"] = min(1.0, (self.trainer.global_step + 2) / 4)
@@ -294,7 +294,7 @@ class Guess(Stream):
         return 99
 
 
-UNSIZED = {
+UNSIZED: dict[str, Callable[[], Any]] = {
     "iterable": lambda: NoLength(batches(6)),
     "iterable data set": lambda: DataLoader(Stream(6), batch_size=None),
     "iterable data set that guesses": lambda: DataLoader(Guess(6), batch_size=None),
@@ -596,10 +596,10 @@ def test_g4_a_fractional_interval_below_one_batch_is_every_batch() -> None:
 
 @pytest.mark.parametrize("validates", [False, True])
 def test_g4_a_fractional_interval_of_an_unknown_length_is_an_error(validates: bool) -> None:
+    module = Validating() if validates else Probe()
     with pytest.raises(
         MisconfigurationError, match=r"val_check_interval=0\.5 is a fraction of an epoch whose length is unknown"
     ):
-        module = Validating() if validates else Probe()
         train(module, NoLength(batches(4)), val=1 if validates else None, val_check_interval=0.5)
 
 

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain import MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
-from tests.kit import On, Probe, Recorder, new_trainer, train
+from tests.kit import On, Probe, Recorder, gradient, new_trainer, train
+from tests.reference import backward
 from tests.semantics.precision import (
     FUSED,
     INF,
@@ -44,12 +45,12 @@ class Watching(Net):
 
     def note(self, place: str) -> None:
         with torch.no_grad():
-            self.at[place] = nn.functional.linear(torch.ones(1, 4), self.net[0].weight).dtype
+            self.at[place] = nn.functional.linear(torch.ones(1, 4), next(self.net.parameters())).dtype
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.note("training_step")
         loss = self.loss(batch)
-        loss.register_hook(lambda _: self.note("backward"))
+        loss.register_hook(lambda _: self.note("backward"))  # type: ignore[no-untyped-call]
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -70,7 +71,7 @@ class Watching(Net):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.note("on_train_batch_end")
 
-    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.note("on_validation_batch_end")
 
 
@@ -135,7 +136,7 @@ def test_h1_bf16_equals_the_hand_written_loop(fused: bool) -> None:
         with autocast(torch.bfloat16):
             loss = expected.loss(batch)
         optimizer.zero_grad()
-        loss.backward()
+        backward(loss)
         optimizer.step()
     assert_same(module, trainer.optimizers[0], expected, optimizer)
 
@@ -172,7 +173,7 @@ def test_h1_in_manual_mode_a_forward_after_a_step_uses_the_new_weights(precision
             with autocast(torch.float16 if precision == "fp16" else torch.bfloat16):
                 loss = expected.loss(batch)
             optimizer.zero_grad()
-            other.scale(loss).backward()
+            backward(other.scale(loss))
             other.step(optimizer)
             other.update()
     assert_same(module, trainer.optimizers[0], expected, optimizer)
@@ -223,7 +224,8 @@ def test_h2_equals_the_documentations_loop(case: str, kind: Any, fused: bool) ->
     batches_ = data(options.pop("n"), **options)
 
     def make(parameters: Any) -> Optimizer:
-        return kind(parameters, lr=0.05, fused=fused)
+        optimizer: Optimizer = kind(parameters, lr=0.05, fused=fused)
+        return optimizer
 
     scaler, module = small_scaler(), Net(make)
     scales, updates = Scales(scaler), Recorder("after_update", "after_optimizer_step", "optimizer_step_skipped")
@@ -279,7 +281,7 @@ def test_h2_gradients_are_scaled_in_backward_and_unscaled_at_gradients_ready() -
     seen: list[tuple[str, float]] = []
 
     def note(name: str) -> Callable[[Any, Any], None]:
-        return lambda trainer, event: seen.append((name, trainer.module.w.grad.item()))
+        return lambda trainer, event: seen.append((name, gradient(trainer.module.w).item()))
 
     places = ("after_backward", "reduce_gradients", "gradients_ready", "before_optimizer_step", "before_gradient_clipping")
     precision = MixedPrecision("fp16", scaler=small_scaler())

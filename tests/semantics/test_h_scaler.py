@@ -36,7 +36,7 @@ def test_h4_closure_then_step_in_the_hook_trains(fused: bool) -> None:
     """Lightning: never updates."""
 
     class Own(Net):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer_closure()
             optimizer.step()
 
@@ -55,7 +55,7 @@ def test_h4_closure_then_step_in_the_hook_trains(fused: bool) -> None:
 
 def test_h4_a_hook_that_steps_every_other_batch_trains() -> None:
     class Own(Probe):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer_closure()
             if batch_idx % 2 == 1:
                 optimizer.step()
@@ -248,7 +248,7 @@ def test_h5_bf16_uses_no_scaler() -> None:
 class Raw(Probe):
     """Steps the wrapped optimizer."""
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         optimizer.optimizer.step(closure=optimizer_closure)
 
 

@@ -13,7 +13,7 @@ from torchmetrics.aggregation import MaxMetric
 from torchmetrics.classification import BinaryAccuracy
 
 from eventtrain import MisconfigurationError, Trainer
-from tests.kit import FakeProcesses, Logged, On, Probe, Recorder, batches, new_trainer, numbers, train
+from tests.kit import FakeProcesses, Logged, On, Probe, Recorder, batches, gradient, new_trainer, numbers, train
 
 THREE = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5.0])]
 """Batches sized 2, 2, 1, whose means are 1.5, 3.5, 5."""
@@ -113,7 +113,7 @@ def test_i1_logger() -> None:
 
 @pytest.mark.parametrize(("reduce_fx", "expected"), [("mean", 3.0), ("min", 1.5), ("max", 5.0), ("sum", 10.0)])
 def test_i1_reduce_fx(reduce_fx: str, expected: float) -> None:
-    options = {"on_epoch": True, "reduce_fx": reduce_fx}
+    options: dict[str, Any] = {"on_epoch": True, "reduce_fx": reduce_fx}
     trainer = train(Logs(logs(**options), logs("val", **options)), THREE, val=THREE)
     assert numbers(trainer.callback_metrics)["value_epoch"] == expected
     assert numbers(trainer.callback_metrics)["val"] == expected
@@ -211,7 +211,7 @@ def test_i1_hooks_of_a_batch_log_on_the_step() -> None:
             self.log("start", batch)
 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
-            self.log("gradient", self.w.grad.abs().max())
+            self.log("gradient", gradient(self.w).abs().max())
 
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             self.log("end", batch)
@@ -246,7 +246,7 @@ def test_i2_epoch_means_are_weighted_by_batch_size(wrap: Any) -> None:
             self.log("train", THREE[batch_idx].mean(), on_step=False, on_epoch=True)
             return self.w.sum()
 
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.log("val", THREE[batch_idx].mean())
 
     loader = [wrap(x) for x in THREE]
@@ -344,11 +344,16 @@ class Metered(Logs):
     def __init__(self, *, on_step: bool, on_epoch: bool, forward: bool = True) -> None:
         super().__init__()
         self.mean = MeanMetric()
-        self.options = {"on_step": on_step, "on_epoch": on_epoch}
+        self.options: dict[str, Any] = {"on_step": on_step, "on_epoch": on_epoch}
         self.call_forward = forward
         self.resets: list[int] = []
         reset = self.mean.reset
-        self.mean.reset = lambda: (self.resets.append(self.trainer.total_batch_idx), reset())[1]  # type: ignore[method-assign]
+
+        def counting() -> None:
+            self.resets.append(self.trainer.total_batch_idx)
+            reset()
+
+        self.mean.reset = counting  # type: ignore[method-assign]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         (self.mean if self.call_forward else self.mean.update)(batch)
@@ -373,7 +378,7 @@ def test_i3_a_metrics_weights_are_kept() -> None:
             super().__init__()
             self.metric = MeanMetric()
 
-        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.metric.update(batch)
             self.log("mean", self.metric)
 
@@ -395,7 +400,7 @@ def test_i3_a_sanity_check_leaves_nothing_in_it() -> None:
             super().__init__()
             self.largest = MaxMetric()
 
-        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.largest.update(batch if not self.trainer.sanity_checking else batch + 100.0)
             self.log("largest", self.largest)
 
@@ -411,7 +416,7 @@ def test_i3_an_evaluation_that_raised_leaves_nothing_in_it() -> None:
             super().__init__()
             self.largest = MaxMetric()
 
-        def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.largest.update(batch + 100.0 if self.fails else batch)
             self.log("largest", self.largest)
             if self.fails:
@@ -430,9 +435,9 @@ def test_i3_a_collection_in_log_dict() -> None:
             super().__init__()
             self.metrics = MetricCollection({"mean": MeanMetric(), "max": MaxMetric()})
 
-        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.metrics.update(batch)
-            self.log_dict(self.metrics)
+            self.log_dict(self.metrics)  # type: ignore[arg-type]
 
     trainer = train(Module(), 1, val=3)
     assert numbers(trainer.callback_metrics) == {"mean": 2.0, "max": 3.0}
@@ -449,7 +454,7 @@ def test_i3_an_accuracy_over_two_epochs_of_training_and_validation() -> None:
             self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
             return self.loss(batch)
 
-        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.val_accuracy(batch > 1.0, torch.ones(1))
             self.log("val_accuracy", self.val_accuracy)
 

@@ -41,24 +41,29 @@ STAGES = ("validate", "test", "predict")
 # ------------------------------------------------------------------ J1: gradients
 
 
-def modes(module: Any, batch: Any, batch_idx: int) -> None:
-    module.found.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+class Modes(Evaluates):
+    """Records in each evaluation step whether gradients and inference mode are enabled."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda module, batch, batch_idx: self.modes.append(self.mode()))
+        self.modes: list[tuple[bool, bool]] = []
+
+    def mode(self) -> tuple[bool, bool]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def test_j1_during_a_fit_evaluation_uses_no_grad() -> None:
-    """Sanity check included: tensors of inference mode could not be trained with."""
-    module = Evaluates(modes)
-    module.found = []
+    """The sanity check too: training cannot use tensors of inference mode."""
+    module = Modes()
     train(module, 1, val=2, num_sanity_val_steps=1)
-    assert module.found == [(False, False)] * 3
+    assert module.modes == [(False, False)] * 3
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_j1_without_a_fit_evaluation_runs_without_gradients(stage: str) -> None:
-    module = Evaluates(modes)
-    module.found = []
+    module = Modes()
     getattr(new_trainer(), stage)(module, batches(1))
-    assert [enabled for enabled, _ in module.found] == [False]
+    assert [enabled for enabled, _ in module.modes] == [False]
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
 
@@ -105,10 +110,10 @@ class Layers(LightningModule):
     def now(self) -> list[bool]:
         return [part.training for part in self.modules()]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(self.norm(self.frozen(x))).mean()
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         self.flags.append(("train", self.now()))
         return self(batch)
 
@@ -166,7 +171,8 @@ def test_j1_flags_are_restored_after_an_error(stage: str) -> None:
 def test_j1_a_frozen_batch_norm_keeps_its_statistics() -> None:
     module = Layers()
     train(module, pictures(3), val=pictures(2), max_epochs=2, num_sanity_val_steps=2)
-    assert torch.equal(module.frozen[0].running_mean, torch.zeros(2))
+    assert torch.equal(dict(module.frozen[0].named_buffers())["running_mean"], torch.zeros(2))
+    assert module.norm.num_batches_tracked is not None
     assert module.norm.num_batches_tracked.item() == 6  # the batches of training only
 
 
@@ -179,12 +185,13 @@ def draw() -> tuple[float, float, float]:
 
 class Draws(Evaluates):
     def __init__(self, *, evaluates: bool, fails: bool = False) -> None:
-        super().__init__(lambda module, batch, batch_idx: (draw(), self.fail(fails)))
-        self.evaluates = evaluates
+        super().__init__(lambda module, batch, batch_idx: self.draw_or_fail())
+        self.evaluates, self.fails = evaluates, fails
         self.drawn: list[Any] = []
 
-    def fail(self, fails: bool) -> None:
-        if fails:
+    def draw_or_fail(self) -> None:
+        draw()
+        if self.fails:
             raise RuntimeError("mine")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -234,10 +241,9 @@ def test_j1_a_validation_does_not_change_a_bit_of_training() -> None:
     for limit in (None, 0):
         torch.manual_seed(11)
         module = Layers()
-        train(
-            module, DataLoader(torch.randn(12, 2), batch_size=3, shuffle=True), val=pictures(3), max_epochs=3,
-            limit_val_batches=limit,
-        )  # fmt: skip
+        samples: Any = torch.randn(12, 2)
+        loader = DataLoader(samples, batch_size=3, shuffle=True)
+        train(module, loader, val=pictures(3), max_epochs=3, limit_val_batches=limit)
         results.append(module.state_dict())
     for value, other in zip(results[0].values(), results[1].values(), strict=True):
         assert torch.equal(value, other)
@@ -351,7 +357,8 @@ def epochwise(sgd: Any) -> Any:
 
 
 def scheduler_steps(trainer: Any) -> int:
-    return trainer.lr_scheduler_configs[0].scheduler.last_epoch
+    count: int = trainer.lr_scheduler_configs[0].scheduler.last_epoch
+    return count
 
 
 def test_j3_stop_ends_the_run_after_the_batch_at_hand() -> None:
@@ -555,7 +562,7 @@ def hooked() -> tuple[Any, list[str], dict[str, tuple[Any, ...]]]:
     given: dict[str, tuple[Any, ...]] = {}
 
     class Module(Sane):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             calls.append("training_step")
             return super().training_step(batch, batch_idx)
 
@@ -653,12 +660,19 @@ def test_j5_callbacks_come_before_the_module() -> None:
                 On(train_start=lambda t, e: calls.append("its own"), before_optimizer_step=lambda t, e: calls.append("its own"))
             ]
 
-    given = [
-        On(train_start=lambda t, e, i=i: calls.append(i), before_optimizer_step=lambda t, e, i=i: calls.append(i))
-        for i in ("first", "second")
-    ]
-    train(Module(), 1, *given)
+    def attached(name: str) -> On:
+        return On(train_start=lambda t, e: calls.append(name), before_optimizer_step=lambda t, e: calls.append(name))
+
+    train(Module(), 1, attached("first"), attached("second"))
     assert calls == ["first", "second", "its own", "module"] * 2
+
+
+def calling(hook: str, calls: list[str]) -> Callable[..., None]:
+    def method(self: Any, *args: Any) -> None:
+        calls.append(hook)
+        self.eval()  # as the default of the hooks that switch the mode
+
+    return method
 
 
 def test_j5_test_and_predict_have_hooks_too() -> None:
@@ -670,8 +684,7 @@ def test_j5_test_and_predict_have_hooks_too() -> None:
 
         hooks = ["model_eval", "start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end", "model_train"]
         for hook in [f"on_{stage}_{part}" for part in hooks]:
-            # A hook in place of the switch itself: it calls eval.
-            setattr(Module, hook, lambda self, *args, hook=hook: (calls.append(hook), self.eval())[1] and None)  # noqa: B023
+            setattr(Module, hook, calling(hook, calls))
         getattr(new_trainer(), stage)(Module(), batches(1))
         assert calls == [f"on_{stage}_{part}" for part in hooks]
 

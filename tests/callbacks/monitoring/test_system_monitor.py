@@ -19,7 +19,6 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from eventtrain import MisconfigurationError, Trainer
@@ -30,11 +29,6 @@ from tests.kit import Line, On, new_trainer
 
 LONG = 1e9  # seconds: no sample between the first and the last
 WAIT = 60.0  # seconds that a test waits for another thread before it fails
-
-
-class Model(Line):
-    def predict_step(self, batch: Tensor, batch_idx: int) -> None:
-        self(batch)
 
 
 BATCHES = list(torch.ones(3, 1, 1))
@@ -98,10 +92,10 @@ def _no_thread_is_left() -> Iterator[None]:
 # ------------------------------------------------------------------ in a run
 
 RUNS: dict[str, Callable[[Trainer], Any]] = {
-    "train": lambda trainer: trainer.fit(Model(), BATCHES),
-    "validation": lambda trainer: trainer.validate(Model(), BATCHES),
-    "test": lambda trainer: trainer.test(Model(), BATCHES),
-    "predict": lambda trainer: trainer.predict(Model(), BATCHES),
+    "train": lambda trainer: trainer.fit(Line(), BATCHES),
+    "validation": lambda trainer: trainer.validate(Line(), BATCHES),
+    "test": lambda trainer: trainer.test(Line(), BATCHES),
+    "predict": lambda trainer: trainer.predict(Line(), BATCHES),
 }
 
 
@@ -194,7 +188,7 @@ def test_a_sanity_check_logs_nothing() -> None:
 
     monitor = Monitor(counts, interval=0.001)
     trainer, written = trainer_of(monitor, On(validation_batch_start=look), num_sanity_val_steps=2)
-    trainer.fit(Model(), BATCHES, BATCHES)
+    trainer.fit(Line(), BATCHES, BATCHES)
     assert during == [0, 0]
     assert [values["sample"] for _, values in written][:2] == [1.0, 2.0]
 
@@ -249,7 +243,7 @@ def test_a_sensor_that_hangs_does_not_hold_up_the_end_of_the_run(monkeypatch: py
         if isinstance(thread, SamplingThread):
             thread.join(WAIT)
 
-    class FailsBeforeSetup(Model):
+    class FailsBeforeSetup(Line):
         def setup(self, stage: str) -> None:
             raise RuntimeError("before the monitor begins")
 
@@ -378,7 +372,7 @@ def test_dataloader_workers_count() -> None:
     with warnings.catch_warnings():
         # Newer Pythons warn of a deadlock at every fork in a process with threads, and torch starts threads.
         warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
-        trainer.fit(Model(), DataLoader(Processes(sampled), num_workers=1))
+        trainer.fit(Line(), DataLoader(Processes(sampled), num_workers=1))
     assert beyond.keys() == {"process_rss_bytes", "process_threads", "process_open_files", "child_processes"}
     assert min(beyond.values()) > 0
     assert [values for _, values in written] == taken

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from itertools import permutations
-from typing import Any
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eventtrain import Callback, LightningModule, Trainer
+from eventtrain import callbacks as shipped
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
+from tests.kit import gradient
+from tests.resuming import equal
+from tests.together import PARALLEL, Witness, fit, new_trainer_of_all, outcome
 
 BATCHES = [torch.tensor([[x, x + 1.0], [x - 1.0, 2.0]]) for x in (1.0, 2.0, -1.0, 0.5, 3.0)]
 INITIAL = torch.tensor([[0.3, -0.2]])
@@ -33,6 +39,12 @@ class Module(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
+def parameter(trainer: Trainer) -> Tensor:
+    """Return the weight of the module that trains."""
+    assert isinstance(trainer.module, Module)
+    return trainer.module.weight
+
+
 class Logger(Callback):
     """Reads what a logger reads: values, rates, and the norm of the true gradients."""
 
@@ -40,7 +52,7 @@ class Logger(Callback):
         self.lines: list[Any] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, event: Any) -> None:
-        self.lines.append(trainer.module.weight.grad.norm().item())
+        self.lines.append(gradient(parameter(trainer)).norm().item())
 
     def on_after_optimizer_step(self, trainer: Trainer, event: Any) -> None:
         self.lines.append(event.optimizer.param_groups[0]["lr"])
@@ -59,10 +71,10 @@ class Average(Callback):
         self.average = INITIAL.clone()
 
     def on_after_update(self, trainer: Trainer, event: Any) -> None:
-        self.average.lerp_(trainer.module.weight.detach(), 0.5)
+        self.average.lerp_(parameter(trainer).detach(), 0.5)
 
 
-def callbacks(precision: str) -> dict[str, Any]:
+def callbacks(precision: Literal["bf16", "fp16"]) -> dict[str, Any]:
     # A scale at which the first of three windows overflows.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, backoff_factor=2.0**-6) if precision == "fp16" else None
     return {
@@ -75,7 +87,7 @@ def callbacks(precision: str) -> dict[str, Any]:
     }
 
 
-def trained(precision: str, order: tuple[str, ...]) -> tuple[list[float], list[float], list[Any]]:
+def trained(precision: Literal["bf16", "fp16"], order: tuple[str, ...]) -> tuple[list[float], list[float], list[Any]]:
     """The weights, their average and what was logged, as plain numbers."""
     made = callbacks(precision)
     module = Module()
@@ -88,7 +100,7 @@ NAMES = tuple(callbacks("bf16"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_every_order_of_attachment_gives_the_same_bits(precision: str) -> None:
+def test_every_order_of_attachment_gives_the_same_bits(precision: Literal["bf16", "fp16"]) -> None:
     # As text, because the norm of gradients that overflowed is not equal to itself; floats are written exactly.
     expected = repr(trained(precision, NAMES))
     different = [order for order in permutations(NAMES) if repr(trained(precision, order)) != expected]
@@ -107,3 +119,85 @@ def test_fp16_skips_a_step_in_these_runs() -> None:
     lines = trained("fp16", NAMES)[2]
     assert lines.count("overflow") == 1
     assert [line for line in lines if isinstance(line, tuple) and line[0] == "step"]
+
+
+# ------------------------------------------------------------------ all shipped callbacks
+
+
+def of_all(folder: Path, parallel: str, ending: str, order: Random | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Train with all shipped callbacks; return the outcome, and the callbacks' names in the order of attachment."""
+    witness = Witness(interrupts=ending == "signal")
+    trainer = new_trainer_of_all(folder, parallel, witness, order)
+    if ending == "signal":
+        with pytest.raises(SystemExit):
+            fit(trainer)
+    else:
+        fit(trainer)
+    return outcome(trainer, witness), [type(callback).__name__ for callback in trainer.callbacks]
+
+
+def check_orders(tmp_path: Path, parallel: str, ending: str, orders: int) -> None:
+    """Compare runs in random orders with the one in alphabetical order: everything that they leave, bit for bit."""
+    expected, alphabetical = of_all(tmp_path / "alphabetical", parallel, ending)
+    random = Random(f"{parallel}, {ending}")
+    tried = {tuple(alphabetical)}
+    for number in range(orders):
+        result, order = of_all(tmp_path / str(number), parallel, ending, random)
+        tried.add(tuple(order))
+        different = [key for key in expected | result if not equal(result.get(key), expected.get(key))]
+        assert different == [], f"order {number}, {order}"
+    assert len(tried) == orders + 1
+
+
+@pytest.mark.parametrize("ending", ["early stopping", "signal"])
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_some_orders_of_all_shipped_callbacks_give_the_same_run(tmp_path: Path, parallel: str, ending: str) -> None:
+    check_orders(tmp_path, parallel, ending, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["early stopping", "signal"])
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_fifty_orders_for_each_ending_give_the_same_run(tmp_path: Path, parallel: str, ending: str) -> None:
+    check_orders(tmp_path, parallel, ending, 50)
+
+
+def test_the_run_of_all_shipped_callbacks_gives_each_of_them_work(tmp_path: Path) -> None:
+    result, names = of_all(tmp_path, PARALLEL[0], "early stopping")
+    assert {*names[:-1], PARALLEL[1]} == set(shipped.__all__)
+    progress, reason, updates = result["counters"]
+    assert (progress.global_step, updates) == (5, 5)  # of six windows: the gradients of the first overflow
+    assert reason.startswith("EarlyStopping")
+    assert result["files"] == [
+        "checkpoints/epoch=0-step=2.ckpt",
+        "checkpoints/epoch=1-step=5.ckpt",
+        "checkpoints/last.ckpt",
+        "checkpoints/previous.ckpt",
+        "metrics.jsonl",
+        "runs/Model/version_0/events.out.tfevents",
+        "runs/Model/version_0/fit.pt.trace.json",
+        "timelines/timeline-0.html",
+        "timelines/timeline-0.json",
+    ]
+    saved = result["last.ckpt"]
+    average = saved["callbacks"]["ExponentialMovingAverage"]["averages"]["net.1.weight"]
+    assert not torch.equal(average, saved["state_dict"]["net.1.weight"])
+    assert saved["callbacks"]["MixedPrecision"]["scaler"]["scale"] < 2.0**20
+    assert {"grad_norm", "lr-SGD", "loss_step"} <= result["logged_metrics"].keys()
+    assert {"gradients/net.1.weight", "parameters/net.1.weight"} <= result["TensorBoard"]["histograms"].keys()
+
+
+def test_a_signal_interrupts_the_run_of_all_shipped_callbacks(tmp_path: Path) -> None:
+    result, _ = of_all(tmp_path, PARALLEL[0], "signal")
+    progress, reason, _ = result["counters"]
+    assert (progress.current_epoch, progress.batch_idx, reason) == (1, 1, "Preemption: SIGTERM")
+    assert result["last.ckpt"]["global_step"] == progress.global_step
+
+
+def test_both_callbacks_for_several_processes_change_nothing_in_one(tmp_path: Path) -> None:
+    results = [of_all(tmp_path / parallel, parallel, "early stopping")[0] for parallel in PARALLEL]
+    for result in results:
+        for content in result.values():
+            if isinstance(content, dict) and "callbacks" in content:  # a checkpoint: their state is in it
+                assert len([content["callbacks"].pop(name) for name in PARALLEL if name in content["callbacks"]]) == 1
+    assert equal(*results)

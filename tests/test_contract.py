@@ -7,6 +7,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain import callbacks as shipped
-from eventtrain.callback import detach, has_state, state_key
+from eventtrain.callback import attach, detach, has_state, state_key
+from tests.kit import connections
+from tests.together import PARALLEL, Witness, fit, new_trainer_of_all
 
 ROOT = Path(__file__).resolve().parent.parent
 CALLBACKS = sorted((ROOT / "callbacks").rglob("*.py"))
 
-# How each is built where it cannot be without arguments; tmp_path is the run's directory.
+# The arguments of those that need some, or that do nothing without them.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "EarlyStopping": {"monitor": "loss"},
     "GradientAccumulation": {"batches": 2},
@@ -39,7 +42,7 @@ class Module(LightningModule):
         self.layer = torch.nn.Linear(1, 1)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.layer(batch).square().mean()
+        loss: Tensor = self.layer(batch).square().mean()
         self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         return loss
 
@@ -56,13 +59,13 @@ BATCHES = [torch.full((2, 1), float(x)) for x in (1, 2, 3)]
 
 @pytest.fixture(params=shipped.__all__)
 def build(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """Builds one of the callbacks, a new one with each call."""
+    """Return a function that builds one of the callbacks, a new one with each call."""
     return lambda: getattr(shipped, request.param)(**ARGUMENTS.get(request.param, {}))
 
 
 @pytest.fixture
 def trainer_of(tmp_path: Path) -> Callable[..., Trainer]:
-    """Builds a trainer whose schedulers are stepped by hand, so that nothing but the callback is attached."""
+    """Return a function that builds a trainer to which nothing is attached but a callback, and a claim to step schedulers."""
 
     class Steps(Callback):
         role = "lr_scheduler_stepping"
@@ -75,14 +78,10 @@ def trainer_of(tmp_path: Path) -> Callable[..., Trainer]:
     return make
 
 
-def connections(trainer: Trainer) -> dict[str, list[Any]]:
-    return {signal.name: signal.attached() for signal in trainer.signals if signal.attached()}
-
-
 # ------------------------------------------------------------------ every callback
 
 
-def test_it_says_what_it_does_and_listens_to(build: Callable[[], Any]) -> None:
+def test_it_has_a_docstring(build: Callable[[], Any]) -> None:
     docstring = type(build()).__doc__
     assert docstring
     assert docstring[0].isupper()
@@ -117,15 +116,15 @@ def test_it_leaves_no_connection_behind_when_it_is_detached(
 
 
 def test_its_state_survives_a_checkpoint(build: Callable[[], Any], trainer_of: Callable[..., Trainer], tmp_path: Path) -> None:
-    """Through ``torch.save``, ``torch.load(weights_only=True)`` and ``load_state_dict``; clocks go on meanwhile."""
+    """Save and load by ``torch.load(weights_only=True)``. Clocks may advance meanwhile."""
     first = build()
     trainer = trainer_of(first)
     trainer.fit(Module(), BATCHES)
     path = tmp_path / "run.ckpt"
     trainer.save_checkpoint(path)
-    kept = torch.load(path, weights_only=True)["callbacks"]
+    states = torch.load(path, weights_only=True)["callbacks"]
     if not has_state(first):
-        assert kept == {}
+        assert states == {}
         return
 
     second = build()
@@ -138,18 +137,85 @@ def test_its_state_survives_a_checkpoint(build: Callable[[], Any], trainer_of: C
     resumed = trainer_of(second, max_epochs=2)
     resumed.signals.fit_start.connect(ReadsState().on_fit_start)
     resumed.fit(Module(), BATCHES, ckpt_path=path)
-    restored[0].pop("event_files", None)  # what lies in a folder by now
-    kept[state_key(first)].pop("event_files", None)
-    assert approximately(kept[state_key(first)]) == approximately(restored[0])
+    restored[0].pop("event_files", None)  # the folder's files by now
+    states[state_key(first)].pop("event_files", None)
+    assert approximately(states[state_key(first)]) == approximately(restored[0])
+
+
+def test_it_is_described_before_a_run_as_during_it(build: Callable[[], Any], trainer_of: Callable[..., Trainer]) -> None:
+    check_connections(trainer_of(build()), lambda trainer: trainer.fit(Module(), BATCHES, BATCHES[:1]))
 
 
 def approximately(state: Any) -> Any:
-    """Equal to a state but for a few seconds in its floats."""
+    """Return a value that equals a state, also if its floats differ by a few seconds."""
     if isinstance(state, dict):
         return {name: approximately(value) for name, value in state.items()}
     if isinstance(state, Tensor):
         return state.tolist()
     return pytest.approx(state, abs=5.0) if isinstance(state, float) else state
+
+
+# ------------------------------------------------------------------ the connections of a run
+
+MOMENTS = ("setup", "fit_start", "train_start", "train_batch_end", "validation_end", "train_end", "teardown")
+
+
+class Looks(Callback):
+    """Looks at the connections at each of :data:`MOMENTS`, the first time.
+
+    Attributes:
+        seen: The tree of ``trainer.describe()`` and the receivers of each signal, by moment.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[str, dict[str, list[Any]]]] = {}
+        for moment in MOMENTS:
+            setattr(self, f"on_{moment}", partial(self._look, moment))
+
+    def _look(self, moment: str, trainer: Trainer, event: Any) -> None:
+        self.seen.setdefault(moment, look(trainer))
+
+
+def look(trainer: Trainer) -> tuple[str, dict[str, list[Any]]]:
+    """Return the tree of ``trainer.describe()`` without its head, and the receivers of each signal in order."""
+    head, tree = trainer.describe().split("\n\n", 1)
+    assert head.startswith("Trainer: ") and tree.startswith("fit\n")
+    return tree, {signal.name: signal.attached() for signal in trainer.signals}
+
+
+def check_connections(trainer: Trainer, fit: Callable[[Trainer], None]) -> None:
+    """Check that the connections before a run are those during it and after it: the same objects, in the same order.
+
+    Args:
+        trainer: The trainer.
+        fit: Trains with it.
+    """
+    looks = Looks()
+    attach(looks, trainer.signals, trainer.callbacks)
+    tree, receivers = look(trainer)
+    fit(trainer)
+    assert looks.seen.keys() == set(MOMENTS)
+    for moment, (its_tree, its_receivers) in {**looks.seen, "afterwards": look(trainer)}.items():
+        assert its_tree == tree, moment
+        for name, objects in its_receivers.items():
+            assert list(map(id, objects)) == list(map(id, receivers[name])), f"{name} at {moment}"
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_all_together_are_described_before_a_run_as_during_it(tmp_path: Path, parallel: str) -> None:
+    trainer = new_trainer_of_all(tmp_path, parallel, Witness(interrupts=False))
+    check_connections(trainer, fit)
+
+
+def test_a_run_that_a_signal_ends_leaves_the_connections_of_all_as_they_were(tmp_path: Path) -> None:
+    trainer = new_trainer_of_all(tmp_path, PARALLEL[0], Witness(interrupts=True))
+    before = look(trainer)
+    with pytest.raises(SystemExit):
+        fit(trainer)
+    assert look(trainer) == before
+
+
+# ------------------------------------------------------------------ the package
 
 
 def test_every_callback_class_is_exported() -> None:
@@ -160,7 +226,7 @@ def test_every_callback_class_is_exported() -> None:
 
 
 def test_importing_is_light() -> None:
-    """What is heavy is imported when it is used; what torch imports by itself is there anyway."""
+    """Heavy packages are imported when they are used, except those that torch imports."""
     code = (
         "import sys, torch; before = set(sys.modules); import eventtrain, eventtrain.callbacks; "
         "print(*{name.partition('.')[0] for name in sys.modules.keys() - before})"
@@ -171,7 +237,7 @@ def test_importing_is_light() -> None:
     assert new & {"tensorboard", "psutil", "tqdm", "sklearn", "torchmetrics", "matplotlib", "IPython"} == set()
 
 
-def test_the_derived_files_are_fresh() -> None:
+def test_the_generated_files_are_fresh() -> None:
     command = [sys.executable, "docs/generate.py", "--check"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (result.returncode, result.stderr) == (0, "")

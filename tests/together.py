@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -119,7 +119,7 @@ class Witness(Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
-def repeatable(metrics: dict[str, Any]) -> dict[str, float]:
+def repeatable(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return metrics as plain numbers, without those of :data:`MEASURED`."""
     return numbers({name: value for name, value in metrics.items() if not name.startswith(MEASURED)})
 

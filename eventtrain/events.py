@@ -108,6 +108,11 @@ class JoinProcesses(Event):
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         device: The device of the module and its batches.
         processes: This process's view of the others.
+
+    Example:
+        >>> class OnTheCpu(Callback):
+        ...     def on_join_processes(self, trainer, event):
+        ...         event.device = torch.device("cpu")
     """
 
     stage: str
@@ -133,6 +138,11 @@ class FindCheckpoint(Event):
         which: ``"last"`` or ``"best"``.
         paths: The answers; a damaged file is passed over. Of ``"last"`` the newest is tried first, of ``"best"`` the first.
             None if no listener keeps checkpoints.
+
+    Example:
+        >>> class FromTheArchive(Callback):
+        ...     def on_find_checkpoint(self, trainer, event):
+        ...         event.offer(*sorted(pathlib.Path("archive").glob("*.ckpt")))
     """
 
     which: Literal["last", "best"]
@@ -177,6 +187,15 @@ class PrepareLoader(Event):
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         dataloader_idx: Its index among those of the stage.
         loader: The loader. A listener may replace it.
+
+    Example:
+        >>> class OnlyFirstBatches(Callback):
+        ...     def on_prepare_loader(self, trainer, event):
+        ...         event.loader = list(itertools.islice(event.loader, 2))
+        >>> trainer = Trainer(max_epochs=1, callbacks=OnlyFirstBatches(), device="cpu", default_callbacks=False)
+        >>> trainer.fit(Line(), [torch.ones(4, 1)] * 5)
+        >>> trainer.global_step
+        2
     """
 
     stage: Stage
@@ -194,6 +213,13 @@ class EstimateSteppingBatches(Event):
         max_epochs: Epochs of the whole run; None if only ``max_steps`` ends it.
         max_steps: Updates at most; None for no limit. The core caps the answer by it.
         stepping_batches: The answer. None if no listener accumulates: then every batch updates.
+
+    Example:
+        >>> class EveryOtherBatch(Callback):
+        ...     def on_train_batch_start(self, trainer, event):
+        ...         event.plan.step = event.batch_idx % 2 == 1
+        ...     def on_estimate_stepping_batches(self, trainer, event):
+        ...         event.stepping_batches = event.max_epochs * (event.batches_per_epoch // 2)
     """
 
     batches_per_epoch: int | None
@@ -238,6 +264,12 @@ class BeforeBatchFetch(Phase):
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         transfer: How the batch that the loader gives is moved to its device: ``transfer(batch)``. A listener may put
             its own here, around the one that it finds.
+
+    Example:
+        >>> class InDoublePrecision(Callback):
+        ...     def on_before_batch_fetch(self, trainer, event):
+        ...         move = event.transfer
+        ...         event.transfer = lambda batch: move(batch).double()
     """
 
     stage: Stage
@@ -250,6 +282,12 @@ class AfterBatchFetch(Event):
     Attributes:
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         batch: The batch, as the loader and the module's transfer hooks made it.
+
+    Example:
+        >>> class AddNoise(Callback):
+        ...     def on_after_batch_fetch(self, trainer, event):
+        ...         if event.stage == "train":
+        ...             event.batch = event.batch + 0.1 * torch.randn_like(event.batch)
     """
 
     stage: Stage
@@ -284,6 +322,16 @@ class TrainBatchStart(Event):
         is_last_batch: The batch is the epoch's last.
         plan: The batch's effect on its window. The core reads it after the event.
         skipped: :meth:`skip_batch` was called.
+
+    Example:
+        >>> class SkipEmptyBatches(Callback):
+        ...     def on_train_batch_start(self, trainer, event):
+        ...         if event.batch.abs().sum() == 0:
+        ...             event.skip_batch()
+        >>> trainer = Trainer(max_epochs=1, callbacks=SkipEmptyBatches(), device="cpu", default_callbacks=False)
+        >>> trainer.fit(Line(), [torch.ones(4, 1), torch.zeros(4, 1)])
+        >>> trainer.global_step
+        1
     """
 
     module_arguments: ClassVar = ("batch", "batch_idx")
@@ -330,6 +378,12 @@ class BeforeForward(Phase):
         closes_window: The batch's backward completes gradients: the one that a distributed wrapper
             has to synchronise in. False in manual optimization.
         call: How the step is called: ``call(step, *args)``. A distributed wrapper puts its own here.
+
+    Example:
+        >>> class Deterministic(Callback):
+        ...     def on_before_forward(self, trainer, event):
+        ...         call = event.call
+        ...         event.call = lambda step, *args: call(torch.compiler.disable(step), *args)
     """
 
     stage: Stage
@@ -349,6 +403,12 @@ class AfterForward(Event):
         outputs: The value that the step returned.
         loss: The raw loss, a scalar tensor with its graph; None if the batch has none, and in the
             other stages.
+
+    Example:
+        >>> class WeightDecayInTheLoss(Callback):
+        ...     def on_after_forward(self, trainer, event):
+        ...         if event.loss is not None:
+        ...             event.loss = event.loss + 0.01 * sum(p.square().sum() for p in trainer.module.parameters())
     """
 
     stage: Stage
@@ -387,6 +447,11 @@ class BeforeBackward(Phase):
             scale has changed.
         loss: The loss that backward runs on.
         evaluation: The number of this evaluation of the closure in its batch, from 1; 1 in manual optimization.
+
+    Example:
+        >>> class HalfTheGradients(Callback):
+        ...     def on_before_backward(self, trainer, event):
+        ...         event.loss = 0.5 * event.loss
     """
 
     module_arguments: ClassVar = ("raw_loss",)
@@ -496,6 +561,11 @@ class BeforeGradientClipping(Event):
         gradient_clip_val: The threshold, a positive number; None for no clipping.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``; None means ``"norm"``.
         norm_type: The order p of the norm for ``"norm"``.
+
+    Example:
+        >>> class ClipHarderLater(Callback):
+        ...     def on_before_gradient_clipping(self, trainer, event):
+        ...         event.gradient_clip_val = 1.0 if trainer.current_epoch < 5 else 0.1
     """
 
     optimizer: LightningOptimizer
@@ -591,6 +661,12 @@ class BeforeLRSchedulerStep(Event):
         config: The scheduler and when it steps.
         learning_rates: The rate of each parameter group, as the last update used it.
         metric: The monitored value that the scheduler is given; None if it monitors nothing.
+
+    Example:
+        >>> class SmoothMetric(Callback):
+        ...     def on_before_lr_scheduler_step(self, trainer, event):
+        ...         if event.metric is not None:
+        ...             event.metric = round(float(event.metric), 2)
     """
 
     signal_name: ClassVar = "before_lr_scheduler_step"
@@ -811,6 +887,16 @@ class TakeCheckpoint(Event):
         reason: Why the run is interrupted; None if it is not. If there is a reason, a listener that keeps checkpoints writes
             one now, unless it holds this very state already.
         path: The file that holds this state; written by the listeners if there is a reason.
+
+    Example:
+        >>> class KeepEachEpoch(Callback):
+        ...     def on_take_checkpoint(self, trainer, event):
+        ...         if event.epoch_end:
+        ...             trainer.save_checkpoint(f"epoch-{trainer.current_epoch}.ckpt")
+        >>> trainer = Trainer(max_epochs=2, callbacks=KeepEachEpoch(), device="cpu", default_callbacks=False)
+        >>> trainer.fit(Line(), [torch.ones(4, 1)])
+        >>> sorted(path.name for path in pathlib.Path().glob("*.ckpt"))
+        ['epoch-0.ckpt', 'epoch-1.ckpt']
     """
 
     epoch_end: bool

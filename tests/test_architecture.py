@@ -237,9 +237,8 @@ def code_lines(path: Path) -> int:
 
 def test_code_lines_leave_out_docstrings_comments_and_blanks(tmp_path: Path) -> None:
     path = tmp_path / "example.py"
-    path.write_text(
-        '"""A docstring\nof two lines."""\n\n# a comment\nx = 1  # code\n\n\ndef f():\n    """Return."""\n    return (\n        x\n    )\n'
-    )
+    lines = ['"""A docstring', 'of two lines."""', "", "# a comment", "x = 1  # code", "", "def f():", '    """Return."""']
+    path.write_text("\n".join([*lines, "    return (", "        x", "    )"]))
     assert code_lines(path) == 5
 
 

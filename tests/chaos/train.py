@@ -1,9 +1,9 @@
-"""The training process that the chaos harness kills: a run with everything in it that draws, counts or holds something.
+"""The training process that the chaos harness kills: a run with all parts that draw, count or hold state.
 
     python tests/chaos/train.py ROOT EPOCHS [--marks FILE] [--in-background]
 
-It goes on from the newest checkpoint under ROOT, or begins, and writes ROOT/final.pt once it is complete. Into the file of
-marks, which the harness maps into its memory, it says what it is doing: so the harness knows in what it was killed.
+It resumes the newest checkpoint under ROOT if there is one, and writes ROOT/final.pt once it is complete. It writes its
+current phase into the file of marks, which the harness maps into its memory to know the phase that it killed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Model(LightningModule):
         torch.manual_seed(3)
         self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         inputs, targets = batch
         inputs = inputs + 0.01 * random.random() + 0.01 * float(numpy.random.random())
         loss = (self.net(inputs) - targets).pow(2).mean()
@@ -90,7 +90,7 @@ class Model(LightningModule):
 
 
 class Watched:
-    """A file that says so when half of a checkpoint is in it."""
+    """A file that marks the moment when half of a checkpoint is in it."""
 
     def __init__(self, file: Any, marks: Marks) -> None:
         self.file, self.marks, self.parts = file, marks, 0
@@ -107,7 +107,7 @@ class Watched:
 
 
 class Marks(Callback):
-    """Says what the process is doing."""
+    """Writes the current phase of the process into the file of marks."""
 
     def __init__(self, path: str) -> None:
         with open(path, "r+b") as file:
@@ -118,7 +118,7 @@ class Marks(Callback):
 
         def marking_save(content: Any, file: Any) -> None:
             self.before = self.memory[0]
-            save(content, Watched(file, self))
+            save(content, Watched(file, self))  # type: ignore[arg-type]
             self.mark(RENAMING)
 
         def marking_replace(*args: Any) -> None:
@@ -137,12 +137,12 @@ class Marks(Callback):
         self.mark(TRAINING)
 
     def on_train_batch_start(self, trainer: Trainer, event: Any) -> None:
-        self.mark(WINDOW if trainer.batch.window_open else TRAINING)
+        self.mark(WINDOW if trainer.window_open else TRAINING)
 
     def on_train_batch_end(self, trainer: Trainer, event: Any) -> None:
         self.batches += 1
         self.memory[1:5] = self.batches.to_bytes(4, "little")
-        self.mark(WINDOW if trainer.batch.window_open else TRAINING)
+        self.mark(WINDOW if trainer.window_open else TRAINING)
 
     def on_validation_start(self, trainer: Trainer, event: Any) -> None:
         if trainer.training or trainer.stage == "fit":
@@ -194,7 +194,7 @@ def main() -> None:
         "averages": averages.averages,
         "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
         "draws": [torch.rand(3), random.random(), float(numpy.random.random())],
-        "reason": trainer.stop_request.reason,
+        "reason": trainer.stop_reason,
         "steps": trainer.global_step,
         "log": str(logger.run_path),
         "board": str(board.run_dir),

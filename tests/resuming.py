@@ -106,7 +106,7 @@ def check_all_safe_points(build: Build, folder: Path, *, every: int = 1) -> int:
     Args:
         build: Makes the parts of the run.
         folder: The folder of the checkpoints.
-        every: Resume from every so many safe points.
+        every: Resume from one in ``every`` safe points.
 
     Returns:
         The number of safe points.

@@ -1,4 +1,4 @@
-"""Callbacks: those that are refused, listeners on demand, and the errors that callbacks raise."""
+"""Callbacks: refused ones, listeners on demand, and the errors that callbacks raise."""
 
 from __future__ import annotations
 

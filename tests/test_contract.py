@@ -22,7 +22,7 @@ from tests.kit import Line, connections, rows
 ROOT = Path(__file__).resolve().parent.parent
 CALLBACKS = sorted((ROOT / "callbacks").rglob("*.py"))
 
-# The arguments of those that cannot be built without any.
+# The arguments of each callback that cannot be built without any.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "EarlyStopping": {"monitor": "loss"},
     "GradientAccumulation": {"batches": 2},

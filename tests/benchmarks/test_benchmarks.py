@@ -97,11 +97,11 @@ def test_a_contestant_ends_with_the_parameters_of_the_hand_written_loop(name: st
 
 @pytest.mark.parametrize(("name", "setting_name"), entered("standard"))
 def test_a_contestant_writes_the_loss_and_the_rate_that_the_hand_written_loop_writes(name: str, setting_name: str) -> None:
-    expected, found = outcome(BASELINE, setting_name), outcome(name, setting_name)
-    assert found.rates == expected.rates
-    assert len(found.rates) == len(found.losses) == len(expected.losses) == 1
+    expected, actual = outcome(BASELINE, setting_name), outcome(name, setting_name)
+    assert actual.rates == expected.rates
+    assert len(actual.rates) == len(actual.losses) == len(expected.losses) == 1
     # The Trainer of transformers writes the mean of all losses since the last time.
-    assert (found.losses == expected.losses) is (name != "HF Trainer")
+    assert (actual.losses == expected.losses) is (name != "HF Trainer")
 
 
 HOW_BATCHES_ARE_TAKEN = {"as a loader": iter, "as a data set": lambda batches: DataLoader(batches, batch_size=None)}

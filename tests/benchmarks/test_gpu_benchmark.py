@@ -70,11 +70,11 @@ def test_all_contestants_train_to_equal_parameters_and_the_figures_are_kept(
     assert "compiled (eager)" in printed.out and "not compiled" in printed.out
     assert ("device: cpu" in printed.err) == (device == "cpu")
 
-    kept = json.loads(path.read_text())["gpu"]
-    assert kept["measured on"]["repetitions"] == 1
+    saved = json.loads(path.read_text())["gpu"]
+    assert saved["measured on"]["repetitions"] == 1
     for name, table in tables.items():
-        results = kept["figures"][name]["results"]
-        tokens = kept["figures"][name]["setting"]["batches"] * 2 * 8  # a tiny batch is 2 sequences of 8 tokens
+        results = saved["figures"][name]["results"]
+        tokens = saved["figures"][name]["setting"]["batches"] * 2 * 8  # a tiny batch is 2 sequences of 8 tokens
         for result in results:
             ((seconds,), (baseline,)) = result["seconds"], results[0]["seconds"]
             assert seconds > 0 and result["ratios"] == [baseline / seconds]

@@ -158,14 +158,14 @@ def main() -> None:
     parser.add_argument("epochs", type=int)
     parser.add_argument("--marks")
     parser.add_argument("--in-background", action="store_true")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "This DataLoader will create")  # on a machine with one core
     averages = ExponentialMovingAverage(0.9)
     logger, board = JSONLinesLogger(log_every_n_steps=1), TensorBoardLogger(log_every_n_steps=1)
     trainer = Trainer(
         callbacks=[
-            *([Marks(given.marks)] if given.marks else []),
+            *([Marks(arguments.marks)] if arguments.marks else []),
             GradientAccumulation(3),
             MixedPrecision("fp16"),
             GradientClipping(1.0),
@@ -175,18 +175,18 @@ def main() -> None:
             LearningRateMonitor(),
             logger,
             board,
-            ModelCheckpoint(every_n_steps=2, monitor="val_loss", in_background=given.in_background),
+            ModelCheckpoint(every_n_steps=2, monitor="val_loss", in_background=arguments.in_background),
         ],
         default_callbacks=False,
         device="cpu",
-        max_epochs=given.epochs,
+        max_epochs=arguments.epochs,
         val_check_interval=4,
-        default_root_dir=given.root,
+        default_root_dir=arguments.root,
         seed=11,
     )
     train = DataLoader(Noisy(), BATCH, shuffle=True, num_workers=2, multiprocessing_context="fork")
     validation = DataLoader(Noisy(), BATCH * 4)
-    trainer.fit(Model(given.epochs), train, validation, ckpt_path="last")
+    trainer.fit(Model(arguments.epochs), train, validation, ckpt_path="last")
     assert logger.run_path is not None
     final = {
         "state_dict": trainer.module.state_dict(),
@@ -200,8 +200,8 @@ def main() -> None:
         "board": str(board.run_dir),
     }
     assert math.isfinite(float(trainer.callback_metrics["loss"]))
-    torch.save(final, given.root / "final.tmp")
-    os.replace(given.root / "final.tmp", given.root / "final.pt")
+    torch.save(final, arguments.root / "final.tmp")
+    os.replace(arguments.root / "final.tmp", arguments.root / "final.pt")
 
 
 if __name__ == "__main__":

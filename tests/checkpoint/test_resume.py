@@ -170,13 +170,13 @@ FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 )
 def test_workers(tmp_path: Path, options: dict[str, Any]) -> None:
     def loader() -> Any:
-        given = {"batch_size": 4, "shuffle": True, "num_workers": 2, **options}
-        if "generator" in given:
-            given["generator"] = seeded(given["generator"])
+        arguments = {"batch_size": 4, "shuffle": True, "num_workers": 2, **options}
+        if "generator" in arguments:
+            arguments["generator"] = seeded(arguments["generator"])
         dataset: Any = Samples()
-        if given["batch_size"] is None:
+        if arguments["batch_size"] is None:
             dataset = ready_batches()
-        return DataLoader(dataset, **given)
+        return DataLoader(dataset, **arguments)
 
     # Each resumed run starts its workers anew, which takes a second if they are spawned.
     trained_with(loader, tmp_path, every=4 if options["multiprocessing_context"] == "spawn" else 2)
@@ -208,14 +208,14 @@ def test_workers_of_a_run_that_is_not_resumed_read_the_batches_of_a_plain_loop(t
         def configure_optimizers(self) -> None:
             return None
 
-    module, given = Reader(), loader()
-    before = dict(given.__dict__)
+    module, its_loader = Reader(), loader()
+    before = dict(its_loader.__dict__)
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match="configure_optimizers"):
-        Trainer(max_epochs=2, default_callbacks=False, device="cpu").fit(module, given)
+        Trainer(max_epochs=2, default_callbacks=False, device="cpu").fit(module, its_loader)
     assert_same(module.seen, expected, "batches")
     assert torch.equal(torch.rand(2), drawn)
-    assert given.__dict__ == before, "the given loader is never changed"
+    assert its_loader.__dict__ == before, "the user's loader is never changed"
 
 
 def test_nothing_is_loaded_for_batches_that_are_done(tmp_path: Path) -> None:

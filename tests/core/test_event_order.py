@@ -380,7 +380,7 @@ def test_an_exception_in_a_callback_ends_the_run_at_once_and_reaches_everyone() 
             "optimizer_step",
             *FORWARD,
             *ZERO_GRAD,
-            "before_backward",  # after_backward reached those that are attached before the one that raised
+            "before_backward",  # only callbacks before the one that raised got after_backward
             "exception",
             "teardown",
         ]

@@ -67,7 +67,7 @@ class FakeWrapper(Callback):
         return [name for name, _, _ in self.calls]
 
 
-# ------------------------------------------------------------------ what a distributed wrapper needs
+# ------------------------------------------------------------------ the needs of a distributed wrapper
 
 
 @pytest.mark.parametrize(

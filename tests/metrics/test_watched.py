@@ -109,7 +109,7 @@ def report(metric: WatchedMetric, **options: Any) -> None:
     metric.report_missing(trainer, **options)
 
 
-def test_a_missing_metric_is_reported_with_those_that_there_are() -> None:
+def test_a_missing_metric_is_reported_with_the_known_ones() -> None:
     with pytest.warns(UserWarning, match="losses") as caught:
         report(watched("losses"), strict=False, remedy="Or leave it.")
     assert str(caught[0].message) == (

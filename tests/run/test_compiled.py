@@ -222,9 +222,9 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", ""): value.clone() for name, value in module.state_dict().items()}
 
 
-def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys() and expected
-    different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+def check_equal(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys() and expected
+    different = [name for name, value in expected.items() if not torch.equal(actual[name], value)]
     assert different == []
 
 
@@ -437,9 +437,9 @@ def test_the_trainers_module_is_the_original(tmp_path: Path) -> None:
     trainer = fitted(torch.compile(module, backend="eager"), max_epochs=1)
     assert trainer.module is module and module.trainer is trainer
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    kept = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
-    assert not [name for name in kept if "_orig_mod" in name]
-    check_equal(kept, weights(module))
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in saved if "_orig_mod" in name]
+    check_equal(saved, weights(module))
     check_equal(weights(Module.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
 
 
@@ -524,13 +524,13 @@ def test_a_wrapper_of_the_step_is_given_the_compiled_one() -> None:
 def test_evaluation_runs_compiled(stage: str) -> None:
     module, backend = Module(), Backend()
     expected = getattr(trainer_with(), stage)(module, DATA)
-    found = getattr(trainer_with(), stage)(torch.compile(module, backend=backend), DATA)
+    actual = getattr(trainer_with(), stage)(torch.compile(module, backend=backend), DATA)
     assert backend.runs >= len(DATA)
     assert backend.graphs <= 2
     if stage == "predict":
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
     else:
-        assert found == expected
+        assert actual == expected
 
 
 def test_the_last_runs_module_stays_compiled_and_is_compiled_once() -> None:

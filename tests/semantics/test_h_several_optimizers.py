@@ -158,7 +158,7 @@ def test_h2_a_discriminator_accumulating_by_hand_beside_a_generator_that_steps(z
     assert module.d_updates == [1.5, 3.5]
     assert module.g.item() == -10.0
     assert module.g_updates == [1.0, 2.0, 3.0, 4.0]
-    assert held == [8.0, 8.0, 16.0, 16.0]  # kept while D holds scaled gradients, and no longer
+    assert held == [8.0, 8.0, 16.0, 16.0]  # the scale stays as long as D holds scaled gradients
     assert trainer.global_step == 4
 
 

@@ -293,11 +293,11 @@ def test_i2_a_view_of_a_weight_is_the_one_at_the_time_too(view: Callable[[Tensor
 
 def test_i2_values_stay_on_their_device() -> None:
     """On the device "meta", a transfer or a read-out would be an error."""
-    kept: list[Any] = []
-    look = On(train_batch_end=lambda t, e: kept.append(t.callback_metrics["value"].device.type))
+    devices: list[Any] = []
+    look = On(train_batch_end=lambda t, e: devices.append(t.callback_metrics["value"].device.type))
     module = Logs(lambda module, x, i: module.log("value", torch.zeros((), device="meta"), on_epoch=True))
     trainer = train(module, 3, look)
-    assert kept == ["meta"] * 3
+    assert devices == ["meta"] * 3
     assert {value.device.type for value in trainer.callback_metrics.values()} == {"meta"}
 
 

@@ -22,8 +22,10 @@ from tests.kit import FakeProcesses, On, Probe, Recorder, batches, new_trainer, 
 class Evaluates(Probe):
     """Calls a function of ``(module, batch, batch_idx)`` in each evaluation step."""
 
-    def __init__(self, evaluate: Callable[[Any, Any, int], Any] = lambda module, batch, batch_idx: None, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(
+        self, evaluate: Callable[[Any, Any, int], Any] = lambda module, batch, batch_idx: None, **options: Any
+    ) -> None:
+        super().__init__(**options)
         self.evaluate = evaluate
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -253,8 +255,8 @@ def test_j1_a_validation_does_not_change_a_bit_of_training() -> None:
 
 
 class Sane(Evaluates):
-    def __init__(self, **given: Any) -> None:
-        super().__init__(lambda module, batch, i: module.check(batch), **given)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(lambda module, batch, i: module.check(batch), **options)
         self.checks: list[float] = []
         self.validations: list[float] = []
 
@@ -557,9 +559,10 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 
 
 def hooked() -> tuple[Any, list[str], dict[str, tuple[Any, ...]]]:
-    """A module that overrides every hook with exactly Lightning's arguments, and returns the result of the default."""
+    """Return a module that overrides every hook with exactly Lightning's arguments, and returns the result of the default; its
+    calls; and the arguments of each hook."""
     calls: list[str] = []
-    given: dict[str, tuple[Any, ...]] = {}
+    arguments_of: dict[str, tuple[Any, ...]] = {}
 
     class Module(Sane):
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
@@ -583,7 +586,7 @@ def hooked() -> tuple[Any, list[str], dict[str, tuple[Any, ...]]]:
 
         def called(self: Any, *args: Any) -> Any:
             calls.append(hook)
-            given[hook] = args
+            arguments_of[hook] = args
             return inherited(self, *args)
 
         # Exactly the arguments of Lightning's signature, by position.
@@ -598,7 +601,7 @@ def hooked() -> tuple[Any, list[str], dict[str, tuple[Any, ...]]]:
     def configure(sgd: Any) -> Any:
         return [sgd], [{"scheduler": LambdaLR(sgd, lambda n: 1.0), "interval": "step"}]
 
-    return Module(configure=configure), calls, given
+    return Module(configure=configure), calls, arguments_of
 
 
 FETCH = ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"]
@@ -625,24 +628,24 @@ def test_j5_the_modules_hooks_keep_lightnings_names_signatures_and_order() -> No
 
 
 def test_j5_the_hooks_get_lightnings_arguments() -> None:
-    module, _, given = hooked()
+    module, _, arguments_of = hooked()
     trainer = new_trainer(LRSchedulerStepping(), num_sanity_val_steps=0)
     trainer.fit(module)
     (optimizer,) = trainer.optimizers
     x = torch.tensor(1.0)
-    assert given["setup"] == given["teardown"] == ("fit",)
-    assert given["on_train_batch_start"] == (x, 0)
-    assert given["on_train_batch_end"] == ({"loss": torch.tensor(0.0)}, x, 0)
-    assert given["on_before_zero_grad"] == given["on_before_optimizer_step"] == (optimizer,)
-    assert given["optimizer_zero_grad"] == (0, 0, optimizer)
-    assert given["optimizer_step"][:3] == (0, 0, optimizer)
-    assert callable(given["optimizer_step"][3])
-    assert given["on_before_backward"][0].item() == 0.0
-    assert given["configure_gradient_clipping"] == (optimizer, None, None)
-    assert given["lr_scheduler_step"] == (trainer.lr_scheduler_configs[0].scheduler, None)
-    assert given["on_validation_batch_start"] == (x, 0, 0)
-    assert given["on_validation_batch_end"] == (None, x, 0, 0)
-    assert given["transfer_batch_to_device"] == (x, torch.device("cpu"), 0)
+    assert arguments_of["setup"] == arguments_of["teardown"] == ("fit",)
+    assert arguments_of["on_train_batch_start"] == (x, 0)
+    assert arguments_of["on_train_batch_end"] == ({"loss": torch.tensor(0.0)}, x, 0)
+    assert arguments_of["on_before_zero_grad"] == arguments_of["on_before_optimizer_step"] == (optimizer,)
+    assert arguments_of["optimizer_zero_grad"] == (0, 0, optimizer)
+    assert arguments_of["optimizer_step"][:3] == (0, 0, optimizer)
+    assert callable(arguments_of["optimizer_step"][3])
+    assert arguments_of["on_before_backward"][0].item() == 0.0
+    assert arguments_of["configure_gradient_clipping"] == (optimizer, None, None)
+    assert arguments_of["lr_scheduler_step"] == (trainer.lr_scheduler_configs[0].scheduler, None)
+    assert arguments_of["on_validation_batch_start"] == (x, 0, 0)
+    assert arguments_of["on_validation_batch_end"] == (None, x, 0, 0)
+    assert arguments_of["transfer_batch_to_device"] == (x, torch.device("cpu"), 0)
 
 
 def test_j5_callbacks_come_before_the_module() -> None:

@@ -6,7 +6,8 @@ from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.closure import Closure
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError
-from eventtrain.module.module import LightningDataModule, LightningModule
+from eventtrain.module.datamodule import LightningDataModule
+from eventtrain.module.module import LightningModule
 from eventtrain.trainer import Trainer
 from eventtrain.version import __version__
 

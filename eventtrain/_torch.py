@@ -19,7 +19,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.distributed.fsdp import FSDPModule
+    from torch.utils.tensorboard import SummaryWriter
 
 # ------------------------------------------------------------------ tensors
 
@@ -64,7 +67,7 @@ Missing: a public name, or ``named_parameters`` without it.
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """Return the module inside of a result of ``torch.compile(module)``; any other module is returned as it is.
+    """Return the original of a module that ``torch.compile(module)`` returned; any other module is returned as it is.
 
     Missing: a public attribute of the compiled module.
     """
@@ -121,6 +124,38 @@ def is_profiling() -> bool:
     A second one would fail in the middle of a run. Missing: a public query.
     """
     return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------ TensorBoard
+
+
+def summary_writer(directory: Path, open_events: Callable[[int | None], Any], purge_step: int | None = None) -> SummaryWriter:
+    """Return a ``SummaryWriter`` whose events go to another event writer than TensorBoard's.
+
+    TensorBoard's event writer writes in a thread, which a full disk ends. Missing: an argument for the event writer.
+
+    Args:
+        directory: The directory of the run.
+        open_events: Opens the event writer. Its argument is the purge step at the first call, and None later, if the writer
+            is used again after it was closed.
+        purge_step: The step from which readers drop older values; None if they are to keep all.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # imported late, because it takes seconds
+    from torch.utils.tensorboard.writer import FileWriter
+
+    class RunWriter(SummaryWriter):
+        file_writer: Any
+        all_writers: Any
+
+        def _get_file_writer(self) -> Any:
+            if self.file_writer is None:
+                self.file_writer = FileWriter.__new__(FileWriter)  # its __init__ would open TensorBoard's event writer
+                self.file_writer.event_writer = open_events(self.purge_step)
+                self.all_writers = {str(directory): self.file_writer}
+                self.purge_step = None
+            return self.file_writer
+
+    return RunWriter(str(directory), purge_step=purge_step)
 
 
 # ------------------------------------------------------------------ loaders

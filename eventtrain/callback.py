@@ -1,4 +1,4 @@
-"""What a callback is, and what is checked when one is attached."""
+"""The base class of callbacks, and the checks when one is attached."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def on_demand(handler: F) -> F:
     """Mark a handler that is called only in runs that ask for it, by ``trainer.listen(self.on_...)``.
 
-    The handler is connected like any other, in the order of attachment, and ``trainer.describe()`` shows it. While nobody
-    asks for it, it is idle and costs nothing: not even its event is built. Every run begins with it idle.
+    The handler is connected like any other, in the order of attachment, and ``trainer.describe()`` shows it. It is idle until
+    the run asks for it, and costs nothing then: if no other listener is there, the event is not even built. Every run begins
+    with it idle.
 
     Args:
         handler: A callback's ``on_<event>`` method.
@@ -34,62 +35,81 @@ def on_demand(handler: F) -> F:
         ...             trainer.listen(self.on_train_batch_end)
         ...     @on_demand
         ...     def on_train_batch_end(self, trainer, event):
-        ...         print(event.batch_idx)
+        ...         print("batch", event.batch_idx)
+        >>> trainer = Trainer(max_epochs=1, callbacks=[PrintBatches(True)], device="cpu", default_callbacks=False)
+        >>> trainer.fit(Line(), [torch.ones(4, 1)])
+        batch 0
     """
     handler._on_demand = True  # type: ignore[attr-defined]
     return handler
 
 
 def is_on_demand(handler: Any) -> bool:
-    """Return whether a handler is marked by :func:`on_demand`."""
-    return getattr(handler, "_on_demand", False) is True
+    """Return whether a handler is marked by :func:`on_demand`, itself or the method of a base class that it overrides."""
+    kind = type(getattr(handler, "__self__", None))
+    methods = [vars(base).get(getattr(handler, "__name__", "")) for base in kind.__mro__]
+    return any(getattr(method, "_on_demand", False) is True for method in [handler, *methods])
 
 
 class Callback(CallbackHooks):
-    """Listens to the events that it has ``on_<event>(self, trainer, event)`` methods for.
+    """Listens to the events for which it has ``on_<event>(self, trainer, event)`` methods.
 
     Any object with such methods can be attached; this class adds state that goes into checkpoints.
 
     Attributes:
-        role: What at most one callback of a trainer can be, such as ``"precision"``; None for any number.
+        role: A role that one callback of a trainer can have, such as ``"precision"``; None for any number of them.
+
+    Example:
+        >>> class CountUpdates(Callback):
+        ...     updates = 0
+        ...     def on_after_update(self, trainer, event):
+        ...         self.updates += 1
+        ...     def state_dict(self):
+        ...         return {"updates": self.updates}
+        ...     def load_state_dict(self, state):
+        ...         self.updates = state["updates"]
+        >>> counter = CountUpdates()
+        >>> Trainer(max_epochs=2, callbacks=[counter], device="cpu", default_callbacks=False).fit(Line(), [torch.ones(4, 1)])
+        >>> counter.updates
+        2
     """
 
     role: str | None = None
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in a checkpoint: unique in a trainer, stable across runs."""
+        """The name of this callback's state in a checkpoint: unique in a trainer, the same in all runs."""
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback: tensors, numbers, strings, lists, dicts."""
+        """Return the state that a checkpoint keeps: tensors, numbers, strings, lists and dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave.
+        """Restore the state that :meth:`state_dict` returned.
 
         Args:
-            state: The kept state.
+            state: The state.
         """
 
 
 def has_state(callback: Any) -> bool:
-    """Whether a callback keeps anything in checkpoints."""
-    own = getattr(type(callback), "state_dict", None)
-    return own is not None and own is not Callback.state_dict
+    """Return whether a callback keeps anything in checkpoints."""
+    method = getattr(type(callback), "state_dict", None)
+    return method is not None and method is not Callback.state_dict
 
 
 def state_key(callback: Any) -> str:
-    """A callback's key in a checkpoint; the class's name for objects that are no :class:`Callback`."""
+    """Return a callback's key in a checkpoint; the class's name for an object that is not a :class:`Callback`."""
     return str(getattr(callback, "state_key", type(callback).__qualname__))
 
 
 def handlers(callback: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The events that a callback handles, as pairs of signal name and bound method.
+    """Yield the events that a callback handles, as pairs of signal name and bound method.
 
     Raises:
-        MisconfigurationError: A method's name begins with ``on_`` and names no event, or the method does
-            not take ``(trainer, event)``.
+        MisconfigurationError: If a method's name begins with ``on_`` and names no event, or the method does not take
+            ``(trainer, event)``.
     """
     name = type(callback).__name__
     for attribute in dir(callback):
@@ -107,10 +127,10 @@ def handlers(callback: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def check_together(callback: Any, attached: list[Any]) -> None:
-    """Refuses a callback that cannot share a run with those that are attached.
+    """Check that a callback can share a run with the attached ones.
 
     Raises:
-        MisconfigurationError: It is attached already, has the role of another, or the state key of one.
+        MisconfigurationError: If it is attached already, or has the role or the state key of another.
     """
     name = type(callback).__name__
     if isinstance(callback, type):
@@ -132,13 +152,13 @@ def check_together(callback: Any, attached: list[Any]) -> None:
 
 
 def _claims_key(callback: Any) -> bool:
-    own = getattr(type(callback), "state_key", None)
-    named = own is not None and own is not Callback.state_key
-    return named or has_state(callback)
+    key = getattr(type(callback), "state_key", None)
+    is_named = key is not None and key is not Callback.state_key
+    return is_named or has_state(callback)
 
 
 def attach(callback: Any, signals: Signals, attached: list[Any]) -> None:
-    """Connects a callback's handlers; all of its checks come before the first connection.
+    """Connect a callback's handlers; all of its checks come before the first connection.
 
     Args:
         callback: The callback.
@@ -146,7 +166,7 @@ def attach(callback: Any, signals: Signals, attached: list[Any]) -> None:
         attached: The callbacks attached so far; this one is appended.
 
     Raises:
-        MisconfigurationError: See :func:`handlers` and :func:`check_together`.
+        MisconfigurationError: If a handler or the callback cannot be attached: see :func:`handlers`, :func:`check_together`.
     """
     check_together(callback, attached)
     handled = list(handlers(callback))
@@ -175,7 +195,7 @@ def make_idle(callback: Any, signals: Signals) -> None:
 
 
 def detach(callback: Any, signals: Signals, attached: list[Any]) -> None:
-    """Undoes :func:`attach`.
+    """Undo :func:`attach`.
 
     Args:
         callback: An attached callback.

@@ -1,4 +1,4 @@
-"""The checks of numbers and options that constructors share: every message has the same form."""
+"""The checks of numbers and options that constructors share. All messages have the same form."""
 
 from __future__ import annotations
 

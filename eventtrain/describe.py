@@ -1,4 +1,4 @@
-"""The loop map as a tree, with what is attached at each event."""
+"""The loop map as a tree, with the listeners that are attached at each event."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
 
 NOTES = 47
-"""Where the column of notes begins: four to the right of the map's, which has no root above it."""
+"""The column of the notes: four to the right of the map's, which has no root above it."""
 
 
 def event_of(line: str) -> str | None:
-    """The event that a line of the loop map stands for; None for the others."""
+    """Return the event that a line of the loop map stands for; None for other lines."""
     first = line.split(maxsplit=1)[0] if line.strip() else ""
     return first if first in EVENTS else None
 
 
 def maps() -> Iterator[tuple[str, str]]:
-    """The loop maps, as pairs of title and text."""
+    """Yield the loop maps, as pairs of title and text."""
     yield "fit", LOOP_MAP
     for stage in ("validation", "test", "predict"):
         yield stage, evaluation_map(stage)
@@ -37,8 +37,8 @@ class Node:
 
     Attributes:
         text: The line, without its indentation.
-        note: What is said of it, in a column of its own.
-        event: The event that it stands for; None for the others.
+        note: A remark in the column to the right.
+        event: The event that it stands for; None for other lines.
         children: The nodes below it, in order.
     """
 
@@ -49,22 +49,22 @@ class Node:
 
 
 def describe(signals: Signals, *, all_events: bool = True) -> str:
-    """The loop as a tree, with every event's listeners in the order in which they are called.
+    """Return the loop as a tree, with the listeners of every event in the order in which they are called.
 
     Args:
         signals: A trainer's signals.
-        all_events: Whether events without a listener, and the core's own work, are shown too.
+        all_events: Whether to show events without a listener, and the core's own work.
 
     Returns:
-        Text of several lines: a tree for ``fit``, and one for each other stage that has a listener of its own. A
-        listener bears the sign ``->``, and behind it ``(muted)`` where its signal is, ``(weak)`` where it is held
-        weakly.
+        Text of several lines: a tree for ``fit``, and one for each other stage that has listeners to its own events. A
+        listener has the sign ``->`` in front, and behind it ``(on demand)`` if it is called only in runs that ask for it,
+        ``(muted)`` if its signal is, and ``(weak)`` if it is held weakly.
     """
     lines: list[str] = []
     for title, text in maps():
         names = [name for line in text.splitlines() if (name := event_of(line))]
-        own = [name for name in names if title == "fit" or name.startswith(title)]
-        if title != "fit" and not any(signals[name].attached() for name in own):
+        stage_events = [name for name in names if title == "fit" or name.startswith(title)]
+        if title != "fit" and not any(signals[name].attached() for name in stage_events):
             continue
         root = parsed(title, text)
         add_listeners(root, signals)
@@ -75,26 +75,27 @@ def describe(signals: Signals, *, all_events: bool = True) -> str:
 
 
 def overview(trainer: Trainer) -> str:
-    """What a trainer is set to do, in one line, and its callbacks and observers in order.
+    """Return the settings of a trainer in one line, and its callbacks and observers in order.
 
     Args:
         trainer: The trainer.
     """
     limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
     settings = [f"{name}={limit}" for name, limit in limits.items() if limit is not None] or ["no limit"]
-    module = "no module yet" if trainer._module is None else f"module {type(trainer._module).__name__}"
+    module = trainer.run_state.module
+    described = "no module yet" if module is None else f"module {type(module).__name__}"
     observers = {id(each): each for signal in trainer.signals for each in signal._observers}
-    lines = [f"Trainer: {', '.join(settings)}, on {trainer.device}, {module}", f"callbacks: {named(trainer.callbacks)}"]
+    lines = [f"Trainer: {', '.join(settings)}, on {trainer.device}, {described}", f"callbacks: {named(trainer.callbacks)}"]
     return "\n".join([*lines, f"observers: {named(observers.values())}"] if observers else lines)
 
 
 def named(parts: Iterable[object]) -> str:
-    """The names of the classes of some objects."""
+    """Return the names of the classes of some objects."""
     return ", ".join(type(part).__name__ for part in parts) or "none"
 
 
 def parsed(title: str, text: str) -> Node:
-    """A loop map as a tree: what is indented under a line is below it."""
+    """Return a loop map as a tree, by its indentation."""
     root = Node(title)
     above = [(-1, root)]
     for line in text.splitlines():
@@ -109,7 +110,7 @@ def parsed(title: str, text: str) -> Node:
 
 
 def add_listeners(node: Node, signals: Signals) -> None:
-    """Puts the listeners of each event first among what is below it."""
+    """Put the listeners of each event in front of the lines below it."""
     for child in node.children:
         add_listeners(child, signals)
     if node.event is not None:
@@ -117,22 +118,22 @@ def add_listeners(node: Node, signals: Signals) -> None:
 
 
 def listeners(signal: EventSignal) -> Iterator[str]:
-    """The names of a signal's listeners, in the order in which they are called, with what is to be said of them."""
-    held = [receiver() for receiver in signal.receivers.values() if isinstance(receiver, weakref.ref)]
+    """Yield the names of a signal's listeners, in the order in which they are called, with their marks."""
+    weak = [receiver() for receiver in signal.receivers.values() if isinstance(receiver, weakref.ref)]
     for listener in signal.attached():
-        marks = " (weak)" * (listener in held) + " (muted)" * signal.is_muted + " (on demand)" * is_on_demand(listener)
+        marks = " (weak)" * (listener in weak) + " (muted)" * signal.is_muted + " (on demand)" * is_on_demand(listener)
         yield describe_listener(listener) + marks
 
 
 def prune(node: Node) -> None:
-    """Leaves out what has no listener below it."""
+    """Drop the lines that have no listener below them."""
     for child in node.children:
         prune(child)
     node.children[:] = [child for child in node.children if child.children or child.text.startswith("-> ")]
 
 
 def drawn(root: Node) -> list[str]:
-    """A tree's lines."""
+    """Return a tree's lines."""
     lines = [root.text]
 
     def draw(node: Node, margin: str) -> None:

@@ -1,4 +1,4 @@
-"""The errors that eventtrain raises on its own account."""
+"""The errors that eventtrain raises."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from collections.abc import Iterable
 
 
 class MisconfigurationError(Exception):
-    """Something was put together in a way that cannot work.
+    """Objects, arguments or methods were combined in a way that cannot work.
 
-    The message says what is wrong, in which object, and what to write instead.
+    The message names the object and the value that is wrong, and says how to write it instead.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> Trainer(max_epochs=0.5)
+        Traceback (most recent call last):
+        eventtrain.errors.MisconfigurationError: Trainer(max_epochs=0.5): give a whole number from -1.
     """
 
 
-class NonFiniteGradientError(MisconfigurationError, FloatingPointError):
-    """Gradients that hold infinities or NaNs were about to be used where a step can't be skipped, or
-    were met so often in a row that the run can't be healthy."""
-
-
 class StepSkipped(BaseException):
-    """Leaves an optimizer's ``step`` before it has updated anything. Private to the core.
+    """Leaves an optimizer's ``step`` before it updates anything. Private to the core.
 
-    A ``BaseException``, so that an ``except Exception`` in an optimizer's or a user's ``step`` does not
-    swallow it.
+    It is a ``BaseException``, so that an ``except Exception`` in the ``step`` of an optimizer or a user does not catch it.
+
+    Args:
+        reason: The reason, for the event.
     """
 
     def __init__(self, reason: str) -> None:
@@ -31,19 +34,26 @@ class StepSkipped(BaseException):
 
 
 class EvaluationInterrupted(BaseException):
-    """Leaves an evaluation inside of a fit that is to end at once. Private to the core, for the same reason."""
+    """Leaves an evaluation within a fit that has to end at once. Private to the core.
+
+    It is a ``BaseException`` for the same reason.
+    """
 
 
 def nearest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
-    """A hint for an unknown name.
+    """Return a hint for an unknown name.
 
     Args:
-        name: What was written.
-        known: What could have been meant.
-        otherwise: The hint where nothing is near.
+        name: The name that the user wrote.
+        known: The names that exist.
+        otherwise: The hint if no known name is similar.
 
     Returns:
         ``"Did you mean 'x'?"``, or ``otherwise``.
+
+    Example:
+        >>> nearest("epochs", ["epoch", "step"])
+        "Did you mean 'epoch'?"
     """
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f"Did you mean {matches[0]!r}?" if matches else otherwise

@@ -1,12 +1,12 @@
 """The one table of events.
 
-Every event of a run is a class in this file, in the order in which a run publishes them. The class
-says when it is published, what it carries, and which of its fields a listener may write. Signals,
-hook names, type stubs, the loop map and the event table in the documentation are derived from it.
+Every event of a run is a class in this file, in the order in which a run publishes them. The class says when it is published,
+which fields it has, and which of them a listener may write. Signals, hook names, type stubs, the loop map and the event table
+in the documentation are derived from it.
 
-An event's signal bears the class's name in snake case (``TrainBatchStart`` -> ``train_batch_start``)
-and a callback's method is ``on_`` + that name. A :class:`Phase` is an event that spans the work
-between it and its counterpart: what a listener enters there is left when the phase ends.
+An event's signal has the class's name in snake case (``TrainBatchStart`` -> ``train_batch_start``), and a callback's method is
+``on_`` + that name. A :class:`Phase` is an event that spans work: a context manager that a listener enters there is left when
+the work ends.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def _written(default: Any = None) -> Any:
 
 
 class Event:
-    """What all events have in common.
+    """The base class of events.
 
     Attributes:
-        signal_name: The name of the signal, where it is not the class's name in snake case.
-        module_hook: The name of the module's hook, where it is not ``on_`` + the signal's name.
+        signal_name: The name of the signal, if it is not the class's name in snake case.
+        module_hook: The name of the module's hook, if it is not ``on_`` + the signal's name.
         module_arguments: The fields that the module's hook is called with, in the order of
-            Lightning's signature; None where Lightning has no such hook, and the module's own
+            Lightning's signature; None if Lightning has no such hook: then the module's
             ``on_...(self, event)`` gets the event.
     """
 
@@ -60,20 +60,26 @@ class Event:
 
 
 class Phase(Event):
-    """An event that spans work: what is entered here is left, in reverse order, when the work ends."""
+    """An event that spans work: context managers that are entered here are left, in reverse order, when the work ends.
+
+    Example:
+        >>> class DetectAnomalies(Callback):
+        ...     def on_before_backward(self, trainer, event):
+        ...         event.enter(torch.autograd.detect_anomaly(check_nan=True))
+    """
 
     __slots__ = ("_entered",)
     _entered: ExitStack | None
 
     def enter(self, context_manager: AbstractContextManager[T]) -> T:
-        """Enters a context manager for as long as the phase lasts.
+        """Enter a context manager for as long as the phase lasts.
 
         Args:
             context_manager: Autocast, a profiler's range, ``no_sync``, ... It is left when the phase
                 ends, by an error too; those entered later are left earlier.
 
         Returns:
-            What the context manager's ``__enter__`` returned.
+            The value of the context manager's ``__enter__``.
         """
         stack: ExitStack | None = getattr(self, "_entered", None)
         if stack is None:
@@ -100,7 +106,7 @@ class JoinProcesses(Event):
 
     Attributes:
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        device: Where the module and batches are put.
+        device: The device of the module and its batches.
         processes: This process's view of the others.
     """
 
@@ -123,22 +129,22 @@ class Setup(Event):
 
 @dataclass(slots=True)
 class FindCheckpoint(Event):
-    """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are.
+    """``ckpt_path="last"`` or ``"best"`` was given: the callbacks that keep checkpoints offer theirs.
 
     Attributes:
         which: ``"last"`` or ``"best"``.
         paths: The answers; a damaged file is passed over. Of ``"last"`` the newest is tried first, of ``"best"`` the first.
-            None where no listener keeps checkpoints.
+            None if no listener keeps checkpoints.
     """
 
     which: Literal["last", "best"]
     paths: list[Path] | None = _written()
 
     def offer(self, *paths: Path) -> None:
-        """Adds answers.
+        """Add answers.
 
         Args:
-            *paths: The files, none where there is none yet.
+            *paths: The files, none if there is none yet.
         """
         self.paths = [*(self.paths or ()), *paths]
 
@@ -170,12 +176,12 @@ class LoadCheckpoint(Event):
 
 @dataclass(slots=True)
 class PrepareLoader(Event):
-    """A run is about to use a loader for the first time. The place to have it read this process's share.
+    """A run is about to use a loader for the first time. The place to let it read this process's share.
 
     Attributes:
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         dataloader_idx: Its index among those of the stage.
-        loader: The loader. The run uses what a listener puts in its place.
+        loader: The loader. A listener may replace it.
     """
 
     stage: Stage
@@ -189,11 +195,11 @@ class EstimateSteppingBatches(Event):
     ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``.
 
     Attributes:
-        batches_per_epoch: Training batches per epoch on this rank, limits counted; None where the
+        batches_per_epoch: Training batches per epoch in this process, limits applied; None if the
             loader has no length.
-        max_epochs: Epochs of the whole run; None where only ``max_steps`` ends it.
+        max_epochs: Epochs of the whole run; None if only ``max_steps`` ends it.
         max_steps: Updates at most; None for no limit. The core caps the answer by it.
-        stepping_batches: The answer. None where no listener accumulates: then every batch updates.
+        stepping_batches: The answer. None if no listener accumulates: then every batch updates.
     """
 
     batches_per_epoch: int | None
@@ -222,11 +228,11 @@ class TrainStart(Event):
 
 @dataclass(slots=True)
 class TrainEpochStart(Event):
-    """An epoch of training begins, or goes on where a checkpoint was written inside of it.
+    """An epoch of training begins, or continues after the batch at which a checkpoint was written.
 
     Attributes:
         epoch: The epoch's index, from 0.
-        batches_done: Batches of it that were trained before the checkpoint; 0 where it begins.
+        batches_done: Batches of it that were trained before the checkpoint; 0 if the epoch begins.
     """
 
     module_arguments: ClassVar = ()
@@ -263,13 +269,13 @@ class AfterBatchFetch(Event):
 
 @dataclass(slots=True)
 class Plan:
-    """What a batch does to the accumulation window that it belongs to.
+    """The effect of a batch on the accumulation window that it belongs to.
 
     Attributes:
         step: The batch closes its window: gradients are completed and the optimizer steps.
         zero_grad: The batch opens its window: gradients are zeroed before its backward.
-        loss_scale: Backward runs on the loss times this number. Where it is one over a whole number
-            N, on ``loss / N``, whose bits are those of a hand-written loop.
+        loss_scale: Backward runs on the loss times this number. If it is one over a whole number N,
+            backward runs on ``loss / N``, whose bits are those of a hand-written loop.
         weighted: A listener normalises gradients by the weights that ``training_step`` returned, so
             that backward runs on ``loss * weight / (N * w_ref)``; ``w_ref`` is the run's first weight.
     """
@@ -287,8 +293,8 @@ class TrainBatchStart(Event):
     Attributes:
         batch: The batch.
         batch_idx: Its index in the epoch, from 0.
-        is_last_batch: It is the epoch's last.
-        plan: What it does to its window. The core reads it after the event.
+        is_last_batch: The batch is the epoch's last.
+        plan: The batch's effect on its window. The core reads it after the event.
         skipped: :meth:`skip_batch` was called.
     """
 
@@ -301,19 +307,18 @@ class TrainBatchStart(Event):
     ends_epoch: bool = False
 
     def skip_batch(self) -> None:
-        """Makes this a batch without a loss: no forward, no backward. Its plan is honoured still, so
-        a window that it closes is closed."""
+        """Make this a batch without a loss: no forward, no backward. Its plan still holds, so a window that it closes is
+        closed."""
         self.skipped = True
 
     def end_epoch(self) -> None:
-        """Ends the training epoch before this batch. Nothing steps for it; validation still runs."""
+        """End the training epoch before this batch. Nothing steps for it; validation still runs."""
         self.ends_epoch = True
 
 
 @dataclass(slots=True)
 class OptimizerStep(Phase):
-    """An optimizer is about to step. The closure runs inside of this phase, because torch's
-    optimizers evaluate it inside of ``step``.
+    """An optimizer is about to step. The closure runs in this phase, because torch's optimizers evaluate it in ``step``.
 
     Attributes:
         optimizer: The optimizer.
@@ -323,7 +328,7 @@ class OptimizerStep(Phase):
 
 
 def call_step(step: Callable[..., Any], *args: Any) -> Any:
-    """Calls a module's step, unwrapped: the default of :attr:`BeforeForward.call`."""
+    """Call a module's step without a wrapper: the default of :attr:`BeforeForward.call`."""
     return step(*args)
 
 
@@ -337,7 +342,7 @@ class BeforeForward(Phase):
         batch: The batch.
         batch_idx: Its index.
         closes_window: The batch's backward completes gradients: the one that a distributed wrapper
-            has to synchronise in. False outside of automatic optimization.
+            has to synchronise in. False in manual optimization.
         call: How the step is called: ``call(step, *args)``. A distributed wrapper puts its own here.
     """
 
@@ -356,8 +361,8 @@ class AfterForward(Event):
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         batch: The batch.
         batch_idx: Its index.
-        outputs: What the step returned.
-        loss: The raw loss, a scalar tensor with its graph; None where the batch has none, and in the
+        outputs: The value that the step returned.
+        loss: The raw loss, a scalar tensor with its graph; None if the batch has none, and in the
             other stages.
     """
 
@@ -396,8 +401,8 @@ class BeforeBackward(Phase):
     """Backward is about to run.
 
     Attributes:
-        raw_loss: The loss as the module returned it, a scalar tensor: whatever the window and the
-            loss scale are.
+        raw_loss: The loss as the module returned it, a scalar tensor that no window and no loss
+            scale has changed.
         loss: The loss that backward runs on.
         evaluation: The number of this evaluation of the closure in its batch, from 1; 1 in manual optimization.
     """
@@ -426,7 +431,7 @@ class ReduceGradients(Event):
 
     Attributes:
         optimizer: The optimizer.
-        skipped: The batch that closes the window was skipped, so that no backward of its own has averaged gradients.
+        skipped: The batch that closes the window was skipped, so that its backward has not averaged gradients.
     """
 
     optimizer: LightningOptimizer
@@ -439,8 +444,8 @@ class UnscaleGradients(Event):
 
     Attributes:
         optimizer: The optimizer.
-        evaluation: Which evaluation of the closure made them, from 1, in this step.
-        can_skip: A step that follows can still be vetoed. False where the raw optimizer is stepping:
+        evaluation: The number of the evaluation of the closure that made them, from 1.
+        can_skip: A step that follows can still be vetoed. False if the raw optimizer is stepping:
             then gradients that must not be used have to be an error.
     """
 
@@ -451,13 +456,13 @@ class UnscaleGradients(Event):
 
 @dataclass(slots=True)
 class GradientsReady(Event):
-    """Gradients are complete and unscaled: normalise what is short or weighted. After this event they
+    """Gradients are complete and unscaled: normalise those of short or weighted windows. After this event they
     are the true gradients.
 
     Attributes:
         optimizer: The optimizer.
         batches: The window's batches that had a loss; None in manual optimization.
-        weight: The sum of their weights, None where they carry none.
+        weight: The sum of their weights; None if they have none.
         weight_reference: The run's first weight, the unit that backward measured weights in.
     """
 
@@ -473,7 +478,7 @@ class GradientsFinal(Event):
 
     Attributes:
         optimizer: The optimizer.
-        in_step: A step has asked for them. False if the module asks for them to clip by itself.
+        in_step: A step has asked for them. False if the module asks for them outside a step, to clip them.
     """
 
     optimizer: LightningOptimizer
@@ -487,8 +492,8 @@ class BeforeOptimizerStep(Event):
 
     Attributes:
         optimizer: The optimizer.
-        evaluation: Which evaluation of the closure this follows, from 1; 1 where there is no closure.
-        skip_reason: Why the step was vetoed; None where it was not.
+        evaluation: The number of the evaluation of the closure that this follows, from 1; 1 without a closure.
+        skip_reason: Why the step was vetoed; None if it was not.
     """
 
     module_arguments: ClassVar = ("optimizer",)
@@ -497,7 +502,7 @@ class BeforeOptimizerStep(Event):
     skip_reason: str | None = None
 
     def skip(self, reason: str) -> None:
-        """Vetoes the step: nothing is updated and ``optimizer_step_skipped`` bears the reason.
+        """Veto the step: nothing is updated, and ``optimizer_step_skipped`` has the reason.
 
         Args:
             reason: Why, in a few words. At a second evaluation of a closure a veto is an error,
@@ -617,7 +622,7 @@ class BeforeLRSchedulerStep(Event):
     Attributes:
         config: The scheduler and when it steps.
         learning_rates: The rate of each parameter group, as the last update used it.
-        metric: The monitored value that the scheduler is given; None where it monitors nothing.
+        metric: The monitored value that the scheduler is given; None if it monitors nothing.
     """
 
     signal_name: ClassVar = "before_lr_scheduler_step"
@@ -645,11 +650,11 @@ class TrainBatchEnd(Event):
     """A batch has been trained.
 
     Attributes:
-        outputs: What ``training_step`` returned: a mapping with ``"loss"`` and its other keys,
+        outputs: The value of ``training_step``: a mapping with ``"loss"`` and its other keys,
             detached; None for a batch without a loss.
         batch: The batch.
         batch_idx: Its index in the epoch.
-        loss: The raw loss, detached, whatever the window; None where there was none.
+        loss: The raw loss, detached, before any scaling; None if there was none.
     """
 
     module_arguments: ClassVar = ("outputs", "batch", "batch_idx")
@@ -664,8 +669,8 @@ class TrainBatchEnd(Event):
 
 @dataclass(slots=True)
 class ValidationStart(Phase):
-    """A validation begins; the module is in evaluation mode. What is entered here is left after ``validation_end``, and
-    also where an error, or an interruption inside of a fit, ends it without that event."""
+    """A validation begins; the module is in evaluation mode. A context manager that is entered here is left after
+    ``validation_end``, also if an error or an interruption ends the validation without that event."""
 
     module_arguments: ClassVar = ()
 
@@ -698,7 +703,7 @@ class ValidationBatchEnd(Event):
     """A validation batch has run.
 
     Attributes:
-        outputs: What ``validation_step`` returned.
+        outputs: The value that ``validation_step`` returned.
         batch: The batch.
         batch_idx: Its index in its loader.
         dataloader_idx: The loader's index.
@@ -810,10 +815,10 @@ class MetricsLogged(Event):
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         scope: ``"step"``, of which loggers write a part; ``"epoch"`` or ``"monitor"``, of which they write all.
         step: ``global_step``.
-        metrics: What was logged with ``logger=True``, by name: scalar tensors on their device,
-            numbers, or what else ``float()`` takes. Read what you write during the event.
+        metrics: The values that were logged with ``logger=True``, by name: scalar tensors on their device,
+            numbers, or anything that ``float()`` takes. Read them during the event.
         epoch_complete: The data of the epoch was used to its end. False for an epoch that was ended
-            early or that the run stopped inside of: nothing that counts epochs steps for it.
+            early or in which the run stopped: nothing that counts epochs steps for it.
     """
 
     stage: Stage
@@ -854,7 +859,7 @@ class RequestStop(Event):
 @dataclass(slots=True)
 class TakeCheckpoint(Event):
     """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after
-    ``request_stop``; before ``train_end`` if the run ends elsewhere; and whenever ``trainer.keep_checkpoint`` is called.
+    ``request_stop``; before ``train_end`` if the run was asked to stop after its last safe point; and whenever ``trainer.keep_checkpoint`` is called.
 
     Attributes:
         epoch_end: The epoch is complete.
@@ -938,7 +943,7 @@ class FitEnd(Event):
 
 @dataclass(slots=True)
 class ExceptionRaised(Event):
-    """The run is ending by an error. Reaches every listener, even when one of them raises.
+    """The run is ending by an error. Reaches every listener, even if one of them raises.
 
     Attributes:
         exception: The error that ``fit`` (``validate``, ``test``, ``predict``) is about to raise.
@@ -950,8 +955,7 @@ class ExceptionRaised(Event):
 
 @dataclass(slots=True)
 class Teardown(Event):
-    """The run is over, by an error or not: release what was acquired. Reaches every listener, even when
-    one of them raises.
+    """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises.
 
     Attributes:
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
@@ -963,12 +967,12 @@ class Teardown(Event):
 
 
 def signal_name(event_type: type[Event]) -> str:
-    """The name of an event's signal: ``TrainBatchStart`` -> ``"train_batch_start"``."""
+    """Return the name of an event's signal: ``TrainBatchStart`` -> ``"train_batch_start"``."""
     return event_type.signal_name or re.sub(r"(?<!^)(?=[A-Z])", "_", event_type.__name__).lower()
 
 
 def module_hook(event_type: type[Event]) -> str:
-    """The name of the module's hook for an event: ``on_`` + the signal's name, but for ``teardown``."""
+    """Return the name of the module's hook for an event: ``on_`` + the signal's name, but for ``teardown``."""
     return event_type.module_hook or f"on_{signal_name(event_type)}"
 
 
@@ -1006,7 +1010,7 @@ prepare_loader                              each loader, when it is needed first
     configure_optimizers()
 estimate_stepping_batches                   when trainer.estimated_stepping_batches is read
 fit_start
-    sanity check: validation of a few batches, not where a checkpoint is resumed
+    sanity check: validation of a few batches, not if a checkpoint is resumed
 train_start
 for epoch in epochs:
     train_epoch_start
@@ -1019,13 +1023,13 @@ for epoch in epochs:
             before_forward
                 training_step(batch, batch_idx)
             after_forward
-            before_zero_grad                where the batch opens a window
+            before_zero_grad                if the batch opens a window
                 optimizer.zero_grad()
             after_zero_grad
             before_backward
                 loss.backward()
             after_backward
-            reduce_gradients                where the batch closes a window
+            reduce_gradients                if the batch closes a window
             unscale_gradients
             gradients_ready
             gradients_final
@@ -1043,7 +1047,7 @@ for epoch in epochs:
             lr_scheduler_step(scheduler, metric)
         after_lr_scheduler_step
         train_batch_end
-        metrics_logged                      scope="step", where the batch updated
+        metrics_logged                      scope="step", if the batch updated
         if validation is due:
             validation_start ... validation_end
         if this was the last batch:
@@ -1058,13 +1062,13 @@ for epoch in epochs:
         run_interrupted                     after trainer.interrupt, once the checkpoint is written
 train_end
 fit_end
-exception                                   where the run ends by an error
+exception                                   if the run ends by an error
 teardown
 """
 """The loop, line by line. A line that begins with a signal's name is an event."""
 
 
 def evaluation_map(stage: str) -> str:
-    """The loop map of ``"validation"``, ``"test"`` or ``"predict"``, which logs nothing."""
+    """Return the loop map of ``"validation"``, ``"test"`` or ``"predict"``, which logs nothing."""
     lines = _EVALUATION_MAP.format(stage=stage).splitlines(keepends=True)
     return "".join(line for line in lines if stage != "predict" or not line.startswith("metrics_logged"))

@@ -1,98 +1,90 @@
-"""The trainer: it wires the parts together and leaves the work to them."""
+"""The trainer: its arguments, the four stages, and the verbs and properties that callbacks and users have."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-from eventtrain.callback import attach, detach, is_on_demand, make_idle
-from eventtrain.checkpoint import contents as checkpoints
-from eventtrain.checkpoint import storage
-from eventtrain.checkpoint.rng import seed_everything
-from eventtrain.checks import check_whole_number
-from eventtrain.core.closure import Closure
-from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage, step_arguments
-from eventtrain.core.loop import Extent, TrainLoop
+from eventtrain import events
+from eventtrain.callback import attach, is_on_demand
+from eventtrain.checkpoint import contents, storage
+from eventtrain.checkpoint.find import interrupted_path
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.core.signals import EventSignal, Signals
-from eventtrain.core.state import BatchState, Progress, RunStage, StopRequest
-from eventtrain.data.batches import Limit, check_limit, check_train_loader, resolve_device
+from eventtrain.core.state import Progress, RunLimits, RunStage
+from eventtrain.data.device import resolve_device
+from eventtrain.data.limits import Limit
 from eventtrain.describe import describe, overview
-from eventtrain.distributed import SingleProcess
-from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
-from eventtrain.events import (
-    AfterLRSchedulerStep,
-    BeforeLRSchedulerStep,
-    CheckpointRead,
-    CheckpointSaved,
-    ExceptionRaised,
-    FindCheckpoint,
-    FitEnd,
-    FitStart,
-    JoinProcesses,
-    LoadCheckpoint,
-    MetricsLogged,
-    Setup,
-    Stage,
-    TakeCheckpoint,
-    Teardown,
-)
+from eventtrain.distributed import Processes, SingleProcess
+from eventtrain.errors import MisconfigurationError
 from eventtrain.metrics.metrics import Metrics
-from eventtrain.module.module import LightningDataModule, LightningModule
-from eventtrain.optim.configure import configure_optimizers, own, warn_of_idle_schedulers
+from eventtrain.module.datamodule import LightningDataModule
+from eventtrain.module.module import LightningModule
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
-from eventtrain.run.arguments import (
-    check_datamodule,
-    check_extent,
-    check_interval,
-    check_module,
-    limit_name,
-    val_interval,
-)
-from eventtrain.run.compiled import Model, Steps
-from eventtrain.run.hook_connections import ConnectedHooks
-from eventtrain.run.loaders import LOADER_HOOKS, DataSources
-from eventtrain.run.view import RunView
+from eventtrain.run.arguments import RunArguments
+from eventtrain.run.compiled import Model, ModuleSteps
+from eventtrain.run.evaluate import Evaluation
+from eventtrain.run.fit import Fit
+from eventtrain.run.run import Run
+from eventtrain.run.state import RunState
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Run)
 
 
-class Trainer(RunView):
+class Trainer:
     """Trains, validates, tests and predicts with a module, and publishes everything that happens.
 
     Each ``fit`` is a new run, with counters from zero, unless it resumes a checkpoint.
 
     Args:
-        max_epochs: Epochs of training; -1 for no limit. This or ``max_steps`` has to be given.
-        min_epochs: :meth:`stop` waits until so many epochs are complete.
+        max_epochs: Epochs of training; -1 for no limit. Give this or ``max_steps``.
+        min_epochs: :meth:`stop` waits until this many epochs are complete.
         max_steps: Updates of the whole run; None or -1 for no limit.
-        min_steps: :meth:`stop` waits until there were so many updates.
+        min_steps: :meth:`stop` waits until there were this many updates.
         callbacks: Objects with ``on_<event>(self, trainer, event)`` methods, attached in this order.
-        default_callbacks: Whether ``LRSchedulerStepping`` and ``ProgressBar`` are attached after them, each
-            unless one of its kind was given.
+        default_callbacks: Whether ``LRSchedulerStepping`` and ``ProgressBar`` are attached after them, each unless one of its
+            kind is among them.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or a ``torch.device``.
         limit_train_batches: Batches of each training epoch, as a number or a fraction; None for all.
         limit_val_batches: The same for validation, per loader; 0 for no validation.
         limit_test_batches: The same for the test.
         limit_predict_batches: The same for prediction.
-        val_check_interval: Batches between validations, or a fraction of the epoch; None: at its end.
-        check_val_every_n_epoch: Validate in every so many epochs; None: ``val_check_interval`` counts the
-            batches of the run.
+        val_check_interval: Batches between validations, or a fraction of the epoch; None to validate at its end.
+        check_val_every_n_epoch: Epochs between two that validate; None if ``val_check_interval`` counts the batches of the run.
         num_sanity_val_steps: Validation batches to run before training, -1 for all; nothing of it is logged.
-        fast_dev_run: So many batches of each stage and one epoch, without loggers' files, checkpoints and
+        fast_dev_run: The number of batches of each stage in a trial run of one epoch, without loggers' files, checkpoints and
             early stopping; True for one batch.
-        seed: Given to :func:`~eventtrain.seed_everything` at the start of each run; None leaves the generators. Weights
-            that a module draws in ``__init__`` come before: seed by hand for those, or draw in ``configure_model``.
-        default_root_dir: Where callbacks write that are given no directory of their own.
+        seed: Given to :func:`~eventtrain.seed_everything` at the start of each run; None leaves the generators. Weights that a
+            module draws in ``__init__`` come before: seed by hand for those, or draw in ``configure_model``.
+        default_root_dir: The directory of callbacks that have no directory of their own.
+
+    Attributes:
+        signals: One signal per event.
+        callbacks: The attached callbacks, in order.
+        device: The device of the module and its batches.
+        processes: This process's view of the others that train with it.
+        arguments: The arguments that shape runs, checked.
+        seed: See the argument.
+        default_root_dir: See the argument.
 
     Raises:
-        MisconfigurationError: An argument cannot be right, or a callback cannot be attached.
+        MisconfigurationError: If an argument cannot be right, or a callback cannot be attached.
+
+    Example:
+        >>> class Line(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(1, 1)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self.layer(batch).square().mean()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> trainer = Trainer(max_epochs=2, device="cpu", default_callbacks=False)
+        >>> trainer.fit(Line(), [torch.ones(4, 1)] * 3)
+        >>> trainer.global_step
+        6
     """
 
     def __init__(
@@ -116,48 +108,39 @@ class Trainer(RunView):
         seed: int | None = None,
         default_root_dir: str | os.PathLike[str] = ".",
     ) -> None:
-        check_extent(max_epochs, max_steps, min_epochs, min_steps, bool(fast_dev_run))
-        self.fast_dev_run = int(
-            fast_dev_run if isinstance(fast_dev_run, bool) else check_whole_number(fast_dev_run, "Trainer", "fast_dev_run")
-        )
-        self.limits: dict[Stage, Limit] = {
-            "train": limit_train_batches,
-            "validation": limit_val_batches,
-            "test": limit_test_batches,
-            "predict": limit_predict_batches,
-        }
-        for stage, limit in self.limits.items():
-            check_limit(limit, limit_name(stage))
-        self.val_check_interval = check_interval(val_check_interval, check_val_every_n_epoch)
-        self.num_sanity_val_steps = check_whole_number(num_sanity_val_steps, "Trainer", "num_sanity_val_steps", least=-1)
-        self.extent = Extent(
-            max_epochs=None if max_epochs == -1 else max_epochs,
-            max_steps=None if max_steps == -1 else max_steps,
-            min_epochs=min_epochs or 0,
-            min_steps=min_steps or 0,
+        self.arguments = RunArguments(
+            *(max_epochs, min_epochs, max_steps, min_steps),
+            batch_limits={
+                "train": limit_train_batches,
+                "validation": limit_val_batches,
+                "test": limit_test_batches,
+                "predict": limit_predict_batches,
+            },
+            val_check_interval=val_check_interval,
             check_val_every_n_epoch=check_val_every_n_epoch,
+            num_sanity_val_steps=num_sanity_val_steps,
+            fast_dev_run=fast_dev_run,
         )
-        if self.fast_dev_run:
-            self._shorten(self.fast_dev_run)
         self.seed = seed
         self.default_root_dir = os.fspath(default_root_dir)
         self.device = resolve_device(device)
-        self.processes = SingleProcess()
+        self.processes: Processes = SingleProcess()
         self.signals = Signals(self)
         self.callbacks: list[Any] = []
-        self.optimizers: list[LightningOptimizer] = []
-        self.lr_scheduler_configs: list[LRSchedulerConfig] = []
-        self.datamodule: LightningDataModule | None = None
-        self.sanity_checking = False
-        self.stage: RunStage | None = None
-        self.num_evaluation_batches: int | None = None  # of the evaluation at hand, over all of its loaders
-        self._module: LightningModule | None = None
-        self._steps = Steps(None)
-        self._loop: TrainLoop | None = None
-        self._data: Any = None  # a run's DataSources
-        self._begin_counting()
-        given = list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
-        for callback in given + (self._default_callbacks(given) if default_callbacks else []):
+        self.run_state = self._new_state()
+        self._run: Run | None = None  # the current one
+        self._attach(callbacks, default_callbacks)
+
+    def _attach(self, callbacks: Any, default_callbacks: bool) -> None:
+        several = isinstance(callbacks, Iterable) and not isinstance(callbacks, str)
+        chosen = list(callbacks) if several else [callbacks]
+        if default_callbacks:
+            # The one place at which the library knows callbacks, and late, because they import the library.
+            from eventtrain.callbacks import LRSchedulerStepping, ProgressBar
+
+            kinds = (LRSchedulerStepping, ProgressBar)
+            chosen += [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]
+        for callback in chosen:
             attach(callback, self.signals, self.callbacks)
 
     # ------------------------------------------------------------------ the four stages
@@ -170,24 +153,29 @@ class Trainer(RunView):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Trains a module.
+        """Train a module.
 
         Args:
             model: The module; or ``torch.compile(module)``, whose steps are then called compiled.
-            train_dataloaders: The training loader; the module's or datamodule's where None.
-            val_dataloaders: A validation loader, or a list of them; the module's or datamodule's where None.
-            datamodule: Brings the loaders.
-            ckpt_path: A checkpoint to resume from, exactly where it was written at a safe point: its path; ``"last"``, the
-                newest whole one of those that an attached callback keeps, or a fresh start where there is none yet;
-                ``"best"``, by the callback's monitored metric.
+            train_dataloaders: The training loader; if None, the module's or datamodule's.
+            val_dataloaders: A validation loader, or a list of them; if None, the module's or datamodule's.
+            datamodule: An object that has the loaders.
+            ckpt_path: A checkpoint to resume, exactly from the safe point at which it was written: its path; ``"last"``, the
+                newest whole one that an attached callback keeps, or a fresh start if there is none yet; ``"best"``, the best by
+                the callback's monitored metric.
 
         Raises:
-            MisconfigurationError: Something was put together in a way that cannot work. Checked before
-                training wherever it can be known.
+            MisconfigurationError: If something was put together in a way that cannot work; before training, if it can be known
+                then.
+
+        Example:
+            >>> trainer = Trainer(max_steps=5, device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)] * 3)
+            >>> trainer.global_step, trainer.current_epoch
+            (5, 1)
         """
-        given: dict[Stage, Any] = {"train": train_dataloaders, "validation": val_dataloaders}
-        self._begin_counting()
-        self._run("fit", model, datamodule, given, partial(self._fit, ckpt_path))
+        loaders: dict[Any, Any] = {"train": train_dataloaders, "validation": val_dataloaders}
+        self._execute(lambda: Fit(self, self._new_state(self.run_state.steps), model, datamodule, loaders, ckpt_path))
 
     def validate(
         self,
@@ -196,18 +184,27 @@ class Trainer(RunView):
         ckpt_path: str | os.PathLike[str] | None = None,
         datamodule: LightningDataModule | None = None,
     ) -> list[dict[str, float]]:
-        """Validates a module.
+        """Validate a module.
 
         Args:
-            model: The module, compiled or not; the one of the last run where None.
-            dataloaders: A loader or a list of them; the module's or datamodule's where None.
-            ckpt_path: A checkpoint whose weights are loaded first.
-            datamodule: Brings the loaders.
+            model: The module, compiled or not; if None, the one of the last run.
+            dataloaders: A loader or a list of them; if None, the module's or datamodule's.
+            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`.
+            datamodule: An object that has the loaders.
 
         Returns:
             The epoch's metrics, one dict per loader.
+
+        Raises:
+            MisconfigurationError: If there is no module, no loader, or no ``validation_step``.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+            >>> metrics = trainer.validate(Line(), [torch.zeros(4, 1)])
+            >>> list(metrics[0])
+            ['val_loss']
         """
-        return self._evaluate("validate", "validation", model, dataloaders, ckpt_path, datamodule)[0]
+        return self._evaluate("validate", model, dataloaders, ckpt_path, datamodule).results
 
     def test(
         self,
@@ -216,8 +213,15 @@ class Trainer(RunView):
         ckpt_path: str | os.PathLike[str] | None = None,
         datamodule: LightningDataModule | None = None,
     ) -> list[dict[str, float]]:
-        """Tests a module; arguments and result as for :meth:`validate`."""
-        return self._evaluate("test", "test", model, dataloaders, ckpt_path, datamodule)[0]
+        """Test a module. Arguments, result and errors are those of :meth:`validate`, with ``test_step``.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+            >>> metrics = trainer.test(Line(), [[torch.zeros(4, 1)], [torch.ones(4, 1)]])
+            >>> len(metrics)
+            1
+        """
+        return self._evaluate("test", model, dataloaders, ckpt_path, datamodule).results
 
     def predict(
         self,
@@ -226,132 +230,110 @@ class Trainer(RunView):
         ckpt_path: str | os.PathLike[str] | None = None,
         datamodule: LightningDataModule | None = None,
     ) -> list[Any]:
-        """Predicts with a module; arguments as for :meth:`validate`.
+        """Predict with a module. Arguments and errors are those of :meth:`validate`, with ``predict_step``.
 
         Returns:
-            What ``predict_step`` returned for each batch; with several loaders, a list of such lists.
+            The value of ``predict_step`` for each batch; with several loaders, a list of such lists.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+            >>> [output.shape for output in trainer.predict(Line(), [torch.ones(4, 1)] * 2)]
+            [torch.Size([4, 1]), torch.Size([4, 1])]
         """
-        outputs = self._evaluate("predict", "predict", model, dataloaders, ckpt_path, datamodule)[1]
+        outputs = self._evaluate("predict", model, dataloaders, ckpt_path, datamodule).outputs
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _evaluate(self, stage: RunStage, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any) -> Evaluation:
+        state = self.run_state
+        return self._execute(lambda: Evaluation(self, state, stage, model, datamodule, dataloaders, ckpt_path))
+
+    def _execute(self, make: Callable[[], R]) -> R:
+        if self._run is not None:
+            raise MisconfigurationError(f"The trainer is running {self._run.stage}. Use another trainer for a run in a run.")
+        run = make()
+        self._run, self.run_state = run, run.state
+        try:
+            run.execute()
+        finally:
+            self._run = None
+        return run
+
+    def _new_state(self, steps: ModuleSteps | None = None) -> RunState:
+        return RunState(self.arguments.limits(), Metrics(self.processes), steps=steps)
 
     # ------------------------------------------------------------------ verbs
 
     def stop(self, reason: str, *, force: bool = False, at_once: bool = False, by_all: bool = False) -> None:
-        """Ends the run after the batch at hand. Of several processes one may ask: all end, at the latest after the next batch.
+        """End the run after the current batch. If one of several processes asks, all end, at the latest after the next batch.
 
         Args:
-            reason: Why, in a few words.
-            force: Also before ``min_epochs`` and ``min_steps``, which hold off other requests.
-            at_once: Also out of an evaluation, which is left at its next batch as if it had not begun; a run that is
-                resumed from the safe point after it evaluates anew. Implies ``force``. May be called by a signal handler.
+            reason: Why, in a few words; :attr:`stop_reason` tells it.
+            force: Stop before ``min_epochs`` and ``min_steps`` too, which hold off other requests.
+            at_once: Leave an evaluation at its next batch too, as if it had not begun: a run that is resumed from the safe
+                point after it evaluates anew. Implies ``force``. A signal handler may ask for it.
             by_all: All processes ask at this place, having agreed on it: they end here.
+
+        Example:
+            >>> class StopAfterThree(Callback):
+            ...     def on_after_update(self, trainer, event):
+            ...         if event.global_step == 3:
+            ...             trainer.stop("three updates are enough")
+            >>> trainer = Trainer(max_epochs=9, callbacks=StopAfterThree(), device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)])
+            >>> trainer.global_step, trainer.stop_reason
+            (3, 'three updates are enough')
         """
-        request = self.stop_request
+        request = self.run_state.stop_request
         if request.reason is None or force or at_once:
             request.reason = reason
         request.force |= force or at_once
         request.at_once |= at_once
         request.is_agreed |= by_all
+        request.force_is_agreed |= by_all and request.force
+
+    def interrupt(self, reason: str | None) -> None:
+        """Interrupt the fit at its next safe point: write a checkpoint there and return from ``fit``, so that
+        ``fit(ckpt_path="last")`` resumes the run.
+
+        A validation is left at its next batch, and repeated by the resumed run. The request does not wait for ``min_epochs``
+        and ``min_steps``. If one of several processes asks, all are interrupted. A signal handler may call it.
+
+        Args:
+            reason: Why, in a few words. None withdraws the request, unless other processes know of it already.
+
+        Example:
+            >>> class InterruptAfterTwo(Callback):
+            ...     def on_request_stop(self, trainer, event):
+            ...         if trainer.global_step == 2:
+            ...             trainer.interrupt("the machine is needed")
+            >>> trainer = Trainer(max_epochs=9, callbacks=InterruptAfterTwo(), device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)] * 3)  # writes checkpoints/interrupted.ckpt
+            >>> trainer.global_step
+            2
+        """
+        request = self.run_state.stop_request
+        if reason is not None or not request.interruption_is_agreed:
+            request.interruption = reason
 
     def end_epoch(self, reason: str) -> None:
-        """Ends the training epoch after the batch at hand. Validation still runs; nothing that counts
-        epochs steps for it.
-
-        Args:
-            reason: Why, in a few words.
-        """
-        self.stop_request.epoch_reason = reason
-
-    def log_on_step(self, values: Mapping[str, Any]) -> None:
-        """Adds values to those that the update at hand hands to loggers, which write them at their cadence. For
-        callbacks; a module has ``self.log``.
-
-        Args:
-            values: By name numbers, scalar tensors, or what else ``float()`` takes; it is called where they are written.
-        """
-        self.metrics.fresh.update(values)
-
-    def log_now(self, values: Mapping[str, Any]) -> None:
-        """Hands values to loggers at once, whatever their cadence. For callbacks that have one of their own.
-
-        Args:
-            values: Numbers or scalar tensors by name.
-        """
-        self.metrics.logged_metrics.update(values)
-        event = MetricsLogged(self.metrics.stage, "monitor", self.global_step, dict(values))
-        self.signals.metrics_logged.publish(event)
-
-    def step_lr_scheduler(self, config: LRSchedulerConfig, metric: Any = None) -> None:
-        """Steps a scheduler through the module's ``lr_scheduler_step``, with the events around it.
-
-        Args:
-            config: One of :attr:`lr_scheduler_configs`.
-            metric: What the scheduler monitors; None where it monitors nothing.
-        """
-        signals = self.signals.table
-        if signals.before_lr_scheduler_step.listeners:
-            event = BeforeLRSchedulerStep(config, config.learning_rates(), metric)
-            signals.before_lr_scheduler_step.publish(event)
-            metric = event.metric
-        assert self._module is not None
-        self._module.lr_scheduler_step(config.scheduler, metric)
-        if signals.after_lr_scheduler_step.listeners:
-            signals.after_lr_scheduler_step.publish(AfterLRSchedulerStep(config, config.learning_rates()))
-
-    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Writes the run's state to a file.
-
-        Args:
-            path: The file. One that is there already is replaced once the new one is whole on disk.
-
-        Raises:
-            MisconfigurationError: Something in the state could not be read back.
-        """
-        content = checkpoints.gather(self)
-        if self.is_global_zero:
-            storage.write(content, path)
-            self.signals.checkpoint_saved.publish(CheckpointSaved(os.fspath(path)))
-
-    def keep_checkpoint(self, reason: str) -> str | None:
-        """Has a checkpoint written because the run is about to end early: by those that keep checkpoints, or where nobody
-        does as ``checkpoints/interrupted.ckpt`` under ``default_root_dir``. ``fit(ckpt_path="last")`` finds it. Exact when
-        called at a safe point.
+        """End the training epoch after the current batch. Validation still runs; nothing that counts epochs steps for it.
 
         Args:
             reason: Why, in a few words.
 
-        Returns:
-            The file; None in a ``fast_dev_run``, which keeps nothing.
+        Example:
+            >>> class OneBatchEach(Callback):
+            ...     def on_train_batch_end(self, trainer, event):
+            ...         trainer.end_epoch("one batch is enough")
+            >>> trainer = Trainer(max_epochs=2, callbacks=OneBatchEach(), device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)] * 10)
+            >>> trainer.global_step
+            2
         """
-        if self.fast_dev_run:
-            return None
-        event = TakeCheckpoint(self.progress.epoch_is_over, self.batch.window_open, reason)
-        try:
-            self.signals.take_checkpoint.publish(event)
-            if event.path is None:
-                event.path = os.fspath(self._kept_by_nobody)
-                self.save_checkpoint(event.path)
-        finally:
-            # The first process that ends has its launcher end the others: not before all have written.
-            self.processes.barrier()
-        return event.path
-
-    def interrupt(self, reason: str) -> None:
-        """Interrupt the fit at its next safe point: write a checkpoint there and return from ``fit``, so that
-        ``fit(ckpt_path="last")`` resumes the run. A validation is left at its next batch, and repeated by the resumed run.
-        Does not wait for ``min_epochs`` and ``min_steps``. If one of several processes asks, all are interrupted; a listener
-        of ``request_stop`` has to be attached in all of them.
-
-        A signal handler may call it.
-
-        Args:
-            reason: Why, in a few words.
-        """
-        self.stop_request.interruption = reason
-        self.stop_request.at_once = True
+        self.run_state.stop_request.epoch_reason = reason
 
     def listen(self, handler: Callable[..., Any]) -> None:
-        """Have a handler that is marked ``@on_demand`` called from the next event on, until the run ends or
+        """Have a handler that is marked :func:`~eventtrain.on_demand` called from the next event on, until the run ends or
         :meth:`stop_listening`.
 
         Args:
@@ -359,6 +341,20 @@ class Trainer(RunView):
 
         Raises:
             MisconfigurationError: If the handler is not marked, or its callback is not attached.
+
+        Example:
+            >>> class CountBatches(Callback):
+            ...     batches = 0
+            ...     def on_fit_start(self, trainer, event):
+            ...         trainer.listen(self.on_train_batch_end)
+            ...     @on_demand
+            ...     def on_train_batch_end(self, trainer, event):
+            ...         self.batches += 1
+            >>> counter = CountBatches()
+            >>> trainer = Trainer(max_epochs=1, callbacks=counter, device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)] * 3)
+            >>> counter.batches
+            3
         """
         self._signal_of(handler).wake(handler)
 
@@ -370,43 +366,202 @@ class Trainer(RunView):
 
         Raises:
             MisconfigurationError: If the handler is not marked, or its callback is not attached.
+
+        Example:
+            >>> class FirstBatch(Callback):
+            ...     def on_fit_start(self, trainer, event):
+            ...         trainer.listen(self.on_train_batch_end)
+            ...     @on_demand
+            ...     def on_train_batch_end(self, trainer, event):
+            ...         print("batch", event.batch_idx)
+            ...         trainer.stop_listening(self.on_train_batch_end)
+            >>> trainer = Trainer(max_epochs=1, callbacks=FirstBatch(), device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)] * 3)
+            batch 0
         """
         self._signal_of(handler).idle(handler)
 
-    def times_logged(self, name: str) -> int:
-        """Return how often a metric in :attr:`callback_metrics` got a new value in this run. A listener that acts on new
-        values compares it with the count that it saw last.
-
-        Args:
-            name: The metric's name.
-        """
-        return self.metrics.renewals.get(name, 0)
-
     def _signal_of(self, handler: Callable[..., Any]) -> EventSignal:
         name = getattr(handler, "__name__", repr(handler))
-        signal = getattr(self.signals.table, name.removeprefix("on_"), None)
+        signal: EventSignal | None = getattr(self.signals.table, name.removeprefix("on_"), None)
         if signal is None or not is_on_demand(handler) or handler not in signal.attached():
             raise MisconfigurationError(
                 f"trainer.listen({name}): give a method on_<event> of an attached callback that is marked with @on_demand."
             )
-        return signal  # type: ignore[no-any-return]
+        return signal
 
-    def describe(self, *, all_events: bool = True) -> str:
-        """The loop as a tree, with what is attached at each event in the order in which it is called.
+    def times_logged(self, name: str) -> int:
+        """Return how often a metric in :attr:`callback_metrics` got a new value in this run. A listener that acts on new values
+        compares it with the count that it saw last.
 
         Args:
-            all_events: Whether events that nobody listens to, and the core's own work, are shown too.
+            name: The metric's name.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)] * 3)
+            >>> trainer.times_logged("loss")
+            3
+        """
+        return self.run_state.metrics.update_counts.get(name, 0)
+
+    def log_on_step(self, values: Mapping[str, Any]) -> None:
+        """Add values to those that the current update hands to loggers, which write them at their cadence. For callbacks; a
+        module has ``self.log``.
+
+        Args:
+            values: By name, numbers, scalar tensors, or anything that ``float()`` takes; it is called when they are written.
+
+        Example:
+            >>> class LogBatchIndex(Callback):
+            ...     def on_after_optimizer_step(self, trainer, event):
+            ...         trainer.log_on_step({"batch_idx": trainer.batch_idx})
+            >>> trainer = Trainer(max_epochs=1, callbacks=LogBatchIndex(), device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)] * 3)
+            >>> trainer.logged_metrics["batch_idx"]
+            2
+        """
+        self.run_state.metrics.fresh.update(values)
+
+    def log_now(self, values: Mapping[str, Any]) -> None:
+        """Hand values to loggers at once, whatever their cadence. For callbacks that have a cadence of their own.
+
+        Args:
+            values: Numbers or scalar tensors by name.
+
+        Example:
+            >>> class LogEpoch(Callback):
+            ...     def on_train_epoch_end(self, trainer, event):
+            ...         trainer.log_now({"epochs_seen": event.epoch + 1})
+            >>> trainer = Trainer(max_epochs=2, callbacks=LogEpoch(), device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)])
+            >>> trainer.logged_metrics["epochs_seen"]
+            2
+        """
+        metrics = self.run_state.metrics
+        metrics.logged_metrics.update(values)
+        self.signals.metrics_logged.publish(events.MetricsLogged(metrics.stage, "monitor", self.global_step, dict(values)))
+
+    def step_lr_scheduler(self, config: LRSchedulerConfig, metric: Any = None) -> None:
+        """Step a scheduler through the module's ``lr_scheduler_step``, with the events around it.
+
+        Args:
+            config: One of :attr:`lr_scheduler_configs`.
+            metric: The value that the scheduler monitors; None if it monitors nothing.
+
+        Example:
+            >>> class StepEveryUpdate(Callback):
+            ...     role = "lr_scheduler_stepping"
+            ...     def on_after_update(self, trainer, event):
+            ...         for config in trainer.lr_scheduler_configs:
+            ...             trainer.step_lr_scheduler(config)
+            >>> trainer = Trainer(max_epochs=1, callbacks=StepEveryUpdate(), device="cpu", default_callbacks=False)
+        """
+        signals = self.signals.table
+        if signals.before_lr_scheduler_step.listeners:
+            event = events.BeforeLRSchedulerStep(config, config.learning_rates(), metric)
+            signals.before_lr_scheduler_step.publish(event)
+            metric = event.metric
+        assert self.run_state.module is not None
+        self.run_state.module.lr_scheduler_step(config.scheduler, metric)
+        if signals.after_lr_scheduler_step.listeners:
+            signals.after_lr_scheduler_step.publish(events.AfterLRSchedulerStep(config, config.learning_rates()))
+
+    def collect_checkpoint(self) -> dict[str, Any]:
+        """Collect the state of the run, as :meth:`save_checkpoint` writes it; listeners of ``save_checkpoint`` add to it. In
+        several processes all have to call it, and the first has the whole.
+
+        Returns:
+            The checkpoint; ``docs/resume.md`` describes its keys. Its tensors are those of the run, not copies.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)])
+            >>> trainer.collect_checkpoint()["global_step"]
+            1
+        """
+        return contents.gather(self)
+
+    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Write the run's state to a file. In several processes all have to call it.
+
+        Args:
+            path: The file. If it exists, it is replaced once the new one is whole on disk.
+
+        Raises:
+            MisconfigurationError: If something in the state could not be read back.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)])
+            >>> trainer.save_checkpoint("line.ckpt")
+            >>> sorted(torch.load("line.ckpt", weights_only=True)["state_dict"])
+            ['layer.bias', 'layer.weight']
+        """
+        checkpoint = self.collect_checkpoint()
+        if self.is_global_zero:
+            storage.write(checkpoint, path)
+            self.signals.checkpoint_saved.publish(events.CheckpointSaved(os.fspath(path)))
+
+    def keep_checkpoint(self, reason: str) -> str | None:
+        """Have a checkpoint written because the run is about to end early: by the listeners of ``take_checkpoint``, or, if none
+        writes one, as ``checkpoints/interrupted.ckpt`` under ``default_root_dir``. ``fit(ckpt_path="last")`` finds it. Exact if
+        called at a safe point.
+
+        Args:
+            reason: Why, in a few words.
+
+        Returns:
+            The file; None in a ``fast_dev_run``, which writes none.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+            >>> trainer.fit(Line(), [torch.ones(4, 1)])
+            >>> trainer.keep_checkpoint("to look at it")
+            'checkpoints/interrupted.ckpt'
+        """
+        if self.fast_dev_run:
+            return None
+        event = events.TakeCheckpoint(self.progress.epoch_is_over, self.window_open, reason)
+        try:
+            self.signals.take_checkpoint.publish(event)
+            if event.path is None:
+                event.path = os.fspath(interrupted_path(self))
+                self.save_checkpoint(event.path)
+        finally:
+            # The first process that ends has its launcher end the others: not before all have written.
+            self.processes.barrier()
+        return event.path
+
+    def describe(self, *, all_events: bool = True) -> str:
+        """Return the loop as a tree, with the listeners of each event in the order in which they are called.
+
+        Args:
+            all_events: Whether to show events without a listener, and the core's own work.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=1, device="cpu")
+            >>> print(trainer.describe(all_events=False))
+            Trainer: max_epochs=1, on cpu, no module yet
+            callbacks: LRSchedulerStepping, ProgressBar
+            ...
         """
         return f"{overview(self)}\n\n{describe(self.signals, all_events=all_events)}"
 
     def callback(self, kind: type[T]) -> T:
-        """The attached callback of a class.
+        """Return the attached callback of a class.
 
         Args:
             kind: The class.
 
         Raises:
-            MisconfigurationError: None is attached.
+            MisconfigurationError: If none is attached.
+
+        Example:
+            >>> class Nothing(Callback): ...
+            >>> trainer = Trainer(max_epochs=1, callbacks=Nothing(), device="cpu")
+            >>> type(trainer.callback(Nothing)).__name__
+            'Nothing'
         """
         for callback in self.callbacks:
             if isinstance(callback, kind):
@@ -415,327 +570,227 @@ class Trainer(RunView):
         raise MisconfigurationError(f"No {kind.__name__} is attached; there are {attached}. Give it in callbacks=[...].")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints on rank zero, above a progress bar where there is one."""
+        """Print in the first process, above a progress bar if there is one.
+
+        Args:
+            *args: The arguments of :func:`print`.
+            **kwargs: Its keyword arguments.
+
+        Example:
+            >>> Trainer(max_epochs=1, device="cpu", default_callbacks=False).print("epoch", 1)
+            epoch 1
+        """
         if not self.is_global_zero:
             return
         above_bar = next((callback.print for callback in self.callbacks if hasattr(callback, "print")), print)
         above_bar(*args, **kwargs)
 
-    # ------------------------------------------------------------------ wiring
-
-    def _run(self, stage: RunStage, model: Any, datamodule: Any, given: dict[Stage, Any], body: Callable[[], T]) -> T:
-        """A run from attaching to teardown; ``exception`` and ``teardown`` reach everyone, the first error is
-        the one that is raised."""
-        if self.stage is not None:
-            raise MisconfigurationError(f"The trainer is running {self.stage}. Use another trainer for a run inside of it.")
-        steps = self._steps if model is None else Steps(model)
-        module = check_module(steps.module)
-        if self.seed is not None:
-            seed_everything(self.seed)
-        connections: list[ConnectedHooks] = []
-        brought: list[Any] = []
-        self.stage, self._module, self.datamodule = stage, module, check_datamodule(datamodule)
-        self._steps = steps
-        first: BaseException | None = None
-        try:
-            self._attach(module, connections, brought)
-            self._join(stage)
-            self._data = DataSources(
-                given, module, self.datamodule, self.limits, self.signals.table, self.device, self.processes
-            )
-            self._build(module, stage)
-            with steps.calling_the_trainer():
-                return body()
-        except BaseException as error:
-            first = error
-            self._even_so(first, partial(self.signals.exception.publish_to_all, ExceptionRaised(error)))
-            raise
-        finally:
-            self._even_so(first, partial(self._tear_down, module, stage, connections, brought))
-
-    def _attach(self, module: LightningModule, connections: list[ConnectedHooks], brought: list[Any]) -> None:
-        module.trainer = self
-        if self.datamodule is not None:
-            self.datamodule.trainer = self
-        extra = module.configure_callbacks()
-        for callback in extra if isinstance(extra, Iterable) else [extra]:
-            attach(callback, self.signals, self.callbacks)
-            brought.append(callback)
-        # Module hooks come after all callbacks', because they are connected last.
-        for part in (self.datamodule, module):
-            if part is not None:
-                connections.append(ConnectedHooks(part, self.signals))
-
-    def _join(self, stage: RunStage) -> None:
-        """Joins the other processes of the run, where there are any."""
-        event = JoinProcesses(stage, self.device, self.processes)
-        self.signals.join_processes.publish(event)
-        self.device = event.device
-        self.processes = self.metrics.processes = event.processes
-        self.metrics.device = self.device
-
-    def _build(self, module: LightningModule, stage: RunStage) -> None:
-        """Builds the module, moves it to its device, and lets callbacks wrap it."""
-        sources: list[Any] = [part for part in (self.datamodule, module) if part is not None]
-        for source in sources:
-            source.prepare_data()
-        for source in sources:
-            source.setup(stage)
-        module.configure_model()
-        module.to(self.device)
-        self.signals.setup.publish(Setup(stage))
-
-    def _tear_down(
-        self, module: LightningModule, stage: RunStage, connections: list[ConnectedHooks], brought: list[Any]
-    ) -> None:
-        try:
-            module.untoggle_all()
-            self.signals.teardown.publish_to_all(Teardown(stage))
-        finally:
-            for connection in connections:
-                connection.disconnect()
-            for callback in brought:
-                detach(callback, self.signals, self.callbacks)
-            for callback in self.callbacks:
-                make_idle(callback, self.signals)
-            for optimizer in self.optimizers:
-                optimizer.leave_run()
-            if self._loop is not None and self._loop.batches is not None:
-                self._loop.batches.close()
-            if self._data is not None:
-                self._data.release()
-            self.metrics.enter("train", None)
-            self.sanity_checking = False
-            self.stage = None
-
-    def _even_so(self, first: BaseException | None, action: Callable[[], None]) -> None:
-        """Does something that has to be done after an error; an error of its own becomes a note of the first."""
-        try:
-            action()
-        except BaseException as later:
-            if first is None:
-                raise
-            first.add_note(f"and afterwards: {type(later).__name__}: {later}")
-
-    def _fit(self, ckpt_path: Any) -> None:
-        module, signals = self.module, self.signals
-        if own(module, "training_step") is None:
-            module.training_step()  # says what to define
-        # First, so that a module may take its shape from a checkpoint, and a datamodule its split.
-        checkpoint = None if ckpt_path is None else self._read_checkpoint(ckpt_path)
-        if checkpoint is not None:
-            checkpoint = checkpoints.announce(self, checkpoint)
-        loader = self._data.loader("train")
-        check_train_loader(loader)
-        self._measure(loader)
-        self._configure_optimizers(module)
-        validation = self._validation(module)
-        self._loop = loop = self._train_loop(module, loader, validation)
-        if checkpoint is not None:
-            checkpoints.restore(self, checkpoint)
-        with torch.enable_grad():
-            signals.fit_start.publish(FitStart())
-            # A resumed run had its check when it began.
-            if validation is not None and self.num_sanity_val_steps and checkpoint is None:
-                self._sanity_check(module)
-            if self.extent.batches_per_epoch != 0:
-                loop.run()
-        signals.fit_end.publish(FitEnd())
-
-    def _measure(self, loader: Any) -> None:
-        """Fits the run's extent to the training loader's length."""
-        extent = self.extent
-        extent.batches_per_epoch = self._data.length("train", loader)
-        extent.val_check_interval = val_interval(
-            self.val_check_interval, extent.batches_per_epoch, across_epochs=extent.check_val_every_n_epoch is None
-        )
-
-    def _configure_optimizers(self, module: LightningModule) -> None:
-        configuration = configure_optimizers(module)
-        automatic = module.automatic_optimization
-        if automatic and configuration.schedulers:
-            warn_of_idle_schedulers(module, self.callbacks)
-        self.lr_scheduler_configs = configuration.schedulers
-        self.optimizers = configuration.optimizers
-        alone = self.processes.world_size == 1
-        self.batch = BatchState(automatic=automatic, processes=None if alone else self.processes)
-        clip_hook = own(module, "configure_gradient_clipping") if automatic else None
-        for optimizer in self.optimizers:
-            optimizer.join_run(self.signals.table, self.batch, module, clip_hook)
-            if not automatic:
-                self._steps.stepping(optimizer)
-
-    def _train_loop(self, module: LightningModule, loader: Any, validation: Callable[[], Any] | None) -> TrainLoop:
-        automatic = module.automatic_optimization
-        optimizer = self.optimizers[0] if automatic and self.optimizers else None
-        training_step = self._steps["training_step"]
-        takes_index = step_arguments(training_step, 1, most=2) > 1
-        closure = None
-        if optimizer is not None:
-            assert optimizer.run is not None
-            closure = Closure(
-                self.signals.table,
-                self.batch,
-                optimizer.run,
-                training_step,
-                takes_index=takes_index,
-                backward_hook=own(module, "backward"),
-                zero_grad_hook=self._zero_grad_hook(module),
-            )
-        return TrainLoop(
-            signals=self.signals.table,
-            progress=self.progress,
-            batch=self.batch,
-            stop=self.stop_request,
-            metrics=self.metrics,
-            extent=self.extent,
-            open_epoch=partial(self._data.open, "train", loader, self.extent.batches_per_epoch),
-            data_state=self._data.state_dict,
-            training_step=training_step,
-            takes_index=takes_index,
-            closure=closure,
-            optimizer=optimizer,
-            optimizer_step=own(module, "optimizer_step"),
-            validate=validation,
-            keep_checkpoint=self.keep_checkpoint,
-        )
-
-    def _zero_grad_hook(self, module: LightningModule) -> Callable[..., Any] | None:
-        hook = own(module, "optimizer_zero_grad")
-        if hook is None:
-            return None
-        return lambda batch_idx, optimizer: hook(self.current_epoch, batch_idx, optimizer)
-
-    def _validation(self, module: LightningModule) -> Callable[[], Any] | None:
-        """What runs a validation inside of fit; None where there is nothing to validate."""
-        if self.limits["validation"] == 0 or not self._data.passes("validation"):
-            return None
-        if own(module, "validation_step") is None:
-            warnings.warn(
-                f"{type(module).__name__} has validation loaders and no validation_step: nothing is validated.", stacklevel=2
-            )
-            return None
-        zero_grad = own(module, "on_validation_model_zero_grad")
-
-        def validate() -> None:
-            # Lightning zeroes all gradients here; only a module that asks for it does, and never in an open window.
-            if zero_grad is not None and not self.batch.window_open:
-                zero_grad()
-            self._evaluation_loop(module, "validation", within_fit=True).run()
-
-        return validate
-
-    def _sanity_check(self, module: LightningModule) -> None:
-        self.sanity_checking = True
-        try:
-            most = None if self.num_sanity_val_steps == -1 else self.num_sanity_val_steps
-            self._evaluation_loop(module, "validation", within_fit=True, most=most).run(silent=True)
-        except EvaluationInterrupted:
-            pass  # nothing was trained yet: the loop sees the request to stop
-        finally:
-            self.sanity_checking = False
-
-    def _evaluate(
-        self, run: RunStage, stage: EvaluationStage, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any
-    ) -> tuple[list[dict[str, float]], list[list[Any]]]:
-        def body() -> tuple[list[dict[str, float]], list[list[Any]]]:
-            module = self.module
-            # predict_step alone has a default that does something.
-            if stage != "predict" and own(module, f"{stage}_step") is None:
-                raise MisconfigurationError(f"{type(module).__name__} has no {stage}_step. Define it to {run} the module.")
-            passes = self._data.passes(stage)
-            if not passes:
-                raise MisconfigurationError(
-                    f"There is nothing to {run} on. Give {run}(model, dataloaders=...), a datamodule, or define "
-                    f"{LOADER_HOOKS[stage]} in the module."
-                )
-            if ckpt_path is not None and (checkpoint := self._read_checkpoint(ckpt_path)) is not None:
-                self.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
-                self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
-                module.load_state_dict(checkpoint["state_dict"])
-            outputs = self._evaluation_loop(module, stage, within_fit=False).run()
-            return self.metrics.results(stage, len(passes)), outputs
-
-        return self._run(run, model, datamodule, {stage: dataloaders}, body)
-
-    def _evaluation_loop(
-        self, module: LightningModule, stage: EvaluationStage, *, within_fit: bool, most: int | None = None
-    ) -> EvaluationLoop:
-        lengths = self._data.lengths(stage, most=most)
-        self.num_evaluation_batches = None if None in lengths else sum(length or 0 for length in lengths)
-        return EvaluationLoop(
-            stage,
-            signals=self.signals.table,
-            module=module,
-            step=self._steps[f"{stage}_step"],
-            metrics=self.metrics,
-            progress=self.progress,
-            open_loaders=self._data.passes(stage, most=most, number=self.progress.total_batch_idx + 1),
-            within_fit=within_fit,
-            is_interrupted=self._is_interrupted,
-            processes=self.processes if self.world_size > 1 else None,
-        )
-
-    def _is_interrupted(self) -> bool:
-        """Whether an evaluation is to be left: on all ranks, where one is asked to."""
-        return self.processes.any(self.stop_request.at_once)
+    # ------------------------------------------------------------------ the run
 
     @property
-    def _kept_by_nobody(self) -> Path:
-        """Where an interrupted run is kept that no callback keeps checkpoints of."""
-        return Path(self.default_root_dir) / "checkpoints" / "interrupted.ckpt"
+    def module(self) -> LightningModule:
+        """The module of the current run, or of the last one.
 
-    def _read_checkpoint(self, given: Any) -> dict[str, Any] | None:
-        """The checkpoint that ``ckpt_path`` means; None for a fresh start, where there is none yet."""
-        found: tuple[Any, Any] = (None, None)
-        failure: BaseException | None = None
-        if self.is_global_zero:
-            try:
-                found = self._find_checkpoint(given)
-            except BaseException as error:
-                failure = error
-        # One process finds it and says where, so that all go on from the same.
-        path, reason = self.processes.broadcast((found[0], None if failure is None else storage.first_line(failure)))
-        if failure is not None:
-            raise failure
-        if reason is not None:
-            raise MisconfigurationError(f"Rank zero found no checkpoint. {reason}")
-        return found[1] if path is None or self.is_global_zero else storage.read(path)
+        Raises:
+            MisconfigurationError: If there was none yet.
+        """
+        if self.run_state.module is None:
+            raise MisconfigurationError("The trainer has no module yet: call fit, validate, test or predict with one.")
+        return self.run_state.module
 
-    def _find_checkpoint(self, given: Any) -> tuple[Any, dict[str, Any] | None]:
-        """A checkpoint's path and content; None twice for a fresh start."""
-        if given not in ("last", "best"):
-            return given, storage.read(given)
-        event = FindCheckpoint(given)
-        self.signals.find_checkpoint.publish(event)
-        if not event.paths and given == "last" and self._kept_by_nobody.exists():
-            event.offer(self._kept_by_nobody)
-        if event.paths is None:
+    @property
+    def datamodule(self) -> LightningDataModule | None:
+        """The datamodule of the current run, or of the last one; None if it has none."""
+        return self.run_state.datamodule
+
+    @property
+    def optimizers(self) -> list[LightningOptimizer]:
+        """The optimizers of the current fit, or of the last one."""
+        return self.run_state.optimizers
+
+    @property
+    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
+        """The schedulers of the current fit, or of the last one, and when they step."""
+        return self.run_state.lr_scheduler_configs
+
+    @property
+    def stage(self) -> RunStage | None:
+        """``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; None between runs."""
+        return None if self._run is None else self._run.stage
+
+    @property
+    def training(self) -> bool:
+        """Whether training batches are being run, as opposed to a validation in a fit."""
+        return self.stage == "fit" and self.run_state.metrics.stage == "train"
+
+    @property
+    def validating(self) -> bool:
+        """Whether a validation is being run, in a fit or outside one."""
+        return self.stage is not None and self.run_state.metrics.stage == "validation"
+
+    @property
+    def testing(self) -> bool:
+        """Whether a test is being run."""
+        return self.stage == "test"
+
+    @property
+    def predicting(self) -> bool:
+        """Whether predictions are being made."""
+        return self.stage == "predict"
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether the validation before training is being run."""
+        return self._run is not None and self._run.sanity_checking
+
+    @property
+    def validates(self) -> bool:
+        """Whether the current fit has something to validate on."""
+        return self.run_state.loop is not None and self.run_state.loop.validate is not None
+
+    @property
+    def fast_dev_run(self) -> int:
+        """The number of batches of each stage in a trial run; 0 in others."""
+        return self.arguments.fast_dev_run
+
+    # ------------------------------------------------------------------ counters and limits
+
+    @property
+    def progress(self) -> Progress:
+        """The counters of the current fit, or of the last one. Read them; only the loop writes them."""
+        return self.run_state.progress
+
+    @property
+    def current_epoch(self) -> int:
+        """Epochs of training completed, which is the index of the current one."""
+        return self.run_state.progress.current_epoch
+
+    @property
+    def global_step(self) -> int:
+        """Batches of the run in which at least one optimizer updated."""
+        return self.run_state.progress.global_step
+
+    @property
+    def batch_idx(self) -> int:
+        """The index of the current training batch in its epoch."""
+        return self.run_state.progress.batch_idx
+
+    @property
+    def total_batch_idx(self) -> int:
+        """The index of the current training batch in the run."""
+        return self.run_state.progress.total_batch_idx
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the current training batch is its epoch's last."""
+        return self.run_state.loop is not None and self.run_state.loop.is_last_batch
+
+    @property
+    def window_open(self) -> bool:
+        """Whether gradients of an unfinished accumulation window are held."""
+        return self.run_state.batch.window_open
+
+    @property
+    def max_epochs(self) -> int | None:
+        """Epochs of training; None for no limit."""
+        return self.run_state.limits.max_epochs
+
+    @property
+    def max_steps(self) -> int | None:
+        """Updates of the run; None for no limit."""
+        return self.run_state.limits.max_steps
+
+    @property
+    def limits(self) -> RunLimits:
+        """How long the current fit is, or the last one, and when it validates. Read it; only the run writes it."""
+        return self.run_state.limits
+
+    @property
+    def num_training_batches(self) -> int | None:
+        """Training batches per epoch in this process, limits applied; None if the loader has no length."""
+        return self.run_state.limits.batches_per_epoch
+
+    @property
+    def num_evaluation_batches(self) -> int | None:
+        """Batches of the current evaluation, over all of its loaders; None if unknown."""
+        return self.run_state.num_evaluation_batches
+
+    @property
+    def estimated_stepping_batches(self) -> int:
+        """How many batches of the whole run will update something, if none is skipped and nothing stops it.
+
+        Raises:
+            MisconfigurationError: If the training loader has no length and ``max_steps`` is not set.
+        """
+        limits = self.run_state.limits
+        event = events.EstimateSteppingBatches(limits.batches_per_epoch, limits.max_epochs, limits.max_steps)
+        if limits.max_epochs is None or limits.batches_per_epoch is None:
+            if limits.max_steps is not None:
+                return limits.max_steps
             raise MisconfigurationError(
-                f"ckpt_path={given!r}: nothing attached keeps checkpoints. Attach a ModelCheckpoint, or give the path of a "
-                "file that trainer.save_checkpoint wrote."
+                "estimated_stepping_batches cannot be known: the run has neither max_steps nor both max_epochs and a training "
+                "loader with a length. Give Trainer(max_steps=...), or limit_train_batches as a whole number."
             )
-        if not event.paths and (given == "best" or self.stage != "fit"):
-            raise MisconfigurationError(f"ckpt_path={given!r}: there is no checkpoint yet. Give the path of one, or None.")
-        if given == "last":
-            event.paths.sort(key=storage.written_at, reverse=True)  # of several listeners
-        return storage.read_first(event.paths)
+        self.signals.estimate_stepping_batches.publish(event)
+        batches = event.stepping_batches
+        if batches is None:
+            batches = limits.max_epochs * limits.batches_per_epoch
+        return batches if limits.max_steps is None else min(batches, limits.max_steps)
 
-    def _shorten(self, batches: int) -> None:
-        """Makes this a ``fast_dev_run``."""
-        self.limits = dict.fromkeys(self.limits, batches)
-        self.val_check_interval = None
-        self.num_sanity_val_steps = 0
-        self.extent = Extent(max_epochs=1)
+    @property
+    def should_stop(self) -> bool:
+        """Whether :meth:`stop` was called in this run."""
+        return self.run_state.stop_request.reason is not None
 
-    def _begin_counting(self) -> None:
-        self.progress = Progress()
-        self.stop_request = StopRequest()
-        self.batch = BatchState()
-        self.metrics = Metrics(self.processes)
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the current run, or the last one, was asked to stop; None if it was not."""
+        return self.run_state.stop_request.reason
 
-    def _default_callbacks(self, given: list[Any]) -> list[Any]:
-        # The one place where the core knows callbacks, and late: they import the core.
-        from eventtrain.callbacks import LRSchedulerStepping, ProgressBar
+    @property
+    def is_ending(self) -> bool:
+        """Whether the run ends at the current safe point: it is complete, or was asked to stop."""
+        loop = self.run_state.loop
+        return loop is not None and (loop.is_complete() or loop.is_stopping())
 
-        return [kind() for kind in (LRSchedulerStepping, ProgressBar) if not any(isinstance(each, kind) for each in given)]
+    # ------------------------------------------------------------------ metrics, loggers, processes
+
+    @property
+    def callback_metrics(self) -> dict[str, Any]:
+        """The latest value of every logged name, as scalar tensors."""
+        return self.run_state.metrics.callback_metrics
+
+    @property
+    def logged_metrics(self) -> dict[str, Any]:
+        """The latest values that went to loggers."""
+        return {**self.run_state.metrics.logged_metrics, **self.run_state.metrics.fresh}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, Any]:
+        """The latest values that were logged with ``prog_bar=True``."""
+        return self.run_state.metrics.progress_bar_metrics
+
+    @property
+    def loggers(self) -> list[Any]:
+        """The attached callbacks that have an ``experiment``."""
+        return [callback for callback in self.callbacks if hasattr(type(callback), "experiment")]
+
+    @property
+    def logger(self) -> Any:
+        """The first of :attr:`loggers`; None if there is none."""
+        return next(iter(self.loggers), None)
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes that train together."""
+        return self.processes.world_size
+
+    @property
+    def global_rank(self) -> int:
+        """This process's index among them."""
+        return self.processes.global_rank
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.processes.global_rank == 0

@@ -16,26 +16,6 @@ ALLOWED = {
 }
 """Private names of other libraries, by file, with the reason."""
 
-TO_CONVERT = {
-    "callbacks/distributed/processes.py": {"_iterator"},
-    "callbacks/distributed/sharded_checkpoint.py": {
-        "_StorageInfo", "_fsdp_param_group", "_fsdp_param_groups", "_get_fsdp_state", "_get_layout", "_unsharded_param",
-    },
-    "callbacks/monitoring/model_summary.py": {"_compiled_call_impl", "_orig_mod"},
-    "callbacks/profiling/spans.py": {"_compiled_call_impl", "_modules", "_orig_mod"},
-    "callbacks/profiling/torch_profiler.py": {"_profiler_enabled"},
-    "eventtrain/checkpoint/contents.py": {"_opt_called"},
-    "eventtrain/data/batches.py": {"_fields"},
-    "eventtrain/data/resumable.py": {"_iterator"},
-    "eventtrain/metrics/metrics.py": {
-        "_computed", "_defaults", "_forward_cache", "_getframe", "_is_view", "_update_count",
-    },
-    "eventtrain/run/compiled.py": {
-        "_compiled_call_impl", "_dynamo", "_orig_mod", "_torchdynamo_orig_callable",
-    },
-}  # fmt: skip
-"""The files that still use private names. The test fails when one is converted and its line is still here."""
-
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name.isidentifier() and name != "_"
@@ -97,7 +77,7 @@ def private_names(file: str) -> set[str]:
 
 
 def test_private_names_of_torch_are_used_in_one_file() -> None:
-    assert {file: names for file in TREES if (names := private_names(file))} == TO_CONVERT
+    assert {file: names for file in TREES if (names := private_names(file))} == {}
 
 
 def test_private_names_are_recognised() -> None:

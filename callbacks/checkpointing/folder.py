@@ -1,4 +1,4 @@
-"""A folder of checkpoints: their names, the order that they are written and deleted in, and finding them again."""
+"""Write, name, delete and find the checkpoints of a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPLATE = "'{epoch}-{step}-{val_loss:.3f}'"
 
 
 class CheckpointFolder:
-    """A folder that one run at a time writes checkpoints to.
+    """A folder into which one run at a time writes checkpoints.
 
     Args:
         path: The folder.
@@ -27,13 +27,13 @@ class CheckpointFolder:
         self.path = path
 
     def prepare(self, surplus: Iterable[str]) -> None:
-        """Makes the folder, tries to write in it, and clears what a run left there that was killed as it wrote or deleted.
+        """Make the folder, try to write in it, and delete the files that a killed run left there half written or half deleted.
 
         Args:
-            surplus: Files that were to be deleted.
+            surplus: Names of files that an earlier run had still to delete.
 
         Raises:
-            OSError: Nothing can be written there.
+            OSError: If nothing can be written there.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         trial = self.path / f".{LAST}{storage.TEMPORARY}"
@@ -42,15 +42,15 @@ class CheckpointFolder:
             left.unlink(missing_ok=True)
 
     def write(self, content: Mapping[str, Any], names: list[str], surplus: list[str]) -> None:
-        """Writes a checkpoint, then deletes others.
+        """Write a checkpoint, then delete others.
 
         Args:
             content: The checkpoint.
-            names: Its names: the file that is there under ``last.ckpt`` becomes ``previous.ckpt``.
-            surplus: What is deleted once the checkpoint is whole under all of its names.
+            names: Its names. If one is ``last.ckpt``, the earlier file of that name becomes ``previous.ckpt``.
+            surplus: Names of files to delete once the checkpoint is complete under all of its names.
 
         Raises:
-            OSError: It could not be written; the others are intact.
+            OSError: If it could not be written; the other files are intact.
         """
         first, *more = names
         previous = self.path / PREVIOUS
@@ -61,21 +61,24 @@ class CheckpointFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def newest(self) -> list[Path]:
-        """The files, newest first; one that has two names once."""
-        found: dict[tuple[int, int], Path] = {}
+        """Return the files, newest first. A file with two names is listed once."""
+        files: dict[tuple[int, int], Path] = {}
         for path in sorted(self.path.glob(f"*{SUFFIX}"), key=lambda path: path.name != LAST):
             if path.is_file():
                 status = path.stat()
-                found.setdefault((status.st_dev, status.st_ino), path)
-        return sorted(found.values(), key=storage.written_at, reverse=True)
+                files.setdefault((status.st_dev, status.st_ino), path)
+        return sorted(files.values(), key=storage.written_at, reverse=True)
 
 
 def file_name(template: str, values: Mapping[str, Any]) -> str:
-    """A template with its fields filled in, each as ``name=value``.
+    """Fill in the fields of a template, each as ``name=value``.
 
     Args:
-        template: Such as ``"{epoch}-{val_loss:.3f}"``.
-        values: The fields' values; NaN where there is none. A metric's name may hold a slash, the file's an underscore there.
+        template: For example ``"{epoch}-{val_loss:.3f}"``. A slash in a metric's name becomes an underscore.
+        values: The values of the fields; a missing one is NaN.
+
+    Returns:
+        The name, with the suffix.
     """
     parts = []
     for text, field, form, _ in string.Formatter().parse(template):
@@ -87,25 +90,25 @@ def file_name(template: str, values: Mapping[str, Any]) -> str:
     return "".join(parts) + SUFFIX
 
 
-def check_template(template: Any, named: str) -> str:
-    """Refuses what gives no file's name.
+def check_template(template: Any, owner: str) -> str:
+    """Return a template if it gives names of files.
 
     Args:
         template: See :func:`file_name`.
-        named: What it is in the message.
+        owner: The class that takes it, for the message.
 
     Raises:
-        MisconfigurationError: It is no text, no template, or leads to another folder.
+        MisconfigurationError: If it is no text, no template, or leads to another folder.
     """
-    problem = f"{named}={template!r}"
+    problem = f"{owner}(filename={template!r})"
     if not isinstance(template, str) or not template or template in ("last", "previous"):
-        raise MisconfigurationError(f"{problem}: it has to be a text, and not 'last' or 'previous'. Write {TEMPLATE}.")
+        raise MisconfigurationError(f"{problem}: give a text other than 'last' and 'previous', such as {TEMPLATE}.")
     try:
         parts = list(string.Formatter().parse(template))
         for _, field, form, _ in parts:
             format(1 if field in ("epoch", "step") else 1.0, form or "")
     except ValueError as error:
-        raise MisconfigurationError(f"{problem}: {error}. Write {TEMPLATE}.") from error
+        raise MisconfigurationError(f"{problem}: {error}. Give a template such as {TEMPLATE}.") from error
     if any("/" in text or "\\" in text or field == "" for text, field, *_ in parts):
-        raise MisconfigurationError(f"{problem}: fields have names, and a file's name no slash. Write {TEMPLATE}.")
+        raise MisconfigurationError(f"{problem}: fields need names, and a slash is not allowed. Give one such as {TEMPLATE}.")
     return template

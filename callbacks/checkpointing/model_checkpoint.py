@@ -1,4 +1,4 @@
-"""Keeps checkpoints of a run: the last one, and the best or newest of all."""
+"""Keep checkpoints of a run: the last one, and the best or the newest of all."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from eventtrain.callback import Callback
 from eventtrain.callbacks.checkpointing.folder import LAST, CheckpointFolder, check_template, file_name
-from eventtrain.callbacks.checkpointing.staging import Snapshot
-from eventtrain.callbacks.checkpointing.top_k import Ranking
+from eventtrain.callbacks.checkpointing.staging import Staging
+from eventtrain.callbacks.checkpointing.top_k import TopK
 from eventtrain.checkpoint import contents as checkpoints
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
@@ -34,41 +34,47 @@ from eventtrain.trainer import Trainer
 
 
 class ModelCheckpoint(Callback):
-    """Writes checkpoints at safe points, from which ``trainer.fit(ckpt_path="last")`` goes on as if nothing had happened.
+    """Writes checkpoints at safe points, from which ``trainer.fit(ckpt_path="last")`` resumes exactly.
 
-    Connects to ``safe_point`` at ``train_start``, so that it comes after those whose state it keeps. Listens to
-    ``keep_checkpoint`` and ``find_checkpoint``, by which the trainer asks for one now and for those that there are; to
-    ``setup``, ``fit_start``, ``train_end``, ``exception`` and ``teardown``. Emits ``checkpoint_saved``, besides
-    what the trainer emits as it gathers one. Reads the monitored metric from its device when one is due.
+    Listens to ``take_checkpoint``, when the state of a safe point is final, and to ``find_checkpoint``, at which it offers
+    its files; also to ``setup``, ``fit_start``, ``exception`` and ``teardown``. Emits ``checkpoint_saved``, and the events
+    that the trainer publishes as it gathers a checkpoint. Reads the monitored metric from its device if a checkpoint is due.
 
-    A file gets its name once it is whole on disk, and no older one is deleted before that, so that a crash, a full disk or
-    a kill at any moment leaves what there was. ``last.ckpt`` is the newest; what was it before is ``previous.ckpt``, which
-    is resumed from should the newest be damaged. Where a file has two names it takes its space once.
+    A file gets its name once it is complete on disk, and only then are older files deleted. So a crash, a full disk or a kill
+    leaves the earlier checkpoints intact at any moment. ``last.ckpt`` is the newest; its predecessor is ``previous.ckpt``,
+    from which a run is resumed if the newest file is damaged. A file with two names takes its space once.
 
-    Without a schedule one is due after each validation and at the end of each epoch; with ``every_n_...`` when one of
-    these says so; and always where the run ends. Override :meth:`is_due` for another schedule and :meth:`file_name_values`
-    for other names. In a ``fast_dev_run`` nothing is written.
+    Without a schedule a checkpoint is due after each validation and at the end of each epoch; with ``every_n_...`` it is due
+    when one of these says so; and always at the end of the run. Override :meth:`is_due` for another schedule and
+    :meth:`file_name_values` for other names. A ``fast_dev_run`` writes nothing.
 
     Args:
-        dirpath: Where the files go; relative to the trainer's ``default_root_dir``. One run at a time writes there.
+        dirpath: The folder, relative to the trainer's ``default_root_dir``. One run at a time writes there.
         filename: The names, such as ``"{epoch}-{step}-{val_loss:.3f}"``, which gives ``epoch=3-step=99-val_loss=0.123.ckpt``.
             Besides ``epoch`` and ``step`` any name in ``trainer.callback_metrics``. None for ``"{epoch}-{step}"``.
-        every_n_steps: Updates from one to the next.
-        every_n_epochs: Epochs.
-        every_n_minutes: Minutes.
-        monitor: The metric that says which are the best; a checkpoint without a value of its own is the last one at most.
-        mode: Whether the metric is to become small, ``"min"``, or large, ``"max"``.
-        save_top_k: How many are kept besides the last: the best, or without ``monitor`` the newest; -1 for all.
-        save_last: Whether ``last.ckpt`` is kept. A run that is interrupted writes it in any case.
-        in_background: Whether a thread writes the files: the run waits only for the copy, which takes as much of the host's
-            memory as the checkpoint. At the end of the run, and before the next checkpoint, it is waited for.
-        on_error: What a file that cannot be written does: ``"raise"`` ends the run, ``"warn"`` goes on without it.
-        save_on_exception: Whether a run that an error ends leaves a checkpoint of its last safe point. For that each safe
-            point's state is copied, which takes time in each batch.
+        every_n_steps: Updates between two checkpoints.
+        every_n_epochs: Epochs between two checkpoints.
+        every_n_minutes: Minutes between two checkpoints.
+        monitor: The metric by which the best are chosen. A checkpoint without a new value of it is only the last one.
+        mode: ``"min"`` if small values are good, ``"max"`` if large ones are.
+        save_top_k: The number of checkpoints to keep besides the last: the best, or without ``monitor`` the newest; -1 for
+            all.
+        save_last: Whether to keep ``last.ckpt``. A run that is interrupted writes it in any case.
+        in_background: Whether a thread writes the files. Then the run waits only for the copy, which takes as much of the
+            host's memory as the checkpoint; it waits for the thread before the next checkpoint and at its end.
+        on_error: ``"raise"`` if a file that cannot be written ends the run, ``"warn"`` if the run continues without it.
+        save_on_exception: Whether a run that an error ends leaves a checkpoint of its last safe point. For this the state of
+            each safe point is copied, which takes time in each batch.
 
     Raises:
-        MisconfigurationError: An argument that cannot be right; nothing would be kept; before training, a directory that
-            cannot be written to, or state that could not be read back.
+        MisconfigurationError: If an argument is not valid, or nothing would be kept; before training, if nothing can be
+            written to the folder, or state cannot be read back from a file.
+
+    Example:
+        >>> checkpoint = ModelCheckpoint("checkpoints/resnet", monitor="val_loss", save_top_k=3)
+        >>> trainer = Trainer(max_epochs=90, callbacks=[checkpoint])
+        >>> checkpoint.kept, checkpoint.best_model_path
+        ({}, '')
     """
 
     def __init__(
@@ -96,40 +102,44 @@ class ModelCheckpoint(Callback):
         check_option(on_error, "ModelCheckpoint", "on_error", ("raise", "warn"))
         check_whole_number(save_top_k, "ModelCheckpoint", "save_top_k", least=-1)
         if save_top_k == 0 and not save_last:
-            raise MisconfigurationError("ModelCheckpoint(save_top_k=0, save_last=False) keeps nothing. Change one of them.")
+            raise MisconfigurationError("ModelCheckpoint(save_top_k=0, save_last=False) keeps no file. Change one of the two.")
         self.dirpath = Path(dirpath).expanduser()
-        self.filename = check_template("{epoch}-{step}" if filename is None else filename, "ModelCheckpoint: filename")
+        self.filename = check_template("{epoch}-{step}" if filename is None else filename, "ModelCheckpoint")
         self.every_n_steps, self.every_n_epochs, self.every_n_minutes = every_n_steps, every_n_epochs, every_n_minutes
         self.monitor, self.mode = monitor, mode
         self.save_top_k, self.save_last = save_top_k, save_last
         self.in_background, self.on_error, self.save_on_exception = in_background, on_error, save_on_exception
         self._folder = CheckpointFolder(self.dirpath)
         self._thread: ThreadPoolExecutor | None = None
-        self._copies = Snapshot()
-        self._last_safe_point = Snapshot()
+        self._staging = Staging()  # for the thread
+        self._exception_staging = Staging()  # for save_on_exception
         self._begin()
 
     def _begin(self) -> None:
-        self._ranking = Ranking(self.save_top_k, self.mode if self.monitor is not None else None)
-        self._place: tuple[Any, ...] | None = None  # where the last one was taken, and which file it is in
-        self._path: Path | None = None
-        self._steps = self._validations = 0  # the counters then
+        self._top = TopK(self.save_top_k, self.mode if self.monitor is not None else None)
+        self._reached: tuple[int, ...] | None = None  # the last safe point
+        self._saved: tuple[int, ...] | None = None  # the safe point of the last checkpoint
+        self._path: Path | None = None  # its file
+        self._steps = self._validations = 0  # the counters at that safe point
         self._time = time.monotonic()
         self._metric = (
             None if self.monitor is None else WatchedMetric(self.monitor, f"ModelCheckpoint(monitor={self.monitor!r})")
         )
         self._is_new = False  # the metric was logged between the last two safe points
-        self._writing: tuple[dict[str, float | None], Future[None]] | None = None  # what was kept before, and the thread's work
-        self._held: dict[str, Any] | None = None  # the last safe point's state
+        self._writing: tuple[dict[str, float | None], Future[None]] | None = None  # the scores before, and the thread's work
+        self._copy: dict[str, Any] | None = None  # the state of the last safe point, with save_on_exception
 
     # ------------------------------------------------------------------ the policy
 
     def is_due(self, trainer: Trainer, event: TakeCheckpoint) -> bool:
-        """The policy: whether a checkpoint is written at a safe point.
+        """Decide whether to write a checkpoint at a safe point.
 
         Args:
             trainer: The trainer.
             event: The event; its ``epoch_end`` and ``window_open`` describe the safe point.
+
+        Returns:
+            Whether to write one. The answer has to be the same in all processes.
         """
         progress = trainer.progress
         if trainer.is_ending:
@@ -145,7 +155,14 @@ class ModelCheckpoint(Callback):
         return event.epoch_end or progress.validations != self._validations
 
     def file_name_values(self, trainer: Trainer) -> dict[str, Any]:
-        """The policy: the fields of ``filename`` besides the names in ``trainer.callback_metrics``."""
+        """Return the values that ``filename`` may name besides those of ``trainer.callback_metrics``.
+
+        Args:
+            trainer: The trainer.
+
+        Returns:
+            The values by name; ``epoch`` and ``step`` here.
+        """
         return {"epoch": trainer.current_epoch, "step": trainer.global_step}
 
     # ------------------------------------------------------------------ events
@@ -161,23 +178,24 @@ class ModelCheckpoint(Callback):
         for other in trainer.callbacks:
             if isinstance(other, ModelCheckpoint) and other is not self and other.dirpath == self.dirpath:
                 raise MisconfigurationError(
-                    f"Two ModelCheckpoints write to {os.fspath(self.dirpath)!r}, where each would delete what the other keeps. "
-                    "Give each a dirpath of its own."
+                    f"Two ModelCheckpoints write to {os.fspath(self.dirpath)!r}, and each would delete the files of the other. "
+                    "Give each of them another dirpath."
                 )
-        # Weights that a lazy module has not got yet cannot be written, and will be there by then.
+        # Without the weights: those of a lazy module do not exist yet, and will when they are written.
         storage.loadable({name: value for name, value in checkpoints.state_of(trainer).items() if name != "state_dict"})
         if trainer.is_global_zero:
             try:
-                self._folder.prepare(self._ranking.surplus)
+                self._folder.prepare(self._top.surplus)
             except OSError as error:
                 raise MisconfigurationError(
                     f"ModelCheckpoint(dirpath={os.fspath(self.dirpath)!r}): nothing can be written there: "
                     f"{storage.first_line(error)}. Give another directory."
                 ) from error
-        self._ranking.surplus.clear()
-        there = trainer.processes.broadcast([name for name in self.kept if (self._folder.path / name).is_file()])
-        self._ranking.scores = {name: self.kept[name] for name in there}  # the checkpoint may be of another folder
-        self._place = place(trainer)
+        self._top.surplus.clear()
+        # The run may be resumed from a checkpoint of another folder.
+        names = trainer.processes.broadcast([name for name in self.kept if (self._folder.path / name).is_file()])
+        self._top.scores = {name: self.kept[name] for name in names}
+        self._reached = self._saved = current_place(trainer)
         self._time = time.monotonic()
 
     def on_take_checkpoint(self, trainer: Trainer, event: TakeCheckpoint) -> None:
@@ -185,14 +203,17 @@ class ModelCheckpoint(Callback):
             self.wait(trainer)
         if trainer.fast_dev_run:
             return
-        if self._place != place(trainer):
-            self._is_new = self._metric is not None and self._metric.look(trainer)
+        place = current_place(trainer)
+        if self._saved != place:
+            is_new_place, self._reached = self._reached != place, place
+            # An epoch that the run leaves logs its metrics after its last safe point, whose weights are not theirs.
+            self._is_new = self._metric is not None and self._metric.look(trainer) and is_new_place
             if self.is_due(trainer, event):
                 self._save(trainer, ranked=True)
             if self.save_on_exception:
-                self._held = self._last_safe_point.copy(checkpoints.gather(trainer))
+                self._copy = self._exception_staging.copy(checkpoints.gather(trainer))
         if event.reason is not None:
-            if self._place != place(trainer) or self._path is None:
+            if self._saved != place or self._path is None:
                 self._save(trainer, ranked=False)
             self.wait(trainer)
             event.path = None if self._path is None else os.fspath(self._path)
@@ -204,20 +225,20 @@ class ModelCheckpoint(Callback):
             event.offer(*self._folder.newest())
         elif self.monitor is None:
             event.offer(*self._best())
-        else:  # before those of who has no opinion
+        else:  # before the files of listeners that monitor no metric
             event.paths = [*self._best(), *(event.paths or ())]
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        held, self._held = self._held, None
-        if held is not None and isinstance(event.exception, Exception) and trainer.is_global_zero:
+        content, self._copy = self._copy, None
+        if content is not None and isinstance(event.exception, Exception) and trainer.is_global_zero:
             self.wait(trainer)
-            self._folder.write(held, [LAST], [])
+            self._folder.write(content, [LAST], [])
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         try:
             self.wait(trainer)
         finally:
-            self._held = None
+            self._copy = None
             if self._thread is not None:
                 self._thread.shutdown()
                 self._thread = None
@@ -225,20 +246,20 @@ class ModelCheckpoint(Callback):
     # ------------------------------------------------------------------ writing
 
     def _save(self, trainer: Trainer, *, ranked: bool) -> None:
-        """Writes a checkpoint of the safe point at hand.
+        """Write a checkpoint of the current safe point.
 
         Args:
             trainer: The trainer.
-            ranked: Whether it may be one of those that are kept besides the last.
+            ranked: Whether it may be kept besides the last one.
         """
         self.wait(trainer)
-        before = dict(self._ranking.scores)
+        before = dict(self._top.scores)
         name = file_name(self.filename, {**trainer.callback_metrics, **self.file_name_values(trainer)})
-        names = [name] if ranked and self._is_kept(trainer, name) else []
+        names = [name] if ranked and self._rank(trainer, name) else []
         if self.save_last or not ranked:
             names.append(LAST)
         progress = trainer.progress
-        self._place, self._steps, self._validations = place(trainer), progress.global_step, progress.validations
+        self._saved, self._steps, self._validations = current_place(trainer), progress.global_step, progress.validations
         self._time = time.monotonic()
         if not names:
             return
@@ -247,106 +268,119 @@ class ModelCheckpoint(Callback):
         if not trainer.is_global_zero:
             return
         content = storage.loadable(content)
-        write = partial(self._folder.write, names=names, surplus=list(self._ranking.surplus))
+        write = partial(self._folder.write, names=names, surplus=list(self._top.surplus))
         if not self.in_background:
             self._settle(trainer, before, partial(write, content))
             return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing = before, self._thread.submit(write, self._copies.copy(content))
+        self._writing = before, self._thread.submit(write, self._staging.copy(content))
 
-    def _is_kept(self, trainer: Trainer, name: str) -> bool:
-        """Takes the checkpoint at hand among those that are kept, where it is good enough."""
-        if self.monitor is None:
-            return self._ranking.take(name, None)
-        assert self._metric is not None
+    def _rank(self, trainer: Trainer, name: str) -> bool:
+        """Add the current checkpoint to the top k if it is good enough; return whether it is."""
+        if self._metric is None:
+            return self._top.add(name, None)
         score = float(self._metric.value(trainer)) if self._is_new else None
-        if self._metric.is_missing(trainer) and (trainer.progress.epochs_done > 0 or not trainer.should_stop):
-            last = "only the last checkpoint is" if self.save_last else "nothing is"
-            self._metric.report_missing(trainer, strict=False, remedy=f"Until then {last} kept.")
-        score = trainer.processes.broadcast(score)  # what is logged on step is each process's own
-        return score is not None and self._ranking.take(name, score)
+        self._warn_if_missing(trainer, self._metric)
+        score = trainer.processes.broadcast(score)  # values that are logged on step differ between processes
+        return score is not None and self._top.add(name, score)
+
+    def _warn_if_missing(self, trainer: Trainer, metric: WatchedMetric) -> None:
+        """Warn once if the metric was never logged, when the stages that may log it are over."""
+        is_complete = trainer.is_ending and not trainer.should_stop
+        never_logged = is_complete and trainer.times_logged(metric.name) == 0
+        if never_logged or (trainer.progress.epochs_done > 0 and metric.is_missing(trainer)):
+            last = "only the last checkpoint is" if self.save_last else "no checkpoint is"
+            metric.report_missing(trainer, strict=False, remedy=f"Until then {last} kept.")
 
     def wait(self, trainer: Trainer) -> None:
-        """Waits for the thread, and says what became of its file."""
+        """Wait until the thread has written its file, and report the result like a file that is written at once.
+
+        Args:
+            trainer: The trainer.
+
+        Raises:
+            OSError: If the file could not be written, unless ``on_error="warn"``.
+        """
         if self._writing is not None:
             (before, future), self._writing = self._writing, None
             self._settle(trainer, before, future.result)
 
     def _settle(self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], None]) -> None:
-        """Publishes that a file is written; where it could not be, what was kept before it still is."""
+        """Publish that a file is written; if it could not be, keep the files of before."""
         try:
             written()
         except OSError as error:
-            path, self._path, self._place = self._path, None, None
-            self._ranking.scores = before
-            self._ranking.surplus = [name for name in self._ranking.surplus if name not in before]
-            there = [kept.name for kept in self._folder.newest()]
+            failed, self._path, self._saved = self._path, None, None
+            self._top.scores = before
+            self._top.surplus = [name for name in self._top.surplus if name not in before]
+            intact = [path.name for path in self._folder.newest()]
             message = (
-                f"ModelCheckpoint could not write {path}: {storage.first_line(error)}. What was there is intact: {there}. Free "
-                "or choose another place; ModelCheckpoint(on_error='warn') lets a run go on without the checkpoint."
+                f"ModelCheckpoint could not write {failed}: {storage.first_line(error)}. Earlier files are intact: {intact}. "
+                "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
+                "checkpoint."
             )
             if self.on_error == "raise":
                 raise OSError(error.errno or errno.EIO, message) from error
             warnings.warn(message, stacklevel=2)
         else:
             assert self._path is not None
-            self._ranking.surplus.clear()
+            self._top.surplus.clear()
             trainer.signals.checkpoint_saved.publish(CheckpointSaved(os.fspath(self._path)))
 
-    # ------------------------------------------------------------------ what there is
+    # ------------------------------------------------------------------ the files
 
     def _best(self) -> list[Path]:
-        """The kept files, best first; those of a run in another process by what its newest checkpoint says."""
+        """Return the kept files, best first. If this process has kept none, its newest checkpoint names them."""
         if not self.kept and (content := storage.read_first(self._folder.newest())[1]) is not None:
-            self._ranking.scores = dict(content["callbacks"].get(self.state_key, {}).get("kept", {}))
-        return [path for name in self._ranking.best() if (path := self._folder.path / name).exists()]
+            self._top.scores = dict(content["callbacks"].get(self.state_key, {}).get("kept", {}))
+        return [path for name in self._top.best() if (path := self._folder.path / name).exists()]
 
     @property
     def kept(self) -> dict[str, float | None]:
-        """The files that are kept besides the last, by name, oldest first, with the metric's value; None without one."""
-        return self._ranking.scores
+        """The names of the files that are kept besides the last, oldest first, with the metric's value or None."""
+        return self._top.scores
 
     @property
     def best_model_path(self) -> str:
-        """The best file of the run, without ``monitor`` the newest; empty where there is none."""
+        """The best file of the run, or without ``monitor`` the newest; empty if there is none."""
         return next((os.fspath(path) for path in self._best()), "")
 
     @property
     def best_model_score(self) -> float | None:
-        """The best file's value of the monitored metric; None where there is none."""
+        """The best file's value of the monitored metric; None if there is none."""
         return self.kept.get(Path(self.best_model_path).name)
 
     @property
     def last_model_path(self) -> str:
-        """The newest file in the folder; empty where there is none."""
+        """The newest file in the folder; empty if there is none."""
         return next((os.fspath(path) for path in self._folder.newest()), "")
 
     # ------------------------------------------------------------------ state
 
     @property
     def state_key(self) -> str:
-        # Neither by the folder nor by the names: a run may go on in another place, and under others.
+        # Without dirpath and filename, because a run may be resumed with others.
         every = (self.every_n_steps, self.every_n_epochs, self.every_n_minutes)
         return f"{type(self).__qualname__}({self.monitor}, {self.mode}, {every})"
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "kept": dict(self.kept),
-            "surplus": list(self._ranking.surplus),
+            "surplus": list(self._top.surplus),
             "steps": self._steps,
             "validations": self._validations,
             "seen": 0 if self._metric is None else self._metric.seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._ranking.scores, self._ranking.surplus = dict(state["kept"]), list(state["surplus"])
+        self._top.scores, self._top.surplus = dict(state["kept"]), list(state["surplus"])
         self._steps, self._validations = state["steps"], state["validations"]
         if self._metric is not None:
             self._metric.seen = state["seen"]
 
 
-def place(trainer: Trainer) -> tuple[Any, ...]:
-    """What tells the safe point at hand from others: a validation that is due may lie between two of one batch."""
+def current_place(trainer: Trainer) -> tuple[int, ...]:
+    """Return numbers that no other safe point of the run has; a validation may lie between two safe points of one batch."""
     progress = trainer.progress
     return progress.total_batch_idx, progress.validated_at, progress.epochs_done

@@ -1,4 +1,4 @@
-"""Copies of a run's state in the host's memory: what may be written while the run goes on."""
+"""Copy the state of a run into the host's memory, from which a thread can write it while training continues."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 
-class Snapshot:
-    """Copies checkpoints into memory that it uses again for the next one, since to allocate it takes longer than to copy.
+class Staging:
+    """Copies checkpoints into memory that it reuses for the next one, because allocating takes longer than copying.
 
-    What it copied last is valid until it copies again. Tensors that share memory, such as tied weights or views, share it in
-    the copy. Tensors of a GPU are copied by way of page-locked memory, all of them before the first is waited for.
+    A copy is valid until the next one. Tensors that share memory, such as tied weights or views, share it in the copy.
+    Tensors on a GPU are copied into page-locked memory, all of them before it waits for the first.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[int, int, bool], Tensor] = {}  # by number, size in bytes, and whether it is page-locked
-        self._copied: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, address and size of what was copied
+        self._buffers: dict[tuple[int, int, bool], Tensor] = {}  # by number, size in bytes, page-locked or not
+        self._copied: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, address and size of the source
 
     def copy(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """A checkpoint whose tensors and containers nobody else has.
+        """Return a copy of a checkpoint that shares no tensor and no container with the run.
 
         Args:
             content: The checkpoint: tensors and plain values in dicts, lists, tuples and sets.
 
         Returns:
-            The same with tensors on the CPU.
+            The copy, with tensors on the CPU.
         """
         self._copied.clear()
         copied: dict[str, Any] = self._copy(dict(content))
@@ -47,7 +47,7 @@ class Snapshot:
             return copied
         if type(value) in (list, tuple, set):
             return type(value)(self._copy(item) for item in value)
-        return value  # nothing that changes
+        return value  # immutable
 
     def _copy_tensor(self, tensor: Tensor) -> Tensor:
         plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())

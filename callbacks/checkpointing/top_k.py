@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the best by a metric, or the newest."""
+"""Decide which checkpoints to keep: the best by a metric, or the newest."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import math
 from typing import Literal
 
 
-class Ranking:
+class TopK:
     """Names in the order of their scores.
 
     Args:
-        most: How many are kept at most; -1 for all.
-        mode: Whether small scores are good, ``"min"``, or large ones, ``"max"``; None where there are no scores, and a
-            newer name is better than an older one.
+        size: The number of names to keep; -1 for all.
+        mode: ``"min"`` if small scores are good, ``"max"`` if large ones are; None if there are no scores, and newer names
+            are better than older ones.
 
     Attributes:
-        scores: The kept names, oldest first, with their scores.
-        surplus: Names that were kept and are so no more, whose files are to be deleted.
+        scores: The names to keep, oldest first, with their scores.
+        surplus: Names that are no longer among them, whose files are to be deleted.
     """
 
-    def __init__(self, most: int, mode: Literal["min", "max"] | None) -> None:
-        self.most = most
+    def __init__(self, size: int, mode: Literal["min", "max"] | None) -> None:
+        self.size = size
         self.mode = mode
         self.scores: dict[str, float | None] = {}
         self.surplus: list[str] = []
 
-    def take(self, name: str, score: float | None) -> bool:
-        """Takes a name in where it is good enough; of equal scores the older is the better.
+    def add(self, name: str, score: float | None) -> bool:
+        """Add a name if its score is good enough; of equal scores the older one is better.
 
         Args:
-            name: The name; one that is there already gets the new score, if that is no worse.
+            name: The name. If it is there already, it gets the new score unless that is worse.
             score: Its score; NaN is the worst.
 
         Returns:
-            Whether it is kept.
+            Whether it was added.
         """
         others = {other: value for other, value in self.scores.items() if other != name}
         if name in self.scores and self._order({name: score, "": self.scores[name]})[0] == "":
             return False
         ranked = self._order({**others, name: score})
-        out = ranked[self.most :] if self.most >= 0 else []
+        out = ranked[self.size :] if self.size >= 0 else []
         if name in out:
             return False
         self.scores = {other: value for other, value in {**others, name: score}.items() if other not in out}
@@ -47,7 +47,7 @@ class Ranking:
         return True
 
     def best(self) -> list[str]:
-        """The kept names, best first."""
+        """Return the names, best first."""
         return self._order(self.scores)
 
     def _order(self, scores: dict[str, float | None]) -> list[str]:

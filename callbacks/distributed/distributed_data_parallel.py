@@ -1,4 +1,4 @@
-"""Trains one module in several processes, each on its share of the data."""
+"""Train one module in several processes, each on its share of the data."""
 
 from __future__ import annotations
 
@@ -10,38 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as TorchDistributedDataParallel
 
-from eventtrain.callback import Callback
-from eventtrain.callbacks.distributed.processes import (
-    TorchProcesses,
-    check_timeout,
-    join,
-    own_device,
-    shared_out,
-    shuffle_by,
-    shuffling_seed,
-)
-from eventtrain.core.optimizer import evaluates_often
+from eventtrain.callback import Callback, on_demand
+from eventtrain.callbacks.distributed.data_parallel import DataParallel
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import (
-    BeforeForward,
-    FitStart,
-    JoinProcesses,
-    PrepareLoader,
-    ReduceGradients,
-    Setup,
-    Teardown,
-    TrainEpochStart,
-    ValidationStart,
-)
+from eventtrain.events import BeforeForward, ReduceGradients, Setup, Teardown, TrainEpochStart
 from eventtrain.module.module import LightningModule
 from eventtrain.trainer import Trainer
 
 
 class Step(nn.Module):
-    """A step as a forward: what a wrapper around ``forward`` has to see of a module that trains by ``training_step``.
+    """A module whose ``forward`` is a step of another module, because torch's wrapper only wraps ``forward``.
 
     Args:
-        module: The module whose step it is.
+        module: The module whose steps are called.
     """
 
     def __init__(self, module: LightningModule) -> None:
@@ -49,86 +30,90 @@ class Step(nn.Module):
         self.module = module
 
     def forward(self, step: Callable[..., Any], *args: Any) -> Any:
-        """Calls the step."""
+        """Call the step."""
         return step(*args)
 
 
-class DistributedDataParallel(Callback):
-    """Trains by the data-parallel processes that torchrun started. In a process that is alone it does nothing.
+class DistributedDataParallel(DataParallel, Callback):
+    """Train in the processes that torchrun started, each with the whole model and its share of the data.
 
-    Listens to ``join_processes``, where it joins the others over gloo, or NCCL with the GPU of its local rank;
-    ``prepare_loader``, for its share of the data; ``setup``, where all get rank zero's weights, and in automatic
-    optimization torch's wrapper is put around the module; ``before_forward``, where training steps are called through it;
-    ``reduce_gradients``, for gradients that no wrapper averages: those of manual optimization, and those of a window whose
-    last batch was skipped; ``train_epoch_start``, which shuffles anew; and ``validation_start``, where all get rank
-    zero's buffers, such as the statistics of batch norm. ``fit_start`` refuses optimizers that decide by a process's own loss.
+    If there is only one process, the callback does nothing. The other callbacks may be attached before or after it.
 
-    Gradients are averaged over ranks once in each accumulation window, by its last batch's backward. Evaluation calls the
-    module itself, on batches that may be fewer on some ranks than on others. Emits nothing; reads nothing from the device.
+    Listens to:
+
+    - ``join_processes``: joins the other processes over gloo, or over NCCL with the GPU of the local rank;
+    - ``setup``: all processes get rank zero's weights; in automatic optimization torch's wrapper is put around the module;
+    - ``prepare_loader``: each loader reads only this process's share;
+    - ``fit_start``: refuses optimizers that decide by the loss how often they evaluate their closure;
+    - ``train_epoch_start``: makes a new wrapper in the next step if layers were frozen or thawed;
+    - ``before_forward``: training steps are called through the wrapper (only if there are other processes);
+    - ``reduce_gradients``: averages the gradients that the wrapper does not average: those of manual optimization, and those
+      of a window whose last batch was skipped (only if there are other processes);
+    - ``validation_epoch_start``, ``test_epoch_start`` and ``predict_epoch_start``: all processes get rank zero's buffers, such
+      as the statistics of batch norm;
+    - ``teardown``: releases the wrapper.
+
+    Gradients are averaged once in each accumulation window, in the backward of its last batch. Evaluation calls the module
+    directly, so some processes may have more batches than others. Emits no metrics; reads nothing from the device. Override
+    :meth:`wrap` for another wrapper.
 
     Args:
-        shares_data: Whether loaders are given a sampler that gives each process its share. Loaders that have one stay as
-            they are. False where each process loads a share of its own.
-        timeout: How long an exchange waits for the others, a ``timedelta`` or seconds; None for torch's own.
-        **options: Those of :class:`torch.nn.parallel.DistributedDataParallel`: ``find_unused_parameters``,
+        shares_data: Whether loaders get a sampler that gives each process its share. Loaders that have such a sampler stay as
+            they are. Write False if each process loads its share.
+        timeout: How long an exchange waits for the other processes, a ``timedelta`` or seconds; None for torch's default.
+        **options: Options of :class:`torch.nn.parallel.DistributedDataParallel`: ``find_unused_parameters``,
             ``bucket_cap_mb``, ... .
+
+    Raises:
+        MisconfigurationError: If the timeout is not a time; in a run, if the optimizer, a loader or a gradient cannot be used
+            by several processes.
+
+    Example:
+        Started by ``torchrun --nproc-per-node 8 train.py``, this trains in eight processes; here there is one.
+
+        >>> from eventtrain import Trainer
+        >>> from eventtrain.callbacks import DistributedDataParallel
+        >>> trainer = Trainer(max_epochs=2, callbacks=[DistributedDataParallel(bucket_cap_mb=50)])
+        >>> trainer.world_size, trainer.is_global_zero
+        (1, True)
     """
 
-    role = "distribution"
-
     def __init__(self, *, shares_data: bool = True, timeout: timedelta | float | None = None, **options: Any) -> None:
-        self.shares_data = shares_data
-        self.timeout = check_timeout(timeout, "DistributedDataParallel")
+        super().__init__(shares_data, timeout)
         self.options = options
-        self._processes: TorchProcesses | None = None
         self._wrapper: TorchDistributedDataParallel | None = None
         self._wrapped: list[nn.Parameter] = []
         self._epoch_begins = False
-        self._train_loader: Any = None
 
     def wrap(self, module: nn.Module) -> TorchDistributedDataParallel:
-        """The policy: torch's wrapper. Override it for a communication hook, for example.
+        """Return torch's wrapper around a module. Override it for a communication hook, for example.
 
         Args:
-            module: What its forward is to call.
+            module: The module whose ``forward`` calls the steps.
+
+        Returns:
+            The wrapper.
         """
         return TorchDistributedDataParallel(module, **self.options)
-
-    def on_join_processes(self, trainer: Trainer, event: JoinProcesses) -> None:
-        if self._processes is None:
-            self._processes = join(event.device, self.timeout)
-        if self._processes is not None:
-            event.processes = self._processes
-            event.device = own_device(event.device, self._processes.local_rank)
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         if self._processes is None:
             return
         module = trainer.module
-        if event.stage == "fit" and module.automatic_optimization:
-            self._wrap(module)
-        if self._wrapper is None:  # which begins with the same
+        if event.stage == "fit":
+            trainer.listen(self.on_before_forward)
+            trainer.listen(self.on_reduce_gradients)
+            if module.automatic_optimization:
+                self._wrap(module)
+        if self._wrapper is None:  # the wrapper overwrites them when it is made
             self._processes.overwrite([*module.parameters(), *module.buffers()])
-
-    def on_prepare_loader(self, trainer: Trainer, event: PrepareLoader) -> None:
-        if self._processes is not None and self.shares_data:
-            event.loader = shared_out(event.loader, event.stage, self._processes)
-        if event.stage == "train":
-            self._train_loader = event.loader
-
-    def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
-        for optimizer in trainer.optimizers:
-            if self._processes is not None and evaluates_often(optimizer):
-                raise MisconfigurationError(
-                    f"{type(optimizer.optimizer).__name__} decides by the loss how often it evaluates its closure, and each "
-                    "process has a loss of its own: they would wait for each other. Train with it in one process."
-                )
 
     def on_train_epoch_start(self, trainer: Trainer, event: TrainEpochStart) -> None:
         self._epoch_begins = True
 
+    @on_demand
     def on_before_forward(self, trainer: Trainer, event: BeforeForward) -> None:
-        if event.stage != "train" or self._processes is None or not trainer.batch.automatic:
+        if event.stage != "train" or not trainer.module.automatic_optimization:
             return
         if self._epoch_begins:
             self._epoch_begins = False
@@ -138,54 +123,48 @@ class DistributedDataParallel(Callback):
             if not event.closes_window:
                 event.enter(self._wrapper.no_sync())
 
+    @on_demand
     def on_reduce_gradients(self, trainer: Trainer, event: ReduceGradients) -> None:
-        # The wrapper has averaged them in a backward, unless that was another batch's than the one that closes the window.
-        if self._processes is not None and (not trainer.batch.automatic or trainer.batch.skipped):
+        # The wrapper has averaged them in the backward of the batch that closes the window, unless that batch was skipped.
+        if event.skipped or not trainer.module.automatic_optimization:
             self.average_gradients(list(event.optimizer.parameters()))
 
-    def on_validation_start(self, trainer: Trainer, event: ValidationStart) -> None:
-        if self._processes is not None:
-            self._processes.overwrite(trainer.module.buffers())
-
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        self._wrapper = self._train_loader = None
+        super().on_teardown(trainer, event)
+        self._wrapper = None
         self._wrapped = []
 
     def average_gradients(self, parameters: list[Tensor]) -> None:
-        """Averages gradients over ranks. A parameter that has none on some ranks counts as zero there; one that has none on
-        any rank keeps none.
+        """Average gradients over all processes.
+
+        A parameter that has no gradient in some processes counts as zero there. If it has none in any process, it gets none.
 
         Args:
-            parameters: The same ones on all ranks.
+            parameters: The same parameters in all processes.
+
+        Raises:
+            MisconfigurationError: If a gradient is sparse.
         """
         assert self._processes is not None
-        mine = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        anybodys = self._processes.reduce(mine, "max").tolist()
+        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        has_gradient_anywhere = self._processes.reduce(has_gradient, "max").tolist()
         gradients = []
-        for parameter, is_there in zip(parameters, anybodys, strict=True):
-            if is_there:
+        for parameter, is_needed in zip(parameters, has_gradient_anywhere, strict=True):
+            if is_needed:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
         if any(gradient.is_sparse for gradient in gradients):
             raise MisconfigurationError(
-                "DistributedDataParallel can't average sparse gradients in manual optimization. Use sparse=False, or automatic "
-                "optimization."
+                "DistributedDataParallel cannot average sparse gradients in manual optimization. Use sparse=False, or "
+                "automatic optimization."
             )
         self._processes.average(gradients)
 
     def _wrap(self, module: LightningModule) -> None:
-        """Puts torch's wrapper around a module, and a new one where other parameters are trained than before: a wrapper
-        knows those alone that needed gradients when it was made."""
+        """Make torch's wrapper, or a new one if other parameters are trained than before: a wrapper only knows parameters
+        that needed gradients when it was made."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if len(trained) != len(self._wrapped) or any(new is not old for new, old in zip(trained, self._wrapped, strict=True)):
             self._wrapped = trained
             self._wrapper = self.wrap(Step(module)) if trained else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the training data are shuffled by."""
-        return {"seed": shuffling_seed(self._train_loader)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Shuffles the training data as they were."""
-        shuffle_by(self._train_loader, state["seed"])

@@ -1,1 +1,1 @@
-"""Metrics written to files: TensorBoard and JSON lines."""
+"""Callbacks that write metrics to files: TensorBoard and JSON lines."""

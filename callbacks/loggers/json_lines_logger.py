@@ -1,4 +1,4 @@
-"""Writes what a run logs as lines of JSON."""
+"""Write logged values as lines of JSON."""
 
 from __future__ import annotations
 
@@ -10,52 +10,64 @@ from pathlib import Path
 from typing import Any
 
 from eventtrain.callback import Callback
-from eventtrain.callbacks.loggers.run_files import RunFile, check_cadence, new_file, portable, refusing_bad_places
+from eventtrain.callbacks.loggers.run_files import RunFile, new_file, portable, refusing_bad_places
+from eventtrain.checks import check_whole_number
 from eventtrain.events import FitStart, MetricsLogged, Setup, Teardown
 from eventtrain.trainer import Trainer
 
 
 class JSONLinesLogger(Callback):
-    """Writes metrics to a file of the run's own, one JSON object a line: for ``tail -f``, ``jq``, and
+    """Write metrics to a new file for each run, one JSON object per line: for ``tail -f``, ``jq``, and
     ``pandas.read_json(path, lines=True)``.
 
-    Listens to ``metrics_logged``, ``setup``, ``fit_start`` and ``teardown``. A line holds ``time`` (seconds since
-    1970), ``stage``, ``scope``, ``step`` and ``epoch``, then each value under its name; one whose name is among these five
-    under ``logged/<name>``. JSON has no numbers that are not finite: they are the strings ``"nan"``, ``"inf"`` and
-    ``"-inf"``, which ``float`` takes. A line is written as a whole, so that a reader never sees the half of one. Override
+    Listens to ``metrics_logged``, ``setup``, ``fit_start`` and ``teardown``. A line holds ``time`` (seconds since 1970),
+    ``stage``, ``scope``, ``step`` and ``epoch``, then each value under its name. A value whose name is one of these five is
+    written as ``logged/<name>``. JSON has no numbers that are not finite: they are the strings ``"nan"``, ``"inf"`` and
+    ``"-inf"``, which ``float`` accepts. A line is written as a whole, so that a reader never sees half of one. Override
     :meth:`is_due` for another cadence.
 
-    A run that resumes a checkpoint goes on in the file of the checkpoint's run, if that is there still, and cuts off what
-    was written after the checkpoint, so that each step is there once. A file that cannot be written to is an error before
-    training; where it vanishes or the disk fills up later, there is one warning, and the run goes on without it.
+    A run that resumes a checkpoint continues in the file of the checkpoint's run if it still exists, and cuts off everything
+    that was written after the checkpoint, so that each step is there once. A file that cannot be written to is an error
+    before training. If it vanishes or the disk fills up later, there is one warning, and the run continues without the
+    logger.
 
     Args:
-        path: The file; relative to the trainer's ``default_root_dir``. Where it is there already, the run's file is
+        path: The file; relative to the trainer's ``default_root_dir``. If it exists, the run's file is
             ``<stem>-<n><suffix>``, with the first free number.
-        log_every_n_steps: Updates between two lines of what is logged on step.
+        log_every_n_steps: Updates between two lines of values that were logged on step.
 
     Attributes:
-        run_path: The file of the run at hand, or of the last; None before the first ``fit_start``, in a ``fast_dev_run`` and
-            on other ranks than zero, where there is none.
+        run_path: The file of the current run, or of the last one. It is None before the first ``fit_start``, in a
+            ``fast_dev_run``, and on other ranks than zero, because they write no file.
 
     Raises:
-        MisconfigurationError: A cadence under 1; at ``fit_start``, a file that cannot be written to.
+        MisconfigurationError: If the cadence is below 1; at ``fit_start``, if the file cannot be written to.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> from eventtrain.callbacks import JSONLinesLogger
+        >>> class PowersOfTwo(JSONLinesLogger):
+        ...     def is_due(self, global_step):
+        ...         return global_step.bit_count() == 1
+        >>> trainer = Trainer(max_epochs=1, callbacks=[PowersOfTwo("metrics.jsonl")])
     """
 
     def __init__(self, path: str | os.PathLike[str] = "metrics.jsonl", *, log_every_n_steps: int = 50) -> None:
-        check_cadence("JSONLinesLogger", "log_every_n_steps", log_every_n_steps)
         self.path = Path(path)
-        self.log_every_n_steps = log_every_n_steps
+        self.log_every_n_steps = check_whole_number(log_every_n_steps, "JSONLinesLogger", "log_every_n_steps", least=1)
         self.run_path: Path | None = None
-        self._position = 0  # up to where the file at run_path is this run's, in bytes
+        self._position = 0  # the length in bytes of this run's part of the file at run_path
         self._root = "."
         self._file: RunFile | None = None
 
     def is_due(self, global_step: int) -> bool:
-        """The policy: whether what was logged on step is written at a step.
+        """Decide whether values that were logged on step are written: a policy to override.
 
         Args:
-            global_step: The count of updates, the one at hand included.
+            global_step: The count of updates, including the current one.
+
+        Returns:
+            True if they are written.
         """
         return global_step % self.log_every_n_steps == 0
 
@@ -68,9 +80,9 @@ class JSONLinesLogger(Callback):
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         self._root = trainer.default_root_dir
         if event.stage == "fit":
-            self.run_path, self._position = None, 0  # a checkpoint may bring others before fit_start
+            self.run_path, self._position = None, 0  # a checkpoint may bring other ones before fit_start
         elif event.stage != "predict":
-            self._open(trainer)  # an evaluation after a fit goes on in the fit's file
+            self._open(trainer)  # an evaluation after a fit continues in the fit's file
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._open(trainer)
@@ -110,6 +122,6 @@ class JSONLinesLogger(Callback):
 
 
 def number(value: Any) -> float | str:
-    """A number or scalar tensor as JSON has it; the name of one that is not finite."""
+    """Return a number or scalar tensor as a number for JSON, or as its name if it is not finite."""
     value = float(value)
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""Writes what a run logs for TensorBoard."""
+"""Write logged values, and a description of the run, for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from eventtrain.callback import Callback
-from eventtrain.callbacks.loggers import run_files as runs
+from eventtrain.callback import Callback, on_demand
+from eventtrain.callbacks.loggers import event_files, run_files
+from eventtrain.checks import check_option, check_whole_number
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     AfterUpdate,
@@ -31,45 +32,54 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 XAxis = Literal["global_step", "batches", "samples", "wall_time"]
-X_AXES = ("global_step", "batches", "samples", "wall_time")
+OWNER = "TensorBoardLogger"
+X_AXES: tuple[XAxis, ...] = ("global_step", "batches", "samples", "wall_time")
 
 
 class TensorBoardLogger(Callback):
-    """Writes metrics, hyperparameters, and what the run is, to a directory of the run's own.
+    """Write metrics, hyperparameters and a description of the run for TensorBoard, to a new directory for each run.
 
-    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end`` and ``teardown``; where they are asked
-    for, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update``
-    for histograms. Writes the scalars that were logged under their names, of those logged on step those of the updates
-    that are due, and ``epoch``; the text ``run/environment``, ``run/configuration`` and ``run/module``; the module's
-    ``hparams`` for the HParams page, whose columns are the hyperparameters and the scalars of all runs below TensorBoard's
-    ``logdir``. Whatever else goes through ``trainer.callback(TensorBoardLogger).writer``. Override :meth:`is_due` for
-    another cadence.
+    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end`` and ``teardown``; and, only if you ask for them, to
+    ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update`` for histograms.
+    Writes the logged scalars under their names (values logged on step only for the updates that are due) and ``epoch``; the
+    texts ``run/environment``, ``run/configuration`` and ``run/module``; and the module's ``hparams`` for the HParams page,
+    whose columns are the hyperparameters and scalars of all runs below TensorBoard's ``logdir``. Write anything else through
+    ``trainer.callback(TensorBoardLogger).writer``. Override :meth:`is_due` for another cadence.
 
-    Values on the x-axis never fall: those of an evaluation after the fit stand where the fit ended, a batch in which
-    several optimizers step is one update, and a run that resumes a checkpoint goes on where that was written. It does so
-    in the directory that the checkpoint's run had, as long as it is there, and cuts off what was written there after the
-    checkpoint, so that each step is there once. Readers that have it forget it: the new event file begins with the mark that
-    ``SummaryWriter(purge_step=...)`` writes.
+    Values on the x-axis never fall. An evaluation after the fit is drawn at the end of the fit. A batch in which several
+    optimizers step is one update. A run that resumes a checkpoint continues at the position of the checkpoint, in the
+    directory of the checkpoint's run if it still exists. Everything that was written there after the checkpoint is cut off,
+    so that each step is there once. The new event file begins with the mark of ``SummaryWriter(purge_step=...)``, so that
+    TensorBoard drops these values even if it has read them.
 
-    What is written is buffered, and on disk after each epoch, before a checkpoint, after an error, when the run is over,
-    and every few seconds. A directory that cannot be written to is an error before training; where it vanishes or the disk
-    fills up later, there is one warning, and the run goes on without it.
+    Values are buffered. They are written to disk after each epoch, before a checkpoint, after an error, at the end of the
+    run, and every few seconds. A directory that cannot be written to is an error before training. If it vanishes or the disk
+    fills up later, there is one warning, and the run continues without the logger.
 
     Args:
-        log_dir: Where runs are kept; relative to the trainer's ``default_root_dir``.
-        name: The runs' name; the module's class name where None. A run's directory is
+        log_dir: The directory of all runs; relative to the trainer's ``default_root_dir``.
+        name: The name of the runs; None for the module's class name. A run's directory is
             ``log_dir/name/version_<n>``, with the first free number.
-        log_every_n_steps: Updates between two values that are written of what is logged on step.
-        x_axis: What values are drawn against: ``"global_step"``, ``"batches"`` or ``"samples"`` of the run, or
-            ``"wall_time"``, whole seconds since the fit began, with those before a resume.
+        log_every_n_steps: Updates between two written values that were logged on step.
+        x_axis: The x-axis of all values: ``"global_step"``, ``"batches"`` or ``"samples"`` of the run, or ``"wall_time"``,
+            whole seconds since the fit began, including those before a resume.
         log_graph: Whether to draw the graph of the module's ``forward`` on its ``example_input_array``.
         histograms: Updates between two histograms of each parameter (after the update) and of each gradient (the true
-            one, unclipped), as ``parameters/<name>`` and ``gradients/<name>``; None for none. What is not finite is left out.
-        resume: What a resumed run does: go on in the ``"same"`` directory, or begin a ``"new"`` one.
+            one, unclipped), as ``parameters/<name>`` and ``gradients/<name>``; None for no histograms. Values that are not
+            finite are left out.
+        resume: Whether a resumed run continues in the ``"same"`` directory or begins a ``"new"`` one.
 
     Raises:
-        MisconfigurationError: An unknown x-axis or way to resume, or a cadence under 1; at ``fit_start``, a directory
-            that cannot be written to.
+        MisconfigurationError: If the x-axis or the way to resume is unknown, or a cadence is below 1; at ``fit_start``, if
+            the directory cannot be written to.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> from eventtrain.callbacks import TensorBoardLogger
+        >>> logger = TensorBoardLogger("runs", name="digits", log_every_n_steps=10, histograms=100)
+        >>> trainer = Trainer(max_epochs=1, callbacks=[logger])
+        >>> trainer.logger is logger
+        True
     """
 
     def __init__(
@@ -83,23 +93,16 @@ class TensorBoardLogger(Callback):
         histograms: int | None = None,
         resume: Literal["same", "new"] = "same",
     ) -> None:
-        if x_axis not in X_AXES:
-            raise MisconfigurationError(f"TensorBoardLogger(x_axis={x_axis!r}): it has to be one of {list(X_AXES)}.")
-        if resume not in ("same", "new"):
-            raise MisconfigurationError(f"TensorBoardLogger(resume={resume!r}): it has to be 'same' or 'new'.")
-        runs.check_cadence("TensorBoardLogger", "log_every_n_steps", log_every_n_steps)
-        if histograms is not None:
-            runs.check_cadence("TensorBoardLogger", "histograms", histograms)
         self.log_dir = Path(log_dir)
         self.name = name
-        self.log_every_n_steps = log_every_n_steps
-        self.x_axis = x_axis
+        self.log_every_n_steps = check_whole_number(log_every_n_steps, OWNER, "log_every_n_steps", least=1)
+        self.x_axis = check_option(x_axis, OWNER, "x_axis", X_AXES)
         self.log_graph = log_graph
-        self.histograms = histograms
-        self.resume = resume
+        self.histograms = None if histograms is None else check_whole_number(histograms, OWNER, "histograms", least=1)
+        self.resume = check_option(resume, OWNER, "resume", ("same", "new"))
         self._trainer: Trainer | None = None
         self._writer: SummaryWriter | None = None
-        self._event_files: dict[str, int] | None = None  # of the checkpoint's run, with their lengths then
+        self._event_files: dict[str, int] | None = None  # of the checkpoint's run, with their lengths at the checkpoint
         self._run_dir: Path | None = None
         self._resumed = False
         self._gradients: dict[str, Tensor] = {}
@@ -109,10 +112,13 @@ class TensorBoardLogger(Callback):
         self._began = 0.0
 
     def is_due(self, global_step: int) -> bool:
-        """The policy: whether what was logged on step is written at a step.
+        """Decide whether values that were logged on step are written: a policy to override.
 
         Args:
-            global_step: The count of updates, the one at hand included.
+            global_step: The count of updates, including the current one.
+
+        Returns:
+            True if they are written.
         """
         return global_step % self.log_every_n_steps == 0
 
@@ -122,45 +128,47 @@ class TensorBoardLogger(Callback):
 
     @property
     def writer(self) -> SummaryWriter:
-        """The run's writer, for pictures, text, histograms and whatever else it takes. In a ``fast_dev_run``, and on
-        other ranks than zero, one that takes everything and writes nothing.
+        """The run's ``SummaryWriter``, for images, text, histograms and more. In a ``fast_dev_run``, and on other ranks than
+        zero, a writer that accepts everything and writes nothing.
 
         Raises:
-            MisconfigurationError: No run has begun, or its directory cannot be written to.
+            MisconfigurationError: If no run has begun, or its directory cannot be written to.
         """
         if self._writer is None:
             trainer = self._running()
             if not self._writes(trainer):
                 return cast("SummaryWriter", SilentWriter())
-            # The values up to here are the checkpoint's, those from the next one on are to be written again.
+            # The checkpoint has the values up to here. The later ones are to be written again.
             purge_step = self._place(trainer) + 1 if self._resumed else None
-            with runs.refusing_bad_places("TensorBoardLogger", "log_dir"):
+            with run_files.refusing_bad_places(OWNER, "log_dir"):
                 if self._resumed and self._event_files is not None:
-                    runs.cut_off(self.run_dir, self._event_files)
-                self._writer = runs.open_writer(self.run_dir, "TensorBoardLogger", purge_step)
+                    event_files.cut_off(self.run_dir, self._event_files)
+                self._writer = event_files.open_writer(self.run_dir, OWNER, purge_step)
         return self._writer
 
     @property
     def experiment(self) -> SummaryWriter:
-        """The writer, under the name that modules written for Lightning use."""
+        """The :attr:`writer`, under the name that modules written for Lightning use."""
         return self.writer
 
     @property
     def run_dir(self) -> Path:
-        """The directory of the run at hand, or of the last.
+        """The directory of the current run, or of the last one.
 
         Raises:
-            MisconfigurationError: No run has begun.
+            MisconfigurationError: If no run has begun.
         """
         if self._run_dir is None:
             trainer = self._running()
             parent = Path(trainer.default_root_dir) / self.log_dir / (self.name or type(trainer.module).__name__)
-            self._run_dir = runs.new_version(parent) if self._writes(trainer) else runs.next_version(parent)
+            self._run_dir = run_files.new_version(parent) if self._writes(trainer) else run_files.next_version(parent)
         return self._run_dir
 
     def _running(self) -> Trainer:
         if self._trainer is None:
-            raise MisconfigurationError("TensorBoardLogger has no writer and no directory yet: no run has begun.")
+            raise MisconfigurationError(
+                "TensorBoardLogger has no writer and no directory yet, because no run has begun. Use them from setup on."
+            )
         return self._trainer
 
     def _writes(self, trainer: Trainer) -> bool:
@@ -171,35 +179,35 @@ class TensorBoardLogger(Callback):
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         self._trainer = trainer
         if event.stage == "fit":
-            self._run_dir = None  # made when it is used first: a checkpoint may bring another
+            self._run_dir = None  # made at its first use, because a checkpoint may bring another one
             self._resumed = False
             self._event_files = None
             self._last_x = self._samples = 0
             self._seconds_before = self._began = 0.0
         elif event.stage != "predict":
-            _ = self.writer  # a bad directory is found now; an evaluation after a fit goes on in the fit's
+            _ = self.writer  # raises now if the directory is bad; an evaluation after a fit continues in the fit's directory
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._began = time.monotonic()
         if self.x_axis == "samples":
-            trainer.signals.train_batch_start.connect(self.count_samples)
+            trainer.listen(self.on_train_batch_start)
         if not self._writes(trainer):
             return
         if self.histograms is not None:
-            trainer.signals.before_optimizer_step.connect(self.keep_gradients)
-            trainer.signals.after_update.connect(self.write_histograms)
+            trainer.listen(self.on_before_optimizer_step)
+            trainer.listen(self.on_after_update)
         module, x = trainer.module, self._x(trainer)
-        self.writer.add_text("run/environment", runs.table(runs.environment(trainer)), x)
-        self.writer.add_text("run/configuration", runs.table(runs.configuration(trainer)), x)
-        self.writer.add_text("run/module", runs.module_text(module), x)
-        if self._logs_hyperparams(trainer):
+        self.writer.add_text("run/environment", run_files.table(run_files.environment(trainer)), x)
+        self.writer.add_text("run/configuration", run_files.table(run_files.configuration(trainer)), x)
+        self.writer.add_text("run/module", run_files.module_text(module), x)
+        if module.logs_hparams:
             self.log_hyperparams(module.hparams)
-        if self.log_graph and not self._resumed:  # else it is there
-            runs.draw_graph(self.writer, module)
+        if self.log_graph and not self._resumed:  # a resumed run has it
+            event_files.draw_graph(self.writer, module)
         self.writer.flush()
 
-    def count_samples(self, trainer: Trainer, event: TrainBatchStart) -> None:
-        """Connected to ``train_batch_start`` where values are drawn against samples."""
+    @on_demand
+    def on_train_batch_start(self, trainer: Trainer, event: TrainBatchStart) -> None:
         self._samples += infer_batch_size(event.batch) * trainer.world_size
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
@@ -217,13 +225,10 @@ class TensorBoardLogger(Callback):
             self.writer.flush()
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
-        if self._writes(trainer) and self._logs_hyperparams(trainer):
-            self._add_summary(runs.session_end())
+        if self._writes(trainer) and trainer.module.logs_hparams:
+            self._add_summary(event_files.session_end())
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        trainer.signals.train_batch_start.disconnect(self.count_samples)
-        trainer.signals.before_optimizer_step.disconnect(self.keep_gradients)
-        trainer.signals.after_update.disconnect(self.write_histograms)
         self._gradients.clear()
         self._close()  # after an error too
         self._resumed = False
@@ -235,20 +240,20 @@ class TensorBoardLogger(Callback):
 
     # ------------------------------------------------------------------ histograms
 
-    def keep_gradients(self, trainer: Trainer, event: BeforeOptimizerStep) -> None:
-        """Connected to ``before_optimizer_step`` where histograms are asked for. Copies, because clipping comes next; they
-        are written once the update is counted, which a veto would prevent."""
+    @on_demand
+    def on_before_optimizer_step(self, trainer: Trainer, event: BeforeOptimizerStep) -> None:
         assert self.histograms is not None
-        if event.evaluation > 1 or (trainer.progress.global_step + 1) % self.histograms:
+        if event.evaluation > 1 or (trainer.global_step + 1) % self.histograms:
             return
+        # Copies, because clipping comes next. They are written when the update is counted, which a veto prevents.
         names = {parameter: name for name, parameter in trainer.module.named_parameters()}
         for group in event.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter in names:
                     self._gradients[f"gradients/{names[parameter]}"] = finite_values(parameter.grad)
 
-    def write_histograms(self, trainer: Trainer, event: AfterUpdate) -> None:
-        """Connected to ``after_update`` where histograms are asked for."""
+    @on_demand
+    def on_after_update(self, trainer: Trainer, event: AfterUpdate) -> None:
         assert self.histograms is not None
         if event.global_step % self.histograms:
             return
@@ -262,33 +267,30 @@ class TensorBoardLogger(Callback):
     # ------------------------------------------------------------------ writing
 
     def log_scalars(self, scalars: Mapping[str, Any], x: int) -> None:
-        """Writes scalars.
+        """Write scalars.
 
         Args:
             scalars: Numbers or scalar tensors by name.
-            x: Their place on the x-axis.
+            x: Their position on the x-axis.
         """
         for name, value in scalars.items():
             self.writer.add_scalar(name, float(value), x)
 
     def log_hyperparams(self, hparams: Mapping[str, Any]) -> None:
-        """Writes hyperparameters, for TensorBoard's HParams page, which shows the first that a run writes.
+        """Write hyperparameters for TensorBoard's HParams page, which shows the first ones that a run writes.
 
         Args:
-            hparams: Their values by name; what is no number, string or bool is written as text.
+            hparams: Their values by name. A value that is not a number, string or bool is written as text.
         """
-        self._add_summary(runs.session_start(hparams))
-
-    def _logs_hyperparams(self, trainer: Trainer) -> bool:
-        return bool(trainer.module.hparams) and getattr(trainer.module, "_log_hyperparams", True)
+        self._add_summary(event_files.session_start(hparams))
 
     def _add_summary(self, summary: Any) -> None:
-        writer: Any = self.writer  # SummaryWriter.add_hparams would open a run of its own beside this one
+        writer: Any = self.writer  # SummaryWriter.add_hparams would open another run beside this one
         if not isinstance(writer, SilentWriter):
             writer.file_writer.add_summary(summary)
 
     def _x(self, trainer: Trainer) -> int:
-        """Where values logged now stand on the x-axis: never before those that stand there already."""
+        """Return the position on the x-axis of values that are logged now, which never falls."""
         self._last_x = max(self._last_x, self._place(trainer))
         return self._last_x
 
@@ -300,7 +302,7 @@ class TensorBoardLogger(Callback):
         return self._samples if self.x_axis == "samples" else int(self._seconds())
 
     def _seconds(self) -> float:
-        """Seconds of fitting in the run so far, those before a resume included."""
+        """Return the seconds of the fit so far, including those before a resume."""
         return self._seconds_before + (time.monotonic() - self._began if self._began else 0.0)
 
     # ------------------------------------------------------------------ state
@@ -308,12 +310,17 @@ class TensorBoardLogger(Callback):
     def state_dict(self) -> dict[str, Any]:
         run_dir, files = None, None
         if self._run_dir is not None:
-            run_dir = runs.portable(self._run_dir, self._running().default_root_dir)
+            run_dir = run_files.portable(self._run_dir, self._running().default_root_dir)
             if self._writer is not None:
-                self._writer.flush()  # a run that goes on from here does not write this again
-                files = {path.name: path.stat().st_size for path in runs.event_files(self._run_dir)}
-        kept = {"run_dir": run_dir, "event_files": files, "x_axis": self.x_axis}
-        return kept | {"samples": self._samples, "seconds": self._seconds()}
+                self._writer.flush()  # a run that resumes here does not write these values again
+                files = {path.name: path.stat().st_size for path in event_files.event_files(self._run_dir)}
+        return {
+            "run_dir": run_dir,
+            "event_files": files,
+            "x_axis": self.x_axis,
+            "samples": self._samples,
+            "seconds": self._seconds(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples = state["samples"]
@@ -321,14 +328,14 @@ class TensorBoardLogger(Callback):
         self._began = 0.0
         run_dir = state["run_dir"] and Path(self._running().default_root_dir) / state["run_dir"]
         if run_dir and run_dir.is_dir() and self.resume == "same" and state["x_axis"] == self.x_axis:
-            self._close()  # where the new run's directory was used before
+            self._close()  # the writer of the new run's directory may be in use
             self._run_dir = run_dir
             self._resumed = True
             self._event_files = state.get("event_files")
 
 
 class SilentWriter:
-    """A ``SummaryWriter`` that writes nothing."""
+    """A ``SummaryWriter`` that accepts every call and writes nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("__"):
@@ -337,9 +344,9 @@ class SilentWriter:
 
 
 def finite_values(tensor: Tensor) -> Tensor:
-    """A copy on the CPU of a tensor's finite values, of a sparse one those that it stores."""
+    """Return a copy on the CPU of a tensor's finite values; for a sparse tensor, of the values that it stores."""
     values = tensor.detach()
     if values.is_sparse:
         values = values.coalesce().values()
     values = values.to("cpu", torch.float32)
-    return values[values.isfinite()]  # indexed by a mask, so a copy
+    return values[values.isfinite()]  # a mask as the index makes a copy

@@ -1,1 +1,1 @@
-"""Values to log and to look at: rates, norms, the system, progress."""
+"""Callbacks that log or show rates, norms, system load, progress, and the layers of a module."""

@@ -1,4 +1,4 @@
-"""Logs the learning rates that updates used."""
+"""Log the learning rates that updates used."""
 
 from __future__ import annotations
 
@@ -8,57 +8,66 @@ from typing import Any
 from torch import Tensor
 
 from eventtrain.callback import Callback
-from eventtrain.core.optimizer import LightningOptimizer, numbered
+from eventtrain.callbacks.monitoring.numbered import numbered
+from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.events import AfterOptimizerStep, Teardown
 from eventtrain.trainer import Trainer
 
 
 class LearningRateMonitor(Callback):
-    """Logs the learning rate of each parameter group, as the update used it, in automatic and in manual optimization.
+    """Log the learning rate of each parameter group, as the update used it, in automatic and in manual optimization.
 
-    Listens to ``after_optimizer_step``, which comes before schedulers step, and adds to what the update hands to loggers,
-    which write it at their cadence. A step that was skipped logs nothing, and neither does one that is taken on
-    ``optimizer.optimizer`` directly, which publishes no event.
+    Listens to ``after_optimizer_step``, which comes before schedulers step, and adds the rates to the values of the update
+    by ``trainer.log_on_step``. Loggers write them at their cadence. Nothing is logged for a skipped step, nor for a step of
+    ``optimizer.optimizer``, because no event is published for it. Also listens to ``teardown``.
 
     Emits, for an optimizer of the class ``SGD``:
 
-    - ``lr-SGD``; ``lr-SGD-0``, ``lr-SGD-1``, ... where a run has several of the class;
-    - ``lr-SGD/group_0``, ``lr-SGD/group_1``, ... where it has several parameter groups, and ``lr-SGD/<name>`` for a group
+    - ``lr-SGD``; or ``lr-SGD-0``, ``lr-SGD-1``, ... if the run has several optimizers of the class;
+    - ``lr-SGD/group_0``, ``lr-SGD/group_1``, ... if it has several parameter groups, and ``lr-SGD/<name>`` for a group
       that has a ``"name"``; names that several groups have are numbered like the classes;
-    - the same with ``-momentum`` (the group's ``momentum``, or the first of its ``betas``) and ``-weight_decay``, where
-      those are asked for and the optimizer has them.
+    - the same with ``-momentum`` (the group's ``momentum``, or the first of its ``betas``) and ``-weight_decay``, if you ask
+      for them and the optimizer has them.
 
     Args:
         momentum: Whether to log momentum.
         weight_decay: Whether to log weight decay.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> from eventtrain.callbacks import LearningRateMonitor
+        >>> trainer = Trainer(max_epochs=1, callbacks=[LearningRateMonitor(momentum=True)])
+        >>> trainer.callback(LearningRateMonitor).momentum
+        True
     """
 
     def __init__(self, *, momentum: bool = False, weight_decay: bool = False) -> None:
         self.momentum = momentum
         self.weight_decay = weight_decay
-        # What is logged of each parameter group of an optimizer, as pairs of name and key: names are made once.
-        self._logged: dict[LightningOptimizer, list[list[tuple[str, str]]]] = {}
+        # For each parameter group of an optimizer, the names to log under and the group's keys: names are made once.
+        self._entries: dict[LightningOptimizer, list[list[tuple[str, str]]]] = {}
 
     def on_after_optimizer_step(self, trainer: Trainer, event: AfterOptimizerStep) -> None:
         optimizer = event.optimizer
         groups = optimizer.optimizer.param_groups  # on the wrapped one: the wrapper's look-up is slower
-        logged = self._logged.get(optimizer)
-        if logged is None or len(logged) != len(groups):  # add_param_group was called
-            logged = self._logged[optimizer] = list(self._names(optimizer, trainer.optimizers))
-        fresh: dict[str, Any] = trainer.metrics.fresh  # what log_on_step adds to, without its call and mapping
-        for group, entries in zip(groups, logged, strict=True):
-            for name, key in entries:
+        entries = self._entries.get(optimizer)
+        if entries is None or len(entries) != len(groups):  # add_param_group was called
+            entries = self._entries[optimizer] = list(self._names(optimizer, trainer.optimizers))
+        values: dict[str, Any] = {}
+        for group, names in zip(groups, entries, strict=True):
+            for name, key in names:
                 value = group[key]
                 if key == "betas":
                     value = value[0]
                 # A scheduler changes the rate of a capturable optimizer in place.
-                fresh[name] = value.detach().clone() if isinstance(value, Tensor) else value
+                values[name] = value.detach().clone() if isinstance(value, Tensor) else value
+        trainer.log_on_step(values)
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        self._logged.clear()
+        self._entries.clear()
 
     def _names(self, optimizer: LightningOptimizer, optimizers: list[LightningOptimizer]) -> Iterator[list[tuple[str, str]]]:
-        """What is logged of each parameter group, as pairs of name and key."""
+        """Yield for each parameter group the pairs of a name to log under and the group's key."""
         kinds = numbered(type(each.optimizer).__name__ for each in optimizers)
         kind = next(name for name, each in zip(kinds, optimizers, strict=True) if each is optimizer)
         groups = optimizer.optimizer.param_groups
@@ -69,5 +78,5 @@ class LearningRateMonitor(Callback):
                 keys["momentum" if "momentum" in group else "betas"] = "-momentum"
             if self.weight_decay:
                 keys["weight_decay"] = "-weight_decay"
-            # Some optimizers find their own rate, and have None.
+            # Some optimizers choose their rate themselves, and have None.
             yield [(f"lr-{kind}{end}{suffix}", key) for key, suffix in keys.items() if group.get(key) is not None]

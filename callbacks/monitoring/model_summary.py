@@ -1,4 +1,4 @@
-"""What a module is made of: its parts, their parameters, and what they take."""
+"""Summarize a module: its parts, their parameters, and their memory."""
 
 from __future__ import annotations
 
@@ -11,65 +11,78 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from eventtrain._torch import COMPILED_NAME, is_compiled_in_place, original_module
 from eventtrain.callback import Callback
 from eventtrain.checkpoint.rng import isolated_rng
-from eventtrain.core.evaluation import restore
-from eventtrain.data.batches import move_to_device
-from eventtrain.errors import MisconfigurationError
+from eventtrain.checks import check_whole_number
+from eventtrain.data.device import move_to_device
 from eventtrain.events import FitStart
+from eventtrain.module.modes import restore_modes
 from eventtrain.trainer import Trainer
 
 ITSELF = "(itself)"
-"""The name of the row of what the module holds without a part around it."""
-WRAPPED = "_orig_mod"
-"""What ``torch.compile`` calls the module inside of the one that it returns."""
+"""The name of the row for the parameters and buffers that the module holds directly."""
 MB = 1_000_000
 
 
 class ModelSummary(Callback):
-    """Prints at the start of a fit what the module is made of: a row per part, with its parameters, how many of them
-    are trained, and what they take; then the totals, in which what several parts share counts once.
+    """Print a table of the module at the start of a fit: a row for each part, with its parameters, how many of them are
+    trained, and their memory; then the totals, in which parameters that several parts share count once.
 
-    Listens to ``fit_start``, where the module is on its device and wrapped. Where the module has an
-    ``example_input_array``, the sizes of each part's inputs and outputs are found by a forward, which leaves module
-    and random numbers as they were. Override :meth:`summary` for a summary of something else.
+    Listens to ``fit_start``, when the module is on its device and wrapped. If the module has an ``example_input_array``, one
+    forward finds the sizes of each part's inputs and outputs. It leaves the module and the random numbers as they were.
+    Prints with ``trainer.print``, emits no metrics. Override :meth:`summary` for a summary of something else.
 
     Args:
-        max_depth: How deep parts of parts are shown: 1 for the module's own parts, 0 for the totals alone, -1 for all.
+        max_depth: How deep parts of parts are shown: 1 for the module's direct parts, 0 for only the totals, -1 for all.
 
     Raises:
-        MisconfigurationError: ``max_depth`` is no whole number from -1.
+        MisconfigurationError: If ``max_depth`` is not a whole number from -1.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> from eventtrain.callbacks import ModelSummary
+        >>> trainer = Trainer(max_epochs=1, callbacks=[ModelSummary(max_depth=2)])
+        >>> trainer.callback(ModelSummary).max_depth
+        2
     """
 
     def __init__(self, *, max_depth: int = 1) -> None:
-        self.max_depth = check_depth(max_depth, "ModelSummary")
+        self.max_depth = check_whole_number(max_depth, "ModelSummary", "max_depth", least=-1)
 
     def summary(self, trainer: Trainer) -> Summary:
-        """The policy: what is printed."""
+        """Return the summary to print: a policy to override.
+
+        Args:
+            trainer: The trainer, whose ``module`` is ready to train.
+
+        Returns:
+            The summary; any object whose ``str`` is the text to print.
+        """
         module = trainer.module
         example = move_to_device(module.example_input_array, trainer.device)
         return summarize(module, self.max_depth, example_input=example)
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
-        summary = self.summary(trainer)  # on every rank: the forward of a module that is sharded needs them all
+        summary = self.summary(trainer)  # on every rank, because the forward of a sharded module needs them all
         trainer.print(summary)
 
 
-# ------------------------------------------------------------------ what a summary holds
+# ------------------------------------------------------------------ the parts of a summary
 
 
 @dataclass(slots=True)
 class Counts:
-    """What parameters and buffers amount to. Each tensor counts once, however many modules hold it.
+    """The size of parameters and buffers. Each tensor counts once, even if several modules hold it.
 
     Attributes:
         parameters: Elements of the parameters.
-        trainable: Those of them that require a gradient.
+        trainable: Elements of the parameters that require a gradient.
         buffers: Elements of the buffers.
-        parameter_bytes: What the parameters take.
-        gradient_bytes: What their gradients will take, in the parameters' own type.
-        buffer_bytes: What the buffers take.
-        uninitialized: Parameters and buffers of lazy modules that have no size yet; they are not in the other counts.
+        parameter_bytes: The memory of the parameters.
+        gradient_bytes: The memory that their gradients will need, in the type of the parameters.
+        buffer_bytes: The memory of the buffers.
+        uninitialized: Parameters and buffers of lazy modules that have no size yet. They are not in the other counts.
     """
 
     parameters: int = 0
@@ -82,7 +95,7 @@ class Counts:
 
     @property
     def frozen(self) -> int:
-        """Elements of the parameters that require no gradient."""
+        """The elements of the parameters that require no gradient."""
         return self.parameters - self.trainable
 
 
@@ -93,9 +106,9 @@ class Row:
     Attributes:
         name: Its name in the module, such as ``"net.0"``.
         kind: Its class.
-        counts: What it holds, the parts of it included.
-        shares: Whether it holds a parameter that is also somewhere else in the module.
-        sizes: Those of its first inputs and of its first outputs; None where it was not run.
+        counts: The size of its parameters and buffers, including its parts.
+        shares: Whether it holds a parameter that another part of the module holds too.
+        sizes: The sizes of its first inputs and of its first outputs; None if it was not run.
     """
 
     name: str
@@ -107,13 +120,13 @@ class Row:
 
 @dataclass(slots=True)
 class Summary:
-    """What a module is made of; ``str`` of it is a table.
+    """The parts of a module; ``str`` of it is a table.
 
     Attributes:
         kind: The module's class.
-        total: What it holds.
-        rows: Its parts, each before its own parts.
-        sizes: Those of its inputs and outputs; None where it was not run.
+        total: The size of its parameters and buffers.
+        rows: Its parts, each followed by the parts in it.
+        sizes: The sizes of its inputs and outputs; None if it was not run.
     """
 
     kind: str
@@ -130,29 +143,41 @@ class Summary:
 
 
 def summarize(module: nn.Module, max_depth: int = 1, *, example_input: Any = None) -> Summary:
-    """What a module is made of.
+    """Summarize a module.
 
     Args:
-        module: The module. Modules that ``torch.compile`` returned stand for those inside of them.
-        max_depth: How deep parts of parts are shown: 1 for the module's own parts, 0 for the totals alone, -1 for all.
-        example_input: What to call the module with to find the sizes of inputs and outputs: a tensor, a tuple of
-            arguments, or a dict of keyword arguments. Not used where a lazy module would be initialized by it.
+        module: The module. A module that ``torch.compile`` returned is shown as the original one.
+        max_depth: How deep parts of parts are shown: 1 for the module's direct parts, 0 for only the totals, -1 for all.
+        example_input: The argument of one call of the module that finds the sizes of inputs and outputs: a tensor, a tuple of
+            arguments, or a dict of keyword arguments. It is not used if it would initialize a lazy module.
+
+    Returns:
+        The summary.
 
     Raises:
-        MisconfigurationError: ``max_depth`` is no whole number from -1.
-        Exception: What the module raised for the example, with a note.
+        MisconfigurationError: If ``max_depth`` is not a whole number from -1.
+        Exception: If the module fails with the example; a note names the summary as the source of the error.
+
+    Example:
+        >>> from torch import nn
+        >>> print(summarize(nn.Sequential(nn.Linear(2, 3), nn.ReLU())))
+        Sequential
+        name  type    parameters  trainable  buffers     MB
+        ...
+        9 parameters, 9 trainable and 0 frozen
+        ...
     """
-    check_depth(max_depth, "summarize")
-    names: dict[int, list[str]] = {}  # under which a parameter can be found
+    check_whole_number(max_depth, "summarize", "max_depth", least=-1)
+    names: dict[int, list[str]] = {}  # the names of each parameter, by its id
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(plain(name))
     parts = {name: part for name, part in named_parts(module) if max_depth == -1 or name.count(".") < max_depth}
     summary = Summary(kind_of(module), count(module.parameters(), module.buffers()))
-    own = unwrapped(module)
-    alone = count(own.parameters(recurse=False), own.buffers(recurse=False))
-    if max_depth and alone != Counts():
-        shares = any(len(names[id(each)]) > 1 for each in own.parameters(recurse=False))
-        summary.rows.append(Row(ITSELF, summary.kind, alone, shares))
+    original = original_module(module)
+    direct = count(original.parameters(recurse=False), original.buffers(recurse=False))
+    if max_depth and direct != Counts():
+        shares = any(len(names[id(each)]) > 1 for each in original.parameters(recurse=False))
+        summary.rows.append(Row(ITSELF, summary.kind, direct, shares))
     for name, part in parts.items():
         inside = f"{name}."
         shares = any(not other.startswith(inside) for each in part.parameters() for other in names[id(each)])
@@ -166,7 +191,7 @@ def summarize(module: nn.Module, max_depth: int = 1, *, example_input: Any = Non
 
 
 def count(parameters: Iterable[Tensor], buffers: Iterable[Tensor]) -> Counts:
-    """Counts tensors, of which none comes twice."""
+    """Count tensors. None of them may come twice."""
     counts = Counts()
     for parameter in parameters:
         if is_lazy(parameter):
@@ -188,37 +213,32 @@ def count(parameters: Iterable[Tensor], buffers: Iterable[Tensor]) -> Counts:
 
 
 def named_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The parts of a module and their parts, by name; one that is there under two names comes twice."""
+    """Yield the parts of a module and their parts, with their names. A part with two names comes twice."""
     for name, part in module.named_modules(remove_duplicate=False):
-        if name and name.rpartition(".")[2] != WRAPPED:
+        if name and name.rpartition(".")[2] != COMPILED_NAME:
             yield plain(name), part
 
 
 def plain(name: str) -> str:
-    """A name without what ``torch.compile`` put into it."""
-    return ".".join(piece for piece in name.split(".") if piece != WRAPPED)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of what ``torch.compile`` returned; any other is itself."""
-    return dict(module.named_children()).get(WRAPPED, module)
+    """Return a name without the pieces that ``torch.compile`` put into it."""
+    return ".".join(piece for piece in name.split(".") if piece != COMPILED_NAME)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` returned the module, or its own ``compile`` was called."""
-    return unwrapped(module) is not module or getattr(module, "_compiled_call_impl", None) is not None
+    """Return whether ``torch.compile`` returned the module, or its ``compile`` method was called."""
+    return original_module(module) is not module or is_compiled_in_place(module)
 
 
 def kind_of(module: nn.Module) -> str:
-    """A module's class, for people."""
-    return type(unwrapped(module)).__name__ + (" (compiled)" if is_compiled(module) else "")
+    """Return the name of a module's class, for people."""
+    return type(original_module(module)).__name__ + (" (compiled)" if is_compiled(module) else "")
 
 
 # ------------------------------------------------------------------ the sizes of inputs and outputs
 
 
 def measured(module: nn.Module, parts: Mapping[str, nn.Module], example: Any) -> dict[str, tuple[str, str]]:
-    """The sizes of the first inputs and outputs of each part that a forward runs, by the part's name."""
+    """Return the sizes of the first inputs and outputs of each part that a forward runs, by the part's name."""
     sizes: dict[str, tuple[str, str]] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -232,8 +252,8 @@ def measured(module: nn.Module, parts: Mapping[str, nn.Module], example: Any) ->
     try:
         with ExitStack() as stack:
             for name, part in parts.items():
-                if not isinstance(part, torch.jit.ScriptModule):  # which takes no hooks
-                    handle = unwrapped(part).register_forward_hook(note(name), with_kwargs=True)
+                if not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+                    handle = original_module(part).register_forward_hook(note(name), with_kwargs=True)
                     stack.callback(handle.remove)
             buffers = stack.enter_context(untouched(module))
             torch.func.functional_call(module, buffers, args, kwargs)
@@ -248,11 +268,11 @@ def measured(module: nn.Module, parts: Mapping[str, nn.Module], example: Any) ->
 
 @contextmanager
 def untouched(module: nn.Module) -> Generator[dict[str, Tensor], None, None]:
-    """Puts a module into evaluation mode without gradients and compilation, and leaves it and the generators of random
+    """Put a module into evaluation mode without gradients and compilation, and leave it and the generators of random
     numbers as they were, also after an error.
 
     Yields:
-        Copies of the buffers, for the forward to change in their place.
+        Copies of the buffers. The forward changes them in place of the buffers.
     """
     training = {part: part.training for part in module.modules()}
     compiled = any(is_compiled(part) for part in module.modules())
@@ -262,11 +282,11 @@ def untouched(module: nn.Module) -> Generator[dict[str, Tensor], None, None]:
             module.eval()
             yield {name: buffer.clone() for name, buffer in module.named_buffers()}
     finally:
-        restore(training)
+        restore_modes(training)
 
 
 def size_of(value: Any) -> str:
-    """The shapes of the tensors in something: ``"[8, 1, 28, 28]"``, ``"[8, 3], [8]"``; empty where it holds none."""
+    """Return the shapes of the tensors in a value: ``"[8, 1, 28, 28]"``, ``"[8, 3], [8]"``; empty if it holds none."""
     if isinstance(value, Tensor):
         return str(list(value.shape))
     if isinstance(value, Mapping):
@@ -280,7 +300,7 @@ def size_of(value: Any) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Lines with a column for each thing that is known of the parts."""
+    """Return the lines of a table with a row for each part."""
     columns: list[tuple[str, list[str]]] = [
         ("name", [row.name for row in rows]),
         ("type", [row.kind for row in rows]),
@@ -302,14 +322,14 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def known(elements: int, row: Row) -> str:
-    """A number of elements, with a question mark where a lazy module will add some."""
+    """Return a number of elements as text, with a question mark if a lazy module will add some."""
     if not row.counts.uninitialized:
         return f"{elements:,}"
     return f"{elements:,} + ?" if elements else "?"
 
 
 def notes(summary: Summary) -> Iterator[str]:
-    """The totals, and what the signs in the table mean."""
+    """Yield lines with the totals, and the meaning of the signs in the table."""
     total = summary.total
     yield f"{total.parameters:,} parameters, {total.trainable:,} trainable and {total.frozen:,} frozen"
     yield (
@@ -323,16 +343,5 @@ def notes(summary: Summary) -> Iterator[str]:
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes in millions."""
+    """Return a number of bytes as text, in millions."""
     return f"{size / MB:,.3f}"
-
-
-def check_depth(max_depth: Any, named: str) -> int:
-    """Refuses what is no depth.
-
-    Raises:
-        MisconfigurationError: It is no whole number from -1.
-    """
-    if isinstance(max_depth, bool) or not isinstance(max_depth, int) or max_depth < -1:
-        raise MisconfigurationError(f"{named}(max_depth={max_depth!r}): it has to be a whole number from 0, or -1 for all.")
-    return max_depth

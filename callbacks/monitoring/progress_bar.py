@@ -1,4 +1,4 @@
-"""Progress in the terminal, a notebook, or a log file."""
+"""Show progress in a terminal, in a notebook, or in a log file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from eventtrain.callback import Callback
-from eventtrain.errors import MisconfigurationError
+from eventtrain.callback import Callback, on_demand
+from eventtrain.checks import check_number
 from eventtrain.events import (
     ExceptionRaised,
     PredictBatchEnd,
@@ -34,39 +34,57 @@ from eventtrain.trainer import Trainer
 
 
 class ProgressBar(Callback):
-    """Shows how far the run is: a tqdm bar per epoch, one below it for validation, with throughput, the loss and
-    what was logged with ``prog_bar=True``. Where the output is neither a terminal nor a notebook with ipywidgets, a
-    line now and then instead. The time and throughput of an epoch are those of its training, without validation.
+    """Show how far the run is: a tqdm bar for each epoch, one below it for validation, with throughput, the loss and the
+    metrics that were logged with ``prog_bar=True``.
 
-    Attached by default. Draws at a cadence rather than per batch, because drawing reads the loss from its device: it
-    looks at the clock at ``safe_point``, and connects to ``train_batch_end``, which carries the loss, for the batches
-    that are drawn alone. Evaluations are counted at their batches' ends. Override :meth:`metrics` to show other values.
+    If the output is neither a terminal nor a notebook with ipywidgets, prints a line now and then instead of a bar. The time
+    and the throughput of an epoch are those of its training, without validation. Attached by default.
+
+    Draws at a cadence and not for each batch, because drawing reads the loss from its device. Looks at the clock at
+    ``safe_point``, and wakes its listener of ``train_batch_end``, which carries the loss, only for the batches that are to
+    be drawn and for the last one of the epoch (``train_data_end``). Counts evaluations at ``validation_batch_end``,
+    ``test_batch_end`` and ``predict_batch_end``. Bars open at the start of each epoch of training or evaluation
+    (``train_epoch_start``, ``validation_epoch_start``, ...) and close at its end (``safe_point``, ``train_end``,
+    ``validation_end``, ``test_end``, ``predict_end``), or at ``exception`` and ``teardown``. Emits no metrics. Override
+    :meth:`metrics` to show other values.
 
     Args:
-        interval: Seconds between two redraws of a bar; 0 for one per batch.
-        line_interval: Seconds between two lines where there is no bar. An epoch's last line is always printed.
+        interval: Seconds between two redraws of a bar; 0 to draw each batch.
+        line_interval: Seconds between two lines if there is no bar. The last line of an epoch is always printed.
         leave: Whether the bar of a finished epoch stays on the screen.
 
     Raises:
-        MisconfigurationError: An interval is negative or no number.
+        MisconfigurationError: If an interval is negative or not a number.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> from eventtrain.callbacks import ProgressBar
+        >>> class ShowLoss(ProgressBar):
+        ...     def metrics(self, trainer, loss):
+        ...         return {} if loss is None else {"loss": float(loss)}
+        >>> trainer = Trainer(max_epochs=1, callbacks=[ShowLoss(line_interval=60)])
     """
 
     role = "progress_bar"
 
     def __init__(self, *, interval: float = 0.1, line_interval: float = 10.0, leave: bool = True) -> None:
-        self.interval = check_seconds(interval, "interval")
-        self.line_interval = check_seconds(line_interval, "line_interval")
+        self.interval = check_number(interval, "ProgressBar", "interval", least=0, finite=False, unit="seconds")
+        self.line_interval = check_number(line_interval, "ProgressBar", "line_interval", least=0, finite=False, unit="seconds")
         self.leave = leave
         self._shown: dict[str, Bar | Lines] = {}
-        self._loss: Any = None  # of the last batch that was drawn, or of the epoch's last
+        self._loss: Any = None  # of the last batch that was looked at
+        self._draws = False  # the current batch is to be drawn if it is time then
         self._next = self._before = 0.0
 
     def metrics(self, trainer: Trainer, loss: Any) -> dict[str, float]:
-        """The policy: what is shown beside the bar.
+        """Return the values to show beside the bar: a policy to override.
 
         Args:
             trainer: The trainer.
-            loss: The raw loss of the last batch; None where it had none.
+            loss: The raw loss of the last batch; None if it had none.
+
+        Returns:
+            Numbers by name.
         """
         shown = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
         if loss is not None and "loss" not in shown:
@@ -74,7 +92,7 @@ class ProgressBar(Callback):
         return shown
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints above the bar, with the arguments of :func:`print`."""
+        """Print above the bar, with the arguments of :func:`print`."""
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=kwargs.get("file")):
@@ -84,7 +102,7 @@ class ProgressBar(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, event: TrainEpochStart) -> None:
         title = f"epoch {event.epoch + 1}" + (f"/{trainer.max_epochs}" if trainer.max_epochs is not None else "")
-        done = trainer.progress.batch_idx + 1  # of an epoch that a resumed run goes on with; else 0
+        done = trainer.progress.batch_idx + 1  # more than 0 if a resumed run continues the epoch
         shown = self._open(trainer, "train", title, trainer.num_training_batches, leave=self.leave, done=done)
         self._before = time.monotonic()
         self._next = math.inf
@@ -102,23 +120,25 @@ class ProgressBar(Callback):
         self._before = now
 
     def _draw_next(self, trainer: Trainer) -> None:
-        trainer.signals.train_batch_end.connect(self.draw)
-
-    def draw(self, trainer: Trainer, event: TrainBatchEnd) -> None:
-        """Connected to ``train_batch_end`` for one batch, at whose end it is probably time to draw."""
-        trainer.signals.train_batch_end.disconnect(self.draw)
-        if time.monotonic() < self._next:
-            return
-        self._loss = event.loss
-        self._show(trainer)
-        self._next = time.monotonic() + (self.interval if isinstance(self._shown["train"], Bar) else self.line_interval)
+        self._draws = True
+        trainer.listen(self.on_train_batch_end)
 
     def on_train_data_end(self, trainer: Trainer, event: TrainDataEnd) -> None:
-        loss = trainer.batch.loss
-        self._loss = None if loss is None else loss.detach()
+        if "train" in self._shown:
+            trainer.listen(self.on_train_batch_end)  # to show the loss of the epoch's last batch at the epoch's end
+
+    @on_demand
+    def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
+        trainer.stop_listening(self.on_train_batch_end)
+        self._loss = event.loss
+        draws, self._draws = self._draws, False
+        if draws and time.monotonic() >= self._next:
+            self._show(trainer)
+            interval = self.interval if isinstance(self._shown["train"], Bar) else self.line_interval
+            self._next = time.monotonic() + interval
 
     def on_train_end(self, trainer: Trainer, event: TrainEnd) -> None:
-        self._finish(trainer)  # of an epoch that the run ended inside of
+        self._finish(trainer)  # if the run ended in the middle of an epoch
 
     def _show(self, trainer: Trainer) -> None:
         self._shown["train"].update(trainer.progress.batch_idx + 1, self.metrics(trainer, self._loss))
@@ -162,7 +182,7 @@ class ProgressBar(Callback):
         self._close("predict")
 
     def _evaluate(self, trainer: Trainer, stage: str, title: str) -> None:
-        # What is shown of an evaluation inside of a fit is gone when it is over.
+        # The bar of an evaluation during a fit disappears at its end.
         self._open(trainer, stage, title, trainer.num_evaluation_batches, leave=trainer.stage != "fit")
 
     def _advance(self, stage: str) -> None:
@@ -172,12 +192,11 @@ class ProgressBar(Callback):
     # ------------------------------------------------------------------ opening and closing
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        self._close_all()  # so that the traceback begins on a line of its own
+        self._close_all()  # so that the traceback begins on a new line
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        trainer.signals.train_batch_end.disconnect(self.draw)
         self._close_all()
-        self._loss = None
+        self._loss, self._draws = None, False
 
     def _open(
         self, trainer: Trainer, stage: str, title: str, total: int | None, *, leave: bool, done: int = 0
@@ -186,7 +205,7 @@ class ProgressBar(Callback):
         if not trainer.is_global_zero or sys.stderr is None:  # a process without a console has none
             return None
         if has_widgets() or sys.stderr.isatty():
-            # Training draws when it is told to; an evaluation, which has no loss to wait for, when it is time.
+            # Training draws when it is told to. An evaluation draws when it is time, because it has no loss to wait for.
             interval = 0.0 if stage == "train" else self.interval
             self._shown[stage] = Bar(title, total, interval, leave=leave, done=done)
         else:
@@ -199,59 +218,65 @@ class ProgressBar(Callback):
             shown.close()
 
     def _close_all(self) -> None:
-        for stage in reversed(list(self._shown)):  # the lower bar first: it finds its line by its distance from the upper
+        # The lower bar first: it finds its line by its distance from the upper one.
+        for stage in reversed(list(self._shown)):
             self._close(stage)
 
 
 class Bar:
-    """One pass over data as a tqdm bar, below those that are there already.
+    """Show one pass over data as a tqdm bar, below the bars on the screen.
 
     Args:
-        title: What stands before it.
-        total: Its length in batches; None where that is unknown.
+        title: The text before it.
+        total: The length of the pass in batches; None if it is unknown.
         interval: Seconds between two redraws.
-        leave: Whether it stays on the screen.
-        done: Batches of the pass that came before.
+        leave: Whether the bar stays on the screen.
+        done: Batches of the pass that were trained earlier.
     """
 
     def __init__(self, title: str, total: int | None, interval: float, *, leave: bool, done: int = 0) -> None:
-        # No adaptive `miniters`, which a run that becomes slower would wait for.
+        # Without adaptive `miniters`: a run that becomes slower would wait too long for the next redraw.
         self._bar = bar_class()(
             total=total, desc=title, leave=leave, mininterval=interval, miniters=1, initial=done, dynamic_ncols=True
         )
 
     def update(self, done: int, values: Mapping[str, float]) -> None:
-        """Draws, with so many batches done and these values."""
+        """Draw the bar.
+
+        Args:
+            done: The number of batches done.
+            values: The numbers beside the bar.
+        """
         self._bar.set_postfix(format_metrics(values), refresh=False)
-        if not self._bar.update(done - self._bar.n):  # it draws by itself where there is something new
+        if not self._bar.update(done - self._bar.n):  # tqdm draws in `update` if the count has changed
             self._bar.refresh()
 
     def pause(self, done: int) -> None:
-        """Draws, with so many batches done; the time from here to :meth:`resume` does not count."""
+        """Draw the bar with the number of batches done, and stop its clock until :meth:`resume`."""
         self._bar.update(done - self._bar.n)
 
     def resume(self) -> None:
-        """Lets the clock go on."""
+        """Start the clock again."""
         self._bar.unpause()
 
     def advance(self) -> None:
-        """Counts a batch; draws where it is time."""
+        """Count a batch, and draw if it is time."""
         self._bar.update(1)
 
     def close(self) -> None:
-        """Leaves the bar as it is, or removes it."""
+        """Leave the bar as it is, or remove it."""
         self._bar.close()
 
 
 class Lines:
-    """One pass over data as a line now and then, without control characters.
+    """Show one pass over data as a line now and then, without control characters.
 
     Args:
-        title: What each begins with.
-        total: The pass's length in batches; None where that is unknown.
+        title: The text at the start of each line.
+        total: The length of the pass in batches; None if it is unknown.
         interval: Seconds between two lines that :meth:`advance` prints.
-        final: Whether the last line of such a pass is printed however short it was.
-        done: Batches of the pass that came before.
+        final: Whether the last line is printed even if the pass was short.
+        done: Batches of the pass that were trained earlier.
     """
 
     def __init__(self, title: str, total: int | None, interval: float, *, final: bool = False, done: int = 0) -> None:
@@ -264,27 +289,32 @@ class Lines:
         self._next = self._began + interval
 
     def update(self, done: int, values: Mapping[str, float]) -> None:
-        """Prints a line, with so many batches done and these values."""
+        """Print a line.
+
+        Args:
+            done: The number of batches done.
+            values: The numbers at the end of the line.
+        """
         self._done = done
         self._print(values)
 
     def pause(self, done: int) -> None:
-        """Takes note that so many batches are done; the time from here to :meth:`resume` does not count."""
+        """Take note of the number of batches done, and stop the clock until :meth:`resume`."""
         self._done = done
         self._paused = time.monotonic()
 
     def resume(self) -> None:
-        """Lets the clock go on."""
+        """Start the clock again."""
         self._began += time.monotonic() - self._paused
 
     def advance(self) -> None:
-        """Counts a batch; prints where it is time."""
+        """Count a batch, and print a line if it is time."""
         self._done += 1
         if time.monotonic() >= self._next:
             self._print({})
 
     def close(self) -> None:
-        """Prints the last line, if it is wanted and was not printed."""
+        """Print the last line, if it is wanted and was not printed."""
         if self._final and self._printed < self._done:
             self._print({})
 
@@ -298,33 +328,22 @@ class Lines:
         print(", ".join(parts), file=sys.stderr, flush=True)
 
 
-def check_seconds(value: Any, named: str) -> float:
-    """Refuses what is no interval.
-
-    Raises:
-        MisconfigurationError: It is no number from 0.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise MisconfigurationError(f"ProgressBar({named}={value!r}): it has to be a number of seconds, 0 or more.")
-    return float(value)
-
-
 def format_metrics(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Numbers with four significant digits."""
+    """Return numbers as texts with four significant digits."""
     return {name: f"{value:.4g}" for name, value in metrics.items()}
 
 
 @cache
 def bar_class() -> Any:
-    """The bar of tqdm that fits where the output goes: to a notebook or to a terminal."""
-    from tqdm.auto import tqdm  # when used: importing it takes longer than the rest of the package
+    """Return the class of tqdm for the output, a notebook or a terminal."""
+    from tqdm.auto import tqdm  # imported late, because it takes longer than the rest of the package
 
-    # Without the thread that tqdm starts beside its first bar, and never ends, to redraw bars with adaptive `miniters`.
+    # Without the thread that tqdm starts beside its first bar and never ends. It redraws bars with adaptive `miniters`.
     return type("tqdm", (tqdm,), {"monitor_interval": 0})
 
 
 def has_widgets() -> bool:
-    """Whether the output goes to a Jupyter notebook that can show tqdm's bar; it needs ipywidgets."""
+    """Return whether the output goes to a Jupyter notebook that can show tqdm's bar, which needs ipywidgets."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return type(shell).__name__ == "ZMQInteractiveShell" and find_spec("ipywidgets") is not None

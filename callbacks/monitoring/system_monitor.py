@@ -1,4 +1,4 @@
-"""Logs what a run takes of its machine, sampled in a thread of its own."""
+"""Log how much of its machine a run uses, sampled in a separate thread."""
 
 from __future__ import annotations
 
@@ -14,95 +14,133 @@ from typing import Any
 import torch
 
 from eventtrain.callback import Callback
-from eventtrain.errors import MisconfigurationError
-from eventtrain.events import Event, ExceptionRaised, Setup, Teardown
+from eventtrain.checks import check_number
+from eventtrain.events import (
+    ExceptionRaised,
+    FitEnd,
+    PredictBatchEnd,
+    PredictEnd,
+    SafePoint,
+    Setup,
+    Teardown,
+    TestBatchEnd,
+    TestEnd,
+    ValidationBatchEnd,
+    ValidationEnd,
+)
 from eventtrain.trainer import Trainer
 
 PATIENCE = 5.0  # seconds that the end of a run waits for the last sample
-SHORTEST = 0.1  # seconds over which a rate means something: CPU time is counted in hundredths
-
-# Where samples are handed to loggers in each kind of run: at the ends of batches, and at the end.
-MOMENTS = {
-    "fit": ("safe_point", "validation_batch_end"),
-    "validate": ("validation_batch_end",),
-    "test": ("test_batch_end",),
-    "predict": ("predict_batch_end",),
-}
-ENDS = {"fit": "fit_end", "validate": "validation_end", "test": "test_end", "predict": "predict_end"}
+SHORTEST = 0.1  # seconds that a rate needs to mean something: CPU time is counted in hundredths
 
 
 class SystemMonitor(Callback):
-    """Logs processor, memory, disk, network and GPU, on rank zero, in every stage.
+    """Log the use of processor, memory, disk, network and GPU, on rank zero, in every stage.
 
     A daemon thread samples from ``setup`` on: at the start, every ``interval`` seconds, and at the end, however short the
-    run. The training thread only hands to loggers, which write it at once, what was sampled meanwhile: at ``safe_point`` or
-    the end of an evaluation's batch, and the rest at the run's end (``fit_end``, ``validation_end``, ``test_end``,
-    ``predict_end`` or ``exception``), which waits for the last sample. For the length of a run it is connected to those of
-    its kind. ``teardown`` ends the thread in any case. An error in it is a warning, and the run goes on unwatched. What the
-    machine does not offer is left out. Override :meth:`sampler` to sample something else.
+    run is. The training thread only hands the samples to loggers, which write them at once: new samples at ``safe_point``,
+    ``validation_batch_end``, ``test_batch_end`` and ``predict_batch_end``, and the rest at the end of the run (``fit_end``,
+    ``validation_end``, ``test_end``, ``predict_end`` or ``exception``), which waits for the last sample. ``teardown`` always
+    ends the thread. If the thread fails, there is a warning, and the run continues without samples. Values that the machine
+    does not offer are left out. Override :meth:`sampler` to sample something else.
 
-    Emits, each under ``system/``, rates since the sample before:
+    Emits, each under ``system/``, with rates since the sample before:
 
-    - ``cpu_percent``: of the machine, 100 where all its cores are busy;
+    - ``cpu_percent``: of the machine, 100 if all its cores are busy;
     - ``process_cpu_percent``: of the process, 100 for each core that it keeps busy;
     - ``process_rss_bytes``: its resident memory; pages that processes share count once for each;
     - ``process_threads``, ``process_open_files`` (file descriptors; handles on Windows): how many it has;
-    - ``child_processes``: how many children it has, and theirs. DataLoader workers are such, and the four values above
-      include them all;
-    - ``memory_available_bytes``: of the machine, what can be had without swapping;
+    - ``child_processes``: the number of its children and their children. DataLoader workers are among them, and the four
+      values above include them all;
+    - ``memory_available_bytes``: of the machine, the memory that is available without swapping;
     - ``disk_read_bytes_per_second``, ``disk_write_bytes_per_second``, ``network_receive_bytes_per_second``,
       ``network_send_bytes_per_second``: of the machine;
-    - where the trainer's device is a GPU, ``gpu_memory_allocated_bytes`` and ``gpu_memory_reserved_bytes``: by this
-      process's tensors and by torch for them; and where NVML can be had (the package ``nvidia-ml-py``),
+    - if the trainer's device is a GPU, ``gpu_memory_allocated_bytes`` and ``gpu_memory_reserved_bytes``: by the tensors of
+      this process, and by torch for them; and if NVML is available (the package ``nvidia-ml-py``),
       ``gpu_memory_used_bytes`` by all processes, ``gpu_utilisation_percent`` and ``gpu_temperature_celsius``.
 
     Args:
-        interval: Seconds between two samples.
+        interval: Seconds between two samples; it may be infinite.
 
     Raises:
-        MisconfigurationError: An interval that is not positive.
+        MisconfigurationError: If the interval is not positive.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> from eventtrain.callbacks import JSONLinesLogger, SystemMonitor
+        >>> trainer = Trainer(max_epochs=1, callbacks=[SystemMonitor(interval=10), JSONLinesLogger()])
+        >>> trainer.callback(SystemMonitor).interval
+        10.0
     """
 
     def __init__(self, interval: float = 5.0) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, (int, float)) or not interval > 0:
-            raise MisconfigurationError(f"SystemMonitor(interval={interval!r}): it has to be a positive number of seconds.")
-        self.interval = float(interval)
+        self.interval = check_number(interval, "SystemMonitor", "interval", above=0, finite=False, unit="seconds")
         self._thread: SamplingThread | None = None
         self._reports: deque[dict[str, float] | Exception] = deque()
 
     def sampler(self, trainer: Trainer) -> Sampler:
-        """The policy: what samples. Its ``sample`` and ``close`` are called in the thread."""
+        """Return the object that samples: a policy to override.
+
+        Args:
+            trainer: The trainer.
+
+        Returns:
+            An object with ``sample()`` and ``close()``, which are called in the thread.
+        """
         return Sampler(trainer.device)
 
-    def on_setup(self, trainer: Trainer, event: Setup) -> None:
-        if not trainer.is_global_zero:
-            return
-        for moment in MOMENTS[event.stage]:
-            trainer.signals[moment].connect(self.write)
-        trainer.signals[ENDS[event.stage]].connect(self.finish)
-        thread = SamplingThread(self.sampler(trainer), self.interval)
-        self._thread, self._reports = thread, thread.reports
-        thread.start()
+    # ------------------------------------------------------------------ the start and the end of a run
 
-    def write(self, trainer: Trainer, event: Event) -> None:
-        """Connected to what ends a batch: hands over what was sampled meanwhile."""
+    def on_setup(self, trainer: Trainer, event: Setup) -> None:
+        if trainer.is_global_zero:
+            thread = SamplingThread(self.sampler(trainer), self.interval)
+            self._thread, self._reports = thread, thread.reports
+            thread.start()
+
+    def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
+        self._finish(trainer)
+
+    def on_validation_end(self, trainer: Trainer, event: ValidationEnd) -> None:
+        if trainer.stage == "validate":
+            self._finish(trainer)
+
+    def on_test_end(self, trainer: Trainer, event: TestEnd) -> None:
+        self._finish(trainer)
+
+    def on_predict_end(self, trainer: Trainer, event: PredictEnd) -> None:
+        self._finish(trainer)
+
+    def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
+        self._finish(trainer)
+
+    def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        self._stop()  # and write nothing: loggers are closing their files
+        self._reports = deque()
+
+    # ------------------------------------------------------------------ the end of a batch
+
+    def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
+        if self._reports:
+            self._write(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, event: ValidationBatchEnd) -> None:
         if self._reports and not trainer.sanity_checking:
             self._write(trainer)
 
-    def finish(self, trainer: Trainer, event: Event) -> None:
-        """Connected to what ends the run: hands over everything up to the last sample, which is taken now."""
+    def on_test_batch_end(self, trainer: Trainer, event: TestBatchEnd) -> None:
+        if self._reports:
+            self._write(trainer)
+
+    def on_predict_batch_end(self, trainer: Trainer, event: PredictBatchEnd) -> None:
+        if self._reports:
+            self._write(trainer)
+
+    # ------------------------------------------------------------------ samples
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Hand over everything up to the last sample, which is taken now."""
         self._stop()
         self._write(trainer)
-
-    def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        self.finish(trainer, event)
-
-    def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        for moment in MOMENTS[event.stage]:
-            trainer.signals[moment].disconnect(self.write)
-        trainer.signals[ENDS[event.stage]].disconnect(self.finish)
-        self._stop()  # and write nothing: loggers are closing their files
-        self._reports = deque()
 
     def _stop(self) -> None:
         thread, self._thread = self._thread, None
@@ -116,32 +154,33 @@ class SystemMonitor(Callback):
             report = self._reports.popleft()
             if isinstance(report, Exception):
                 warnings.warn(
-                    f"SystemMonitor has stopped, and the run goes on unwatched: {type(report).__name__}: {report}", stacklevel=2
+                    f"SystemMonitor has stopped, and the run continues without it: {type(report).__name__}: {report}",
+                    stacklevel=2,
                 )
             else:
                 trainer.log_now(report)
 
 
 class SamplingThread(threading.Thread):
-    """Samples until it is told to finish. A daemon: it never keeps a process alive.
+    """Sample until :meth:`finish`. A daemon: it never keeps a process alive.
 
     Args:
-        sampler: What samples.
+        sampler: The object that samples.
         interval: Seconds between two samples.
 
     Attributes:
-        reports: The samples that nobody has taken yet, the oldest first; after an error, that error as the last.
+        reports: The samples that were not written yet, the oldest first. If the sampler raised an error, it is the last one.
     """
 
     def __init__(self, sampler: Sampler, interval: float) -> None:
         super().__init__(name="eventtrain.SystemMonitor", daemon=True)
         self.reports: deque[dict[str, float] | Exception] = deque()
         self._sampler = sampler
-        self._interval = min(interval, threading.TIMEOUT_MAX)  # infinite: at the start and at the end alone
+        self._interval = min(interval, threading.TIMEOUT_MAX)  # infinite: only at the start and at the end
         self._finishing = threading.Event()
 
     def run(self) -> None:
-        """Samples at once, then at the interval, then once more."""
+        """Sample at once, then at the interval, then once more."""
         try:
             with closing(self._sampler) as sampler:
                 self.reports.append(sampler.sample())
@@ -152,10 +191,10 @@ class SamplingThread(threading.Thread):
             self.reports.append(error)
 
     def finish(self, patience: float) -> bool:
-        """Asks for the last sample and waits for it.
+        """Ask for the last sample and wait for it.
 
         Args:
-            patience: For so many seconds at most.
+            patience: The longest time to wait, in seconds.
 
         Returns:
             Whether the thread has ended.
@@ -166,17 +205,17 @@ class SamplingThread(threading.Thread):
 
 
 class Sampler:
-    """What a process takes of its machine: levels as they are, and rates since the sample before.
+    """Measure how much of its machine a process uses: current levels, and rates since the sample before.
 
-    The first sample has no rates, nor has one that follows another so closely that they would mean nothing.
+    The first sample has no rates. Neither has a sample that follows another one so closely that they would mean nothing.
 
     Args:
-        device: The device that the run is on.
-        clock: Gives seconds.
+        device: The device of the run.
+        clock: Returns seconds.
     """
 
     def __init__(self, device: torch.device, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._psutil: Any = importlib.import_module("psutil")  # when used
+        self._psutil: Any = importlib.import_module("psutil")  # imported only if it is used
         self._process = self._psutil.Process()
         self._gpu = Gpu(device) if device.type == "cuda" else None
         self._clock = clock
@@ -184,7 +223,7 @@ class Sampler:
         self._before: dict[str, float] = {}
 
     def sample(self) -> dict[str, float]:
-        """Takes a sample: numbers by name, as :class:`SystemMonitor` lists them."""
+        """Take a sample: return numbers by name, as :class:`SystemMonitor` lists them."""
         now = self._clock()
         levels = self._processes()
         totals = self._machine()
@@ -202,12 +241,12 @@ class Sampler:
         return {f"system/{name}": float(value) for name, value in levels.items()}
 
     def close(self) -> None:
-        """Releases what sampling holds."""
+        """Release the GPU library, if it was opened."""
         if self._gpu is not None:
             self._gpu.close()
 
     def _processes(self) -> dict[str, float]:
-        """Sums over the process and its children."""
+        """Return sums over the process and its children."""
         try:
             children = self._process.children(recursive=True)
         except self._psutil.Error:
@@ -216,14 +255,14 @@ class Sampler:
         for process in (self._process, *children):
             with process.oneshot():
                 for name, read in OF_A_PROCESS.items():
-                    with suppress(self._psutil.Error):  # it has just ended, or belongs to somebody else
+                    with suppress(self._psutil.Error):  # it has just ended, or belongs to another user
                         sums[name] += read(process)
         return sums
 
     def _machine(self) -> dict[str, float]:
-        """The machine's counters, those that it has."""
+        """Return the counters that the machine has."""
         totals: dict[str, float] = {}
-        # Without nowrap no lock is taken, which a DataLoader worker forked meanwhile would inherit locked.
+        # With nowrap a lock is taken, and a DataLoader worker that is forked meanwhile would inherit it locked.
         if (disk := self._counters(self._psutil.disk_io_counters)) is not None:
             totals |= {"disk_read_bytes_per_second": disk.read_bytes, "disk_write_bytes_per_second": disk.write_bytes}
         if (network := self._counters(self._psutil.net_io_counters)) is not None:
@@ -239,19 +278,21 @@ class Sampler:
 
 
 def rates(before: dict[str, float], after: dict[str, float], elapsed: float) -> dict[str, float]:
-    """How fast counters rose, per second. One that is new, or that fell because it was reset, has no rate."""
+    """Return how fast counters rose, per second. A counter that is new, or fell because it was reset, has no rate."""
     risen = {name: after[name] - old for name, old in before.items() if name in after and after[name] >= old}
     return {name: rise / elapsed for name, rise in risen.items()}
 
 
 def processor_time(process: Any) -> float:
-    """100 times the seconds of a process and of those children that it has waited for: a child's pass over to its parent
-    when it ends, so that the sum over living processes does not fall."""
+    """Return 100 times the processor time of a process in seconds, including the children that it has waited for.
+
+    The time of a child passes to its parent when the child ends, so the sum over living processes does not fall.
+    """
     times = process.cpu_times()
     return 100.0 * float(times.user + times.system + times.children_user + times.children_system)
 
 
-# Processor time is a counter, of which the rate is logged; the others are levels.
+# Processor time is a counter, and its rate is logged. The others are levels.
 OF_A_PROCESS: dict[str, Callable[[Any], float]] = {
     "process_cpu_percent": processor_time,
     "process_rss_bytes": lambda process: process.memory_info().rss,
@@ -261,7 +302,7 @@ OF_A_PROCESS: dict[str, Callable[[Any], float]] = {
 
 
 class Gpu:
-    """One CUDA device: what torch says of it, and where it can be had what NVML says.
+    """Read the numbers of one CUDA device, from torch, and from NVML if it is available.
 
     Args:
         device: The device.
@@ -274,7 +315,7 @@ class Gpu:
         self._is_open = False
 
     def read(self) -> dict[str, float]:
-        """Numbers by name, those that the device has."""
+        """Return the numbers that the device has, by name."""
         if not self._is_open:
             self._is_open = True
             self._open()
@@ -300,13 +341,13 @@ class Gpu:
             nvml = importlib.import_module("pynvml")
         except ImportError:
             return
-        with suppress(nvml.NVMLError):  # no driver of NVIDIA's, or a slice of a device: then torch's numbers have to do
+        with suppress(nvml.NVMLError):  # without NVIDIA's driver, or on a slice of a device, torch's numbers have to do
             nvml.nvmlInit()
             self._nvml = nvml
-            # By its own name: NVML counts devices that CUDA_VISIBLE_DEVICES hides.
+            # By name, because NVML also counts devices that CUDA_VISIBLE_DEVICES hides.
             self._handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(self._device).uuid}")
 
     def close(self) -> None:
-        """Lets NVML go."""
+        """Release NVML."""
         if self._nvml is not None:
             self._nvml.nvmlShutdown()

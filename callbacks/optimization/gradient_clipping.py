@@ -8,7 +8,7 @@ from typing import Any
 from eventtrain.callback import Callback
 from eventtrain.callbacks.optimization.schedule import Schedule
 from eventtrain.checks import check_number
-from eventtrain.core.optimizer import check_clip_algorithm, check_clip_val
+from eventtrain.core.clipping import check_clip_algorithm, check_clip_val
 from eventtrain.events import BeforeGradientClipping
 from eventtrain.trainer import Trainer
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch.optim.lr_scheduler import OneCycleLR
+
 from eventtrain.callback import Callback, on_demand
 from eventtrain.events import AfterUpdate, FitStart, MetricsLogged, Setup, TrainBatchEnd, TrainDataEnd, ValidationEnd
 from eventtrain.metrics.watched import WatchedMetric
-from eventtrain.optim.lr_scheduler import LRSchedulerConfig, looks_stepwise
+from eventtrain.optim.lr_scheduler import LRSchedulerConfig
 from eventtrain.trainer import Trainer
 
 
@@ -160,3 +162,16 @@ class LRSchedulerStepping(Callback):
         self._last_update = dict(state["last_update"])
         self._seen = dict(state.get("seen", {}))  # older checkpoints have neither this nor the counts of metrics
         self._metrics = {}
+
+
+def looks_stepwise(config: LRSchedulerConfig, epochs: int | None) -> bool:
+    """Return whether a scheduler that steps by epochs was built for more steps than there are epochs.
+
+    Args:
+        config: The scheduler config.
+        epochs: The run's number of epochs; None if only ``max_steps`` ends it.
+    """
+    scheduler = config.scheduler
+    if config.interval != "epoch" or not isinstance(scheduler, OneCycleLR):
+        return False
+    return epochs is None or bool(scheduler.total_steps > epochs)

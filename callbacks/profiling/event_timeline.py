@@ -1,4 +1,4 @@
-"""Shows what ran when, in which order and how long: events, listeners and phases of a few steps."""
+"""Shows the events, listeners and phases of a few steps: their order, their nesting and their durations."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from eventtrain.callback import Callback
 from eventtrain.callbacks.profiling.timeline import Recorder, plain
+from eventtrain.checks import check_whole_number
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     BeforeBatchFetch,
@@ -31,32 +32,42 @@ WINDOWS = 3
 
 
 class EventTimeline(Callback):
-    """Records the events of chosen steps with their listeners and durations, nested as they ran, and writes them as a
-    web page that needs no network, and as a trace for Perfetto (https://ui.perfetto.dev) or ``chrome://tracing``.
+    """Records the events of some steps with their listeners and durations, nested as they ran.
 
-    A step is chosen by the value that ``global_step`` has while it is taken, so that accumulation windows are recorded
-    whole, with the validation and the checkpoint that follow before the next window. A run that only evaluates is
-    recorded from its first batch on.
+    Writes two files when the run ends: a web page that needs no network, and a trace for Perfetto
+    (https://ui.perfetto.dev) or ``chrome://tracing``.
+
+    A step is chosen by the value of ``global_step`` before it. Accumulation windows are recorded whole, with the validation
+    and the checkpoint that follow before the next window. ``validate``, ``test`` and ``predict`` are recorded from their
+    first batch on.
 
     Listens to ``setup``, ``train_start``, ``safe_point``, ``exception`` and ``teardown``, and observes all signals
-    (:meth:`~eventtrain.core.signals.Signals.observe`) in the chosen steps; the others pay for one listener's call a batch.
-    Writes ``timeline-<n>.html`` and ``timeline-<n>.json``, with a number of its own for each run, when the run ends, by
-    an error too. Nothing is recorded or written in a ``fast_dev_run``, nor on other ranks than zero. Override
-    :meth:`is_due` for a choice of your own.
+    (:meth:`~eventtrain.core.signals.Signals.observe`) in the chosen steps; each other batch costs one listener's call.
+    Writes ``timeline-<n>.html`` and ``timeline-<n>.json`` under the next free number when the run ends, also if an error
+    ends it. In a ``fast_dev_run``, and on ranks other than zero, it records and writes nothing. Override :meth:`is_due` to
+    choose steps by another rule.
 
-    Durations are the host's: work that a GPU does asynchronously shows up where the host waits for it. Recording adds a
+    Durations are the host's: work that a GPU does asynchronously appears at the place that waits for it. Recording adds a
     few microseconds to an event and to a listener's call.
 
     Args:
-        steps: Values of ``global_step``, such as ``range(100, 103)`` or ``{0, 500}``. None: three windows of each fit,
-            after two to warm up.
-        dirpath: Where the files go; relative to the trainer's ``default_root_dir``.
-        evaluation_batches: How many batches of a run that only evaluates are recorded.
-        max_events: How much is recorded at most: events, listeners and phases together. The files say where it ended.
-        clock: Tells the time in nanoseconds.
+        steps: Values of ``global_step``, such as ``range(100, 103)`` or ``{0, 500}``. If None, three windows of each fit
+            are recorded, after two to warm up.
+        dirpath: The folder of the files; relative to the trainer's ``default_root_dir``.
+        evaluation_batches: The number of batches that are recorded in ``validate``, ``test`` and ``predict``.
+        max_events: The largest number of events, listeners and phases that are recorded together. If a recording reaches
+            it, the files say so.
+        clock: Returns the time in nanoseconds.
 
     Raises:
-        MisconfigurationError: Steps that no run can take, or a limit under 1.
+        MisconfigurationError: If ``steps`` holds no step, or a value that is not a whole number from 0, or if a limit is
+            not a whole number from 1.
+
+    Example:
+        >>> from eventtrain.callbacks import EventTimeline
+        >>> timeline = EventTimeline(steps=range(100, 103), max_events=2000)
+        >>> [step for step in (99, 100, 102, 103) if timeline.is_due(step)]
+        [100, 102]
     """
 
     def __init__(
@@ -69,47 +80,47 @@ class EventTimeline(Callback):
         clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self.steps = None if steps is None else check_steps(steps)
-        for name, value in (("evaluation_batches", evaluation_batches), ("max_events", max_events)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise MisconfigurationError(f"EventTimeline({name}={value!r}): it has to be a whole number from 1.")
         self.dirpath = Path(dirpath)
-        self.evaluation_batches = evaluation_batches
-        self.max_events = max_events
+        self.evaluation_batches = check_whole_number(evaluation_batches, "EventTimeline", "evaluation_batches", least=1)
+        self.max_events = check_whole_number(max_events, "EventTimeline", "max_events", least=1)
         self.clock = clock
         self._trainer: Trainer | None = None
         self._stage = ""
-        self._recorder: Recorder | None = None  # of the run at hand or the last; None where it records nothing
-        self._running = False  # a run is at hand that is recorded
+        self._recorder: Recorder | None = None  # of the current run or the last one; None if it records nothing
+        self._running = False  # between the setup and the teardown of a run that may be recorded
         self._first_step = 0
         self._fetched = 0
         self._error = ""
         self._paths: tuple[Path, Path] | None = None
 
     def is_due(self, global_step: int) -> bool:
-        """The policy: whether a step is recorded.
+        """Return whether a step is recorded: the policy to override.
 
         Args:
-            global_step: The updates before it.
+            global_step: The number of updates before it.
+
+        Returns:
+            Whether its events are recorded.
         """
         if self.steps is not None:
             return global_step in self.steps
         return WARM_UP <= global_step - self._first_step < WARM_UP + WINDOWS
 
     def write(self) -> tuple[Path, Path]:
-        """Writes what has been recorded so far in the run at hand, or in the last; that run's files are replaced.
+        """Write the recording of the current run, or of the last one. The files of that run are replaced.
 
         Returns:
-            The page and the trace.
+            The paths of the page and of the trace.
 
         Raises:
-            MisconfigurationError: Nothing has been recorded.
-            OSError: A file could not be written.
+            MisconfigurationError: If nothing has been recorded.
+            OSError: If a file could not be written.
         """
         trainer, recorder = self._trainer, self._recorder
         if trainer is None or recorder is None or not recorder.records:
             raise MisconfigurationError(
-                "EventTimeline has recorded nothing yet. Call write() once a chosen step has been taken; in a fast_dev_run, "
-                "and on other ranks than zero, none is recorded."
+                "EventTimeline has recorded nothing yet. Call write() after one of the chosen steps. In a fast_dev_run, and on "
+                "ranks other than zero, nothing is recorded."
             )
         timeline = recorder.timeline(type(trainer.module).__name__, self._stage, self._notes(recorder))
         page, trace = timeline.page(), json.dumps(timeline.trace())
@@ -135,7 +146,7 @@ class EventTimeline(Callback):
             self._recorder.begin()
 
     def on_train_start(self, trainer: Trainer, event: TrainStart) -> None:
-        self._first_step = trainer.progress.global_step
+        self._first_step = trainer.global_step
         self._look_ahead(trainer)
 
     def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
@@ -147,14 +158,14 @@ class EventTimeline(Callback):
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         recorder = self._recorder
-        if recorder is None or not self._running:  # a run that failed before its setup leaves the last one's files alone
+        if recorder is None or not self._running:  # a run that failed before its setup keeps the files of the last one
             return
         self._running = False
         self._stop(trainer, recorder)
         if recorder.records:
             try:
                 self.write()
-            except OSError as error:  # the run's results are worth more than a picture of it
+            except OSError as error:  # the results of the run matter more than its timeline
                 warnings.warn(f"EventTimeline could not write its files: {error}.", stacklevel=2)
         elif not self._error:
             chosen = self.steps if self.steps is not None else f"None, the third to the fifth from {self._first_step}"
@@ -167,11 +178,11 @@ class EventTimeline(Callback):
     # ------------------------------------------------------------------ choosing
 
     def _look_ahead(self, trainer: Trainer) -> None:
-        """Observes from here on where the next step is due; the recording begins at the gate behind which it lies."""
+        """Observe from now on if the next step is due. The recording begins at the gate before it."""
         recorder = self._recorder
         if recorder is None or recorder.observes or recorder.is_full:
             return
-        if self.is_due(trainer.progress.global_step):
+        if self.is_due(trainer.global_step):
             self._observe(trainer, recorder)
 
     def _observe(self, trainer: Trainer, recorder: Recorder) -> None:
@@ -179,8 +190,8 @@ class EventTimeline(Callback):
         trainer.signals.observe(recorder)
 
     def _at_gate(self, name: str, event: Event) -> None:
-        """Decides before one of :data:`GATES` whether what follows is recorded. Not at the safe point itself, at which
-        other listeners may still be about to write a checkpoint."""
+        """Decide before one of the ``GATES`` whether the next events are recorded. The safe point is too early for that:
+        the checkpoint that is taken there belongs to the step before."""
         trainer, recorder = self._trainer, self._recorder
         assert trainer is not None and recorder is not None
         if name in ("train_end", "teardown"):
@@ -191,7 +202,7 @@ class EventTimeline(Callback):
                     self._stop(trainer, recorder)
                 self._fetched += 1
         elif not isinstance(event, BeforeBatchFetch) or event.stage == "train":
-            step = trainer.progress.global_step
+            step = trainer.global_step
             if recorder.is_full or not self.is_due(step):
                 self._stop(trainer, recorder)
             else:
@@ -207,7 +218,7 @@ class EventTimeline(Callback):
         notes = []
         if recorder.is_full:
             notes.append(
-                f"Truncated: the recording ended after max_events={self.max_events}. Choose fewer steps, or raise it: "
+                f"Truncated: the recording ended after max_events={self.max_events}. Choose fewer steps, or raise the limit: "
                 f"EventTimeline(max_events={10 * self.max_events})."
             )
         if self._error:
@@ -219,10 +230,13 @@ class EventTimeline(Callback):
 
 
 def check_steps(steps: Iterable[int] | int) -> range | frozenset[int]:
-    """What ``steps=`` means.
+    """Return the steps that a user chose.
+
+    Args:
+        steps: The value that the user wrote.
 
     Raises:
-        MisconfigurationError: It holds no step, or what is none.
+        MisconfigurationError: If it holds no step, or a value that is not a whole number from 0.
     """
     if isinstance(steps, range):
         ends: list[Any] = [*steps[:1], *steps[-1:]]  # it may be a long one
@@ -230,17 +244,21 @@ def check_steps(steps: Iterable[int] | int) -> range | frozenset[int]:
         ends = list(steps) if isinstance(steps, Iterable) else [steps]
     if not ends or any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in ends):
         raise MisconfigurationError(
-            f"EventTimeline(steps={steps!r}): it has to hold values of global_step, which are whole numbers from 0. Write "
-            "for example steps=range(10, 13)."
+            f"EventTimeline(steps={steps!r}): give values of global_step, which are whole numbers from 0, for example "
+            "steps=range(10, 13)."
         )
     return steps if isinstance(steps, range) else frozenset(ends)
 
 
-def check_writable(directory: Path, given: Path) -> None:
-    """Makes a directory, and refuses one that cannot be written to.
+def check_writable(directory: Path, dirpath: Path) -> None:
+    """Make a directory and check that files can be written to it.
+
+    Args:
+        directory: The directory.
+        dirpath: The argument that it comes from.
 
     Raises:
-        MisconfigurationError: It cannot be made or written to.
+        MisconfigurationError: If it cannot be made or written to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -248,18 +266,25 @@ def check_writable(directory: Path, given: Path) -> None:
             pass
     except OSError as error:
         raise MisconfigurationError(
-            f"EventTimeline(dirpath={str(given)!r}) cannot be written to: {error}. Give another directory."
+            f"EventTimeline(dirpath={str(dirpath)!r}) cannot be written to: {error}. Give another directory."
         ) from error
 
 
 def free_paths(directory: Path) -> tuple[Path, Path]:
-    """The page and the trace with the first number that is free after the largest taken, which they take."""
-    taken = [int(found.group(1)) for path in directory.glob("timeline-*") if (found := re.search(r"-(\d+)\.", path.name))]
+    """Create an empty page under the number after the largest that is taken.
+
+    Args:
+        directory: The folder of the files.
+
+    Returns:
+        The paths of the page and of the trace with that number.
+    """
+    taken = [int(match.group(1)) for path in directory.glob("timeline-*") if (match := re.search(r"-(\d+)\.", path.name))]
     number = max(taken, default=-1) + 1
     while True:
         page, trace = (directory / f"timeline-{number}.{kind}" for kind in ("html", "json"))
         try:
             page.open("x").close()
             return page, trace
-        except FileExistsError:  # another run's, since the look
+        except FileExistsError:  # another run has taken it since
             number += 1

@@ -1,4 +1,4 @@
-"""Where a run's time goes, by phase, callback and layer."""
+"""Measures the time of a run, by phase, callback and layer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from eventtrain.callback import Callback
-from eventtrain.callbacks.profiling.spans import CHECKPOINT, Clock, DeviceTimes, LayerTimes, Sampling, SelfTimes, cuda_times
+from eventtrain.callbacks.profiling.sampling import Sampling
+from eventtrain.callbacks.profiling.self_times import Clock, DeviceTimes, LayerTimes, SelfTimes, cuda_times
+from eventtrain.callbacks.profiling.spans import CHECKPOINT
 from eventtrain.callbacks.profiling.time_tables import RunTimes, UnitTimes, evaluation_text
-from eventtrain.errors import MisconfigurationError
+from eventtrain.checks import check_whole_number
 from eventtrain.events import (
     CheckpointSaved,
     Event,
@@ -18,6 +20,7 @@ from eventtrain.events import (
     SafePoint,
     SaveCheckpoint,
     Setup,
+    TakeCheckpoint,
     Teardown,
     TestStart,
     TrainDataEnd,
@@ -28,48 +31,58 @@ from eventtrain.events import (
 )
 from eventtrain.trainer import Trainer
 
-FIRST_EVALUATIONS = 2  # are observed inside as well, then one in ``every``
+FIRST_EVALUATIONS = 2  # whose batches are observed, before one in ``every``
 
 
 class Profiler(Callback):
-    """Says where the time goes: the loop's phases, each callback, validations, checkpoints and, if asked, layers.
+    """Measures the time of the loop's phases, of each callback, of validations and checkpoints, and of layers if asked.
 
-    All times are self times: what is spent in a phase or callback inside of another is counted there alone. ``fetch``
-    is the wait for the loader, ``transfer`` the way to the device, ``open loader`` what it costs to begin iterating,
-    ``other`` the loop's own. A step is a batch. Means are over all batches, so that they add up; p50 and p95 are of
-    those batches in which a row occurs, exact to 4.4 %.
+    All times are self times: time that is spent in a phase or callback within another counts for the inner one only.
+    ``fetch`` is the wait for the loader, ``transfer`` the move to the device, ``open loader`` the start of an iteration over
+    the loader, ``other`` the loop's work between them. A step is a batch, and it ends with the events of its safe point. Means
+    are over all batches, so that they add up; p50 and p95 are of the batches in which a row occurs, exact to 4.4 %.
 
-    Training is sampled: whole accumulation windows, the first ones and then one here and there, at random distances so
-    that nothing periodic can hide; each stands for those since the last. What comes once an epoch, from
-    ``train_data_end`` to the next epoch's first batch, is always observed, and so is how long each validation and the
-    writing of each checkpoint takes; the inside of validations is in the first two and in some later ones. Memory does
-    not grow with the run. What the observing takes is in no row; the table states it.
+    Training is sampled in whole accumulation windows: the first ones, and then one here and there, at random distances so
+    that nothing periodic can hide. Each represents the windows since the one before. The time between two epochs, from
+    ``train_data_end`` to the first batch of the next epoch, is always observed. So are the durations of each validation and
+    of writing each checkpoint. The batches of validations are observed in the first two and in some later ones. Memory does
+    not grow with the run. The time that the measurement itself takes is in no row; the table states it.
 
-    On a CUDA device the sampled windows are also timed on its stream, by events that are read once they have come
-    about: no batch waits for them. The table's times are the host's; what the device spent stands in a table of its own.
+    On a CUDA device the sampled windows are also timed on its stream, by events that are read once the device has reached
+    them: no batch waits for them. The times of the table are the host's; the device's times are in a separate table.
 
     Prints its table when a run is over, and logs ``time/<phase>_ms``, ``time/callback/<name>_ms``, ``time/step_ms``,
-    ``time/data_wait`` (the fraction of the step spent waiting for the loader), ``time/validation_ms``,
-    ``time/checkpoint_ms`` and on CUDA ``time/device/<phase>_ms``: each the mean since it was logged last.
+    ``time/data_wait`` (the fraction of the step that is spent waiting for the loader), ``time/validation_ms``,
+    ``time/checkpoint_ms`` and on CUDA ``time/device/<phase>_ms``. Each value is the mean since it was logged last.
 
     Listens to ``safe_point``, ``train_data_end``, the start and end of training and of each evaluation,
-    ``save_checkpoint``, ``checkpoint_saved``, ``setup``, ``fit_end`` and ``teardown``; observes everything where it
-    samples.
+    ``save_checkpoint``, ``checkpoint_saved``, ``setup``, ``fit_end`` and ``teardown``; observes all signals in the batches
+    that it samples. Override :meth:`device_times` to measure on devices other than CUDA's.
 
     Args:
-        every: After the first ones, one of so many windows is observed on average.
-        first: Windows that are observed from the start.
-        layers: Whether to time the forward of each submodule in the sampled windows: True for all, a number for so
-            many levels. By hooks, which are there only then and never in an evaluation. What is compiled or scripted is
-            one layer or, where hooks do not reach, none; a compiled function that calls layers is compiled twice, with
-            their hooks, which do nothing in it, and without.
+        every: The mean distance between two windows that are observed, after the first ones.
+        first: The number of windows that are observed from the start.
+        layers: Whether to time the forward of each submodule in the sampled windows: True for all of them, a number for that
+            many levels. This needs hooks, which exist only in these windows and never in an evaluation. A compiled or
+            scripted submodule is one layer, or none if hooks do not reach it. A compiled function that calls layers is
+            compiled twice: with their hooks, which do nothing in it, and without.
         print_summary: Whether the table is printed when a run is over.
-        log_every_n_steps: Updates between two times that scalars are logged, besides the end of each epoch; None for
-            the ends of epochs alone.
-        clock: Gives the time in seconds.
+        log_every_n_steps: The number of updates between two times that scalars are logged, besides the end of each epoch;
+            None for the ends of epochs only.
+        clock: Returns the time in seconds.
+
+    Attributes:
+        times: The measurements of the current run, or of the last one.
 
     Raises:
-        MisconfigurationError: A number is no whole number from 1.
+        MisconfigurationError: If a number is not a whole number from 1.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> from eventtrain.callbacks import Profiler
+        >>> trainer = Trainer(max_epochs=1, callbacks=[Profiler(every=50, layers=2)])
+        >>> trainer.callback(Profiler).summary()
+        'Profiler: nothing has been measured yet.'
     """
 
     role = "profiler"
@@ -84,12 +97,12 @@ class Profiler(Callback):
         log_every_n_steps: int | None = 500,
         clock: Clock = time.perf_counter,
     ) -> None:
-        for name, value in {"every": every, "first": first, "layers": layers, "log_every_n_steps": log_every_n_steps}.items():
-            switch = name == "layers" and isinstance(value, bool)
-            if not switch and not (name == "log_every_n_steps" and value is None):
-                check_count(name, value)
-        self.every = every
-        self.first = first
+        self.every = check_whole_number(every, "Profiler", "every", least=1)
+        self.first = check_whole_number(first, "Profiler", "first", least=1)
+        if not isinstance(layers, bool):
+            check_whole_number(layers, "Profiler", "layers", least=1)
+        if log_every_n_steps is not None:
+            check_whole_number(log_every_n_steps, "Profiler", "log_every_n_steps", least=1)
         self.layers = layers
         self.print_summary = print_summary
         self.log_every_n_steps = log_every_n_steps
@@ -99,17 +112,17 @@ class Profiler(Callback):
         self._release()
 
     def _begin_statistics(self) -> None:
-        """Begins the statistics of a fit."""
+        """Begin the statistics of a fit."""
         self.times = RunTimes()
         self._sampling = Sampling(self.first, self.every)
         self._sampled_evaluations = Sampling(FIRST_EVALUATIONS, self.every)
         self._until_evaluation = 1
-        self._weight, self._next_weight = 1, 0  # of the window at hand and of the next: 0 where it is not observed
+        self._weight, self._next_weight = 1, 0  # of the current window and of the next; 0 if it is not observed
         self._gap = self._until = self._sampling.draw()
         self._next_log = self.log_every_n_steps or 0
 
     def _release(self) -> None:
-        """Holds on to nothing of a run that is over."""
+        """Release everything that belongs to a run that is over."""
         self._trainer = None
         self._watched: SelfTimes | None = None
         self._training: SelfTimes | None = None
@@ -119,7 +132,7 @@ class Profiler(Callback):
         self._evaluation_began: float | None = None
         self._checkpoint_began: float | None = None
 
-    # ------------------------------------------------------------------ which batches are observed
+    # ------------------------------------------------------------------ training
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         self._trainer = trainer
@@ -131,7 +144,7 @@ class Profiler(Callback):
     def on_train_start(self, trainer: Trainer, event: TrainStart) -> None:
         self._training = SelfTimes(self.clock, self.device_times(trainer))
         self._training.before["before_batch_fetch"] = self._before_batch
-        self._training.after["safe_point"] = self._after_batch
+        self._training.call_after_batches(self._after_batch)
         if self.layers:
             times = SelfTimes(self.clock, self.device_times(trainer))
             self._layer_times = LayerTimes(trainer.module, None if self.layers is True else self.layers, times)
@@ -146,7 +159,7 @@ class Profiler(Callback):
         self._until -= 1
         if self._until:
             return
-        # The next window is observed, and stands for those since the last one that was.
+        # The next window is observed. It represents the windows since the last one that was.
         self._next_weight = self._gap
         self._gap = self._until = self._sampling.draw()
         if self.log_every_n_steps is not None and trainer.global_step >= self._next_log:
@@ -171,25 +184,25 @@ class Profiler(Callback):
         self._log(trainer)
 
     def _begin_turn(self) -> None:
-        """What comes before an epoch's first batch is always observed."""
+        """Observe the time before an epoch's first batch."""
         self._in_turn = True
         self._watch_training()
 
     def _before_batch(self) -> None:
-        """Observed: a batch is about to be fetched."""
+        """Begin a batch that is about to be fetched, while training is observed."""
         if self._in_turn:
             self._count()
             self._in_turn = False
             self._watch_training()
         elif self._fresh:
             assert self._training is not None
-            self._training.start()  # what was left of the last batch, unobserved, is no part of this one
+            self._training.start()  # the rest of the last batch, which was not observed, is not part of this one
             if self._layer_times is not None:
                 self._layer_times.times.start()
         self._fresh = False
 
-    def _after_batch(self, event: SafePoint) -> None:
-        """Observed: a batch's safe point is over."""
+    def _after_batch(self, event: TakeCheckpoint) -> None:
+        """End a batch, while training is observed."""
         if not self._in_turn:
             self._count()
         if not event.window_open:
@@ -200,11 +213,11 @@ class Profiler(Callback):
         self._watch_training()
 
     def _count(self) -> None:
-        """Adds the times of a batch, or of what comes once an epoch, to the others."""
+        """Add the times of a batch, or of the time between two epochs, to the others."""
         training, layers = self._training, self._layer_times
         assert training is not None
         times = training.take()
-        times.pop(CHECKPOINT, None)  # each is measured, not only those that are sampled
+        times.pop(CHECKPOINT, None)  # each one is measured, not only the sampled ones
         if self._in_turn:
             self.times.turns.add(times)
             if training.device is not None:
@@ -223,7 +236,7 @@ class Profiler(Callback):
                 read_device(layers.times, self.times.layer_steps)
 
     def _watch_training(self, *, go_on: bool = False) -> None:
-        """Observes training, where it is to be observed now."""
+        """Observe training, if this part of it is to be observed."""
         self._watch(self._training if self._weight or self._in_turn else None, go_on=go_on)
         if self._layer_times is not None:
             if self._weight and not self._in_turn:
@@ -232,7 +245,12 @@ class Profiler(Callback):
                 self._layer_times.detach()
 
     def _watch(self, times: SelfTimes | None, *, go_on: bool = False) -> None:
-        """Observes by this observer and no other, by none where None; it begins a new unit of work, or goes on with one."""
+        """Observe with this observer and no other, with none if it is None.
+
+        Args:
+            times: The observer.
+            go_on: Whether it continues its unit of work; otherwise it begins a new one.
+        """
         if times is self._watched or self._trainer is None:
             return
         if self._watched is not None:
@@ -251,7 +269,7 @@ class Profiler(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, event: ValidationEpochEnd) -> None:
         if self._evaluation_began is not None and self._evaluation is None:
-            # So that its last listeners are part of it, those behind this one too.
+            # So that its last listeners are part of it, also the listeners that are attached after this one.
             self._evaluation = self._observed_evaluation(trainer, UnitTimes())
             self._watch(self._evaluation)
 
@@ -273,7 +291,7 @@ class Profiler(Callback):
         self._evaluation_began = self.clock()
 
     def _samples_evaluation(self) -> bool:
-        """Whether the inside of the validation that begins is observed."""
+        """Return whether the batches of the validation that begins are observed."""
         self._until_evaluation -= 1
         sampled = self._until_evaluation == 0
         if sampled:
@@ -281,7 +299,8 @@ class Profiler(Callback):
         return sampled
 
     def _observed_evaluation(self, trainer: Trainer, table: UnitTimes) -> SelfTimes:
-        """What observes an evaluation, batch by batch; what comes before the first and after the last counts with them."""
+        """Return an observer that measures an evaluation batch by batch. The time before the first batch counts with the first,
+        the time after the last with the last."""
         stage = "validation" if trainer.stage in ("fit", "validate") else str(trainer.stage)
         times = SelfTimes(self.clock)
         has_batch = False
@@ -317,7 +336,7 @@ class Profiler(Callback):
             self.times.checkpoints.add(self.clock() - self._checkpoint_began)
         self._checkpoint_began = None
 
-    # ------------------------------------------------------------------ what comes of it
+    # ------------------------------------------------------------------ the results
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
         self._complete = True
@@ -333,7 +352,7 @@ class Profiler(Callback):
             trainer.print(self.summary() if evaluated is None else evaluation_text(event.stage, evaluated))
 
     def _log(self, trainer: Trainer) -> None:
-        """Logs the means since this was last done, unobserved."""
+        """Log the means since the last call, without observing it."""
         self._next_log = trainer.global_step + (self.log_every_n_steps or 0)
         values = self.times.fresh_scalars()
         if values:
@@ -352,27 +371,29 @@ class Profiler(Callback):
             self._watch(watched, go_on=True)
 
     def device_times(self, trainer: Trainer) -> DeviceTimes | None:
-        """What measures on the run's device; None where the host's time is all there is. Override for devices other than
-        CUDA's."""
+        """Return a measurement on the run's device: the policy to override for devices other than CUDA's.
+
+        Args:
+            trainer: The trainer.
+
+        Returns:
+            The measurement; None if only the host's time is measured.
+        """
         return cuda_times(trainer.device) if trainer.device.type == "cuda" else None
 
     def summary(self) -> str:
-        """What was measured so far in the run at hand, or in the last: tables, and sentences about what is slow."""
+        """Return the measurements of the current run, or of the last one: tables, and sentences about slow parts."""
         return self.times.summary()
 
 
 def read_device(times: SelfTimes, into: UnitTimes, *, wait: bool = False) -> None:
-    """Adds what a device is through with."""
+    """Add the units of work that a device has finished.
+
+    Args:
+        times: The measurement with the device.
+        into: The table that they are added to.
+        wait: Whether to wait for the device.
+    """
     if times.device is not None:
         for unit, weight in times.device.read(wait=wait):
             into.add(unit, weight)
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuses what is no whole number from 1.
-
-    Raises:
-        MisconfigurationError: It is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MisconfigurationError(f"Profiler({name}={value!r}): it has to be a whole number from 1.")

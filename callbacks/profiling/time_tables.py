@@ -1,4 +1,4 @@
-"""What becomes of measured times: means and quantiles that do not grow with a run, and tables of them."""
+"""Statistics of measured times, in bounded memory, and the tables that are printed of them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterator, Mapping
 
 from eventtrain.callbacks.profiling.spans import FETCH, MOST_LABELS, OBSERVING, OPEN_LOADER, OVERFLOW, Kind, Label
 
-MOST_ROWS = 30  # of a printed table
-NEGLIGIBLE = 0.0005  # of the whole: printed as 0.0 %
-MUCH = 0.2  # of a step: as much waiting for the loader makes it the bottleneck
+MOST_ROWS = 30  # in a printed table
+NEGLIGIBLE = 0.0005  # a fraction that is printed as 0.0 %
+MUCH = 0.2  # the fraction of a step from which waiting for the loader makes it the bottleneck
 
 PER_OCTAVE = 8
 QUANTILE_ERROR = 2 ** (1 / (2 * PER_OCTAVE)) - 1  # 4.4 %
-"""How far a :class:`Distribution`'s quantile can be from the true one, as a fraction of it."""
+"""The largest relative error of a :class:`Distribution`'s quantiles."""
 SHORTEST, LONGEST = -30 * PER_OCTAVE, 20 * PER_OCTAVE  # a nanosecond, twelve days
 
 
 class Distribution:
-    """A count, a sum, and a histogram on a logarithmic scale: bounded, however much is added.
+    """Collects a count, a sum, and a histogram on a logarithmic scale, in bounded memory.
 
     Attributes:
-        count: How many values were added, by weight.
+        count: The number of values that were added, by weight.
         total: Their sum, by weight.
     """
 
@@ -35,7 +35,12 @@ class Distribution:
         self._buckets: dict[int, int] = {}
 
     def add(self, value: float, weight: int = 1) -> None:
-        """Adds a value of zero or more, in seconds, that stands for so many."""
+        """Add a value.
+
+        Args:
+            value: Seconds, zero or more.
+            weight: The number of values that it represents.
+        """
         self.count += weight
         self.total += weight * value
         self._least, self._most = min(self._least, value), max(self._most, value)
@@ -44,11 +49,15 @@ class Distribution:
 
     @property
     def mean(self) -> float:
-        """The mean; 0 of nothing."""
+        """The mean; 0 if there are no values."""
         return self.total / self.count if self.count else 0.0
 
     def quantile(self, fraction: float) -> float:
-        """The value that so large a part of all is not above; to within :data:`QUANTILE_ERROR`. 0 of nothing."""
+        """Return a quantile, to within :data:`QUANTILE_ERROR`; 0 if there are no values.
+
+        Args:
+            fraction: The fraction of all values that are not above the result.
+        """
         reached, wanted = 0, fraction * self.count
         for bucket in sorted(self._buckets):
             reached += self._buckets[bucket]
@@ -58,14 +67,14 @@ class Distribution:
 
 
 class UnitTimes:
-    """The times of many units of work of one kind, such as training batches.
+    """Collects the times of many units of work of one kind, such as training batches.
 
     Attributes:
-        units: How many units there were, by weight.
-        observed: How many of them were measured.
-        rows: Of each label, its sum in each unit in which it occurred; labels beyond so many are counted together.
-        whole: The sum of all labels, of each unit.
-        observing: What measuring itself took in each; part of no row.
+        units: The number of units, by weight.
+        observed: The number of units that were measured.
+        rows: The times of each label, one for each unit in which it occurred. Labels beyond ``MOST_LABELS`` share a row.
+        whole: The time of each unit: the sum of its labels.
+        observing: The time in each unit that the measurement itself took; part of no row.
     """
 
     def __init__(self) -> None:
@@ -75,11 +84,11 @@ class UnitTimes:
         self.observing = Distribution()
 
     def add(self, times: Mapping[Label, float], weight: int = 1) -> None:
-        """Adds a unit.
+        """Add a unit.
 
         Args:
             times: The seconds of each label.
-            weight: How many units it stands for.
+            weight: The number of units that it represents.
         """
         self.units += weight
         self.observed += 1
@@ -97,33 +106,33 @@ class UnitTimes:
         self.whole.add(whole, weight)
 
     def mean(self, label: Label) -> float:
-        """Seconds that a label takes per unit, those units counted in which it does not occur."""
+        """Return the seconds that a label takes per unit. Units without it count as zero."""
         row = self.rows.get(label)
         return row.total / self.units if row is not None and self.units else 0.0
 
     def share(self, label: Label) -> float:
-        """The part of all units' time that a label takes, from 0 to 1."""
+        """Return the fraction of all units' time that a label takes, from 0 to 1."""
         row = self.rows.get(label)
         return row.total / self.whole.total if row is not None and self.whole.total else 0.0
 
     def slowest(self, kind: Kind) -> Label | None:
-        """The label of a kind that takes the most time; None where there is none."""
+        """Return the label of a kind that takes the most time; None if there is none."""
         of_kind = (label for label in self.rows if label.kind == kind)
         return max(of_kind, key=lambda label: self.rows[label].total, default=None)
 
 
 class RunTimes:
-    """All that was measured of a run.
+    """Holds all measurements of a run.
 
     Attributes:
         steps: Training batches.
-        device_steps: The same on an accelerator's stream, where there is one.
-        layer_steps: Training batches by the layers' forward; on the accelerator's stream where there is one.
-        turns: What comes once an epoch: from its last batch to the first one of the next.
-        evaluations: Batches of evaluations, by the name of ``"validation"`` inside of a fit, ``"validate"``, ``"test"``
-            or ``"predict"``.
-        validations: How long each validation inside of the fit took.
-        checkpoints: How long it took to write each checkpoint.
+        device_steps: The same on an accelerator's stream; empty if there is no accelerator.
+        layer_steps: Training batches by the forward of the layers, on the accelerator's stream if there is one.
+        turns: The times between two epochs: from the last batch of one to the first batch of the next.
+        evaluations: Batches of evaluations, by name: ``"validation"`` for those within a fit, ``"validate"``, ``"test"``
+            and ``"predict"``.
+        validations: The duration of each validation within the fit.
+        checkpoints: The duration of writing each checkpoint.
     """
 
     def __init__(self) -> None:
@@ -134,12 +143,12 @@ class RunTimes:
         self.evaluations: dict[str, UnitTimes] = {}
         self.validations = Distribution()
         self.checkpoints = Distribution()
-        self._given: dict[str, tuple[float, float]] = {}
+        self._logged: dict[str, tuple[float, float]] = {}
 
     @property
     def waiting(self) -> float:
-        """The part of the step that is spent waiting for the loader, from 0 to 1. Of the device's time where there is
-        one: it may be busy while the host waits."""
+        """The fraction of the step that is spent waiting for the loader, from 0 to 1. If there is a device, this is a
+        fraction of its time: it may be busy while the host waits."""
         return self._bounding.share(FETCH)
 
     @property
@@ -147,20 +156,20 @@ class RunTimes:
         return self.device_steps if self.device_steps.units else self.steps
 
     def fresh_scalars(self) -> dict[str, float]:
-        """The mean of everything since this was last called, by name; without what has not come since."""
+        """Return the means since the last call, by name. A name without new values is left out."""
         values: dict[str, float] = {}
         for name, amount, count in self._totals():
-            amount_before, count_before = self._given.get(name, (0.0, 0.0))
+            amount_before, count_before = self._logged.get(name, (0.0, 0.0))
             if count > count_before:
                 values[name] = (amount - amount_before) / (count - count_before)
-                self._given[name] = (amount, count)
+                self._logged[name] = (amount, count)
         return values
 
     def _totals(self) -> Iterator[tuple[str, float, float]]:
-        """Each scalar's name, and its sum so far with what that is divided by."""
+        """Yield the name of each scalar, its sum so far, and the number that the sum is divided by."""
         for prefix, table in (("time", self.steps), ("time/device", self.device_steps)):
             for label, row in table.rows.items():
-                name = re.sub(r"[^\w./-]", "_", label.name)  # what TensorBoard takes
+                name = re.sub(r"[^\w./-]", "_", label.name)  # the characters that TensorBoard accepts
                 yield f"{prefix}/{'callback/' * (label.kind == 'callback')}{name}_ms", row.total * 1e3, table.units
             yield f"{prefix}/step_ms", table.whole.total * 1e3, table.units
         if FETCH in self._bounding.rows:
@@ -169,14 +178,14 @@ class RunTimes:
         yield "time/checkpoint_ms", self.checkpoints.total * 1e3, self.checkpoints.count
 
     def summary(self) -> str:
-        """Tables, and a sentence about each thing that is slow."""
+        """Return the tables, and a sentence about each slow thing."""
         blocks = list(self._training_text()) if self.steps.units else []
         blocks += [evaluation_text(name, table) for name, table in self.evaluations.items() if table.units]
         return "\n".join(blocks) if blocks else "Profiler: nothing has been measured yet."
 
     def _training_text(self) -> Iterator[str]:
         steps, turns, besides = self.steps, self.turns, {"validation": self.validations, "checkpoint": self.checkpoints}
-        run = steps.whole.total + turns.whole.total + sum(row.total for row in besides.values())
+        run_time = steps.whole.total + turns.whole.total + sum(row.total for row in besides.values())
         yield (
             f"Profiler: {steps.observed} batches were observed, and stand for {steps.units}. Observing took "
             f"{duration(steps.observing.mean)} of each, which is in no row."
@@ -189,14 +198,14 @@ class RunTimes:
         yield "\n" + wait_text(self.waiting)
         yield from slowest_text("callback", steps, "the step")
         yield from slowest_text("layer", self.layer_steps, "the step")
-        once = {label.name: row for label, row in largest(turns, run)}
+        once = {label.name: row for label, row in largest(turns, run_time)}
         once |= {name: row for name, row in besides.items() if row.count}
-        yield occasions_text("beside the steps", once, run, "the run")
-        yield from slowest_text("callback", turns, "what comes once an epoch")
+        yield occasions_text("beside the steps", once, run_time, "the run")
+        yield from slowest_text("callback", turns, "the time between two epochs")
         opening = turns.rows.get(OPEN_LOADER, Distribution()).total
-        if run and opening >= MUCH * run:
+        if run_time and opening >= MUCH * run_time:
             yield (
-                f"Opening the loader takes {percent(opening / run)} of the run. Have its workers wait for the next epoch: "
+                f"Opening the loader takes {percent(opening / run_time)} of the run. Have its workers wait for the next epoch: "
                 "DataLoader(..., persistent_workers=True)."
             )
 
@@ -205,24 +214,24 @@ class RunTimes:
 
 
 def heading(title: str, of: str, last: str) -> str:
-    """The first line of a table."""
+    """Return the first line of a table."""
     return f"\n{title:<44}{'mean':>10}{'p50':>10}{'p95':>10}{'of ' + of:>13}{last:>11}"
 
 
 def line(name: str, values: Distribution, mean: float, whole: float, last: str) -> str:
-    """A row of a table."""
+    """Return a row of a table."""
     share = values.total / whole if whole else 0.0
     times = (mean, values.quantile(0.5), values.quantile(0.95))
     return f"{name:<44}{''.join(f'{duration(t):>10}' for t in times)}{percent(share, 1):>13}{last:>11}"
 
 
 def unit_text(title: str, table: UnitTimes, of: str) -> str:
-    """A table of units of work that repeat, such as steps: the rows' means add up to that of a unit.
+    """Return the table of units of work that repeat, such as steps. The means of the rows add up to the mean of a unit.
 
     Args:
-        title: What stands in its first line.
+        title: The text of its first line.
         table: The times.
-        of: What a unit is called.
+        of: The name of a unit.
     """
     whole = table.whole.total
     lines = [heading(title, of, "in")]
@@ -233,13 +242,13 @@ def unit_text(title: str, table: UnitTimes, of: str) -> str:
 
 
 def occasions_text(title: str, rows: Mapping[str, Distribution], whole: float, of: str) -> str:
-    """A table of what comes now and then: the rows' means are of the times that they came.
+    """Return the table of things that occur now and then. The mean of a row is the mean of its occurrences.
 
     Args:
-        title: What stands in its first line.
+        title: The text of its first line.
         rows: The rows, by name.
-        whole: What shares are of, in seconds.
-        of: What that is called.
+        whole: The time that shares refer to, in seconds.
+        of: The name of that time.
     """
     sorted_rows = sorted(rows.items(), key=lambda item: -item[1].total)
     lines = [line(name, row, row.mean, whole, f"{row.count}") for name, row in sorted_rows]
@@ -247,12 +256,12 @@ def occasions_text(title: str, rows: Mapping[str, Distribution], whole: float, o
 
 
 def largest(table: UnitTimes, whole: float, kind: Kind | None = None) -> list[tuple[Label, Distribution]]:
-    """The rows that matter, of a kind or of all, the largest first.
+    """Return the rows that are not negligible, the largest first.
 
     Args:
         table: The times.
-        whole: What they are parts of, in seconds.
-        kind: The kind; None for all.
+        whole: The time that they are parts of, in seconds.
+        kind: The kind of rows; None for all.
     """
     rows = [(label, row) for label, row in table.rows.items() if kind in (None, label.kind)]
     rows.sort(key=lambda item: -item[1].total)
@@ -260,13 +269,13 @@ def largest(table: UnitTimes, whole: float, kind: Kind | None = None) -> list[tu
 
 
 def evaluation_text(name: str, table: UnitTimes) -> str:
-    """The table of an evaluation's batches."""
+    """Return the table of an evaluation's batches."""
     parts = [unit_text(f"a batch of {name}, by itself", table, "the batch")]
     return "\n".join([*parts, *slowest_text("callback", table, f"the batch of {name}")])
 
 
 def wait_text(share: float) -> str:
-    """What there is to say of the wait for the loader."""
+    """Return a sentence about the wait for the loader."""
     if share < MUCH:
         return f"Waiting for data: {percent(share)} of the step."
     return (
@@ -276,7 +285,7 @@ def wait_text(share: float) -> str:
 
 
 def slowest_text(kind: Kind, table: UnitTimes, of: str) -> Iterator[str]:
-    """Names the slowest of a kind, where there is one."""
+    """Yield a sentence that names the slowest of a kind, if there is any."""
     label = table.slowest(kind)
     if label is not None:
         share, mean = percent(table.share(label)), duration(table.rows[label].mean)
@@ -284,7 +293,7 @@ def slowest_text(kind: Kind, table: UnitTimes, of: str) -> Iterator[str]:
 
 
 def duration(seconds: float) -> str:
-    """A time with three digits and its unit."""
+    """Return a time with three digits and its unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= 0.9995 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -292,5 +301,5 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A part of one as a percentage."""
+    """Return a fraction as a percentage."""
     return f"{100 * share:.{digits}f} %"

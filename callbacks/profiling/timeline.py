@@ -1,4 +1,4 @@
-"""What events, listeners and phases of a few steps did, as a recording, a trace and a page."""
+"""Records the events, listeners and phases of a few steps, and writes them as a trace and a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.core.signals import Listener, Observer, describe_listener
 from eventtrain.events import (
     EVENTS,
-    BeforeGradientClipping,
+    ClippingDecided,
     Event,
     ExceptionRaised,
     Plan,
@@ -24,20 +24,20 @@ from eventtrain.events import (
 )
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
 
-Kind = Literal["span", "event", "listener"]
+RecordKind = Literal["span", "event", "listener"]
 
 GATES = ("train_epoch_start", "before_batch_fetch", "train_end", "teardown")
-"""The events before which a recording may begin or end: what comes first after a ``safe_point``."""
+"""The events before which a recording may begin or end: the first ones after the events of a safe point."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """What lies between an event and its counterpart, both included.
+class SpanType:
+    """The kind of span between an event and its counterpart, both included.
 
     Attributes:
-        label: What it is called.
-        closed_by: The counterparts, of which one comes.
-        number: The field of the opening event that tells it from others of its kind; none where empty.
+        label: Its name.
+        closed_by: The counterparts; one of them is published.
+        number: The field of the opening event that tells two spans of this type apart; empty if there is none.
     """
 
     label: str
@@ -45,37 +45,37 @@ class Span:
     number: str = ""
 
 
-SPANS: dict[str, Span] = {
-    "train_epoch_start": Span("epoch", ("train_epoch_end",), "epoch"),
-    "before_batch_fetch": Span("batch fetch", ("after_batch_fetch",)),
-    "train_batch_start": Span("batch", ("train_batch_end",), "batch_idx"),
-    "optimizer_step": Span("optimizer step", ("after_optimizer_step", "optimizer_step_skipped")),
-    "before_forward": Span("forward", ("after_forward",)),
-    "before_zero_grad": Span("zero_grad", ("after_zero_grad",)),
-    "before_backward": Span("backward", ("after_backward",)),
-    "before_gradient_clipping": Span("clipping", ("after_gradient_clipping",)),
-    "before_lr_scheduler_step": Span("scheduler step", ("after_lr_scheduler_step",)),
-    "save_checkpoint": Span("checkpoint", ("checkpoint_saved",)),
+SPANS: dict[str, SpanType] = {
+    "train_epoch_start": SpanType("epoch", ("train_epoch_end",), "epoch"),
+    "before_batch_fetch": SpanType("batch fetch", ("after_batch_fetch",)),
+    "train_batch_start": SpanType("batch", ("train_batch_end",), "batch_idx"),
+    "optimizer_step": SpanType("optimizer step", ("after_optimizer_step", "optimizer_step_skipped")),
+    "before_forward": SpanType("forward", ("after_forward",)),
+    "before_zero_grad": SpanType("zero_grad", ("after_zero_grad",)),
+    "before_backward": SpanType("backward", ("after_backward",)),
+    "before_gradient_clipping": SpanType("clipping", ("after_gradient_clipping",)),
+    "before_lr_scheduler_step": SpanType("scheduler step", ("after_lr_scheduler_step",)),
+    "save_checkpoint": SpanType("checkpoint", ("checkpoint_saved",)),
 }
-"""The spans by the event that opens them."""
+"""The types of spans, by the event that opens them."""
 
 for _stage in ("validation", "test", "predict"):
-    SPANS[f"{_stage}_start"] = Span(_stage, (f"{_stage}_end",))
-    SPANS[f"{_stage}_batch_start"] = Span(f"{_stage} batch", (f"{_stage}_batch_end",), "batch_idx")
+    SPANS[f"{_stage}_start"] = SpanType(_stage, (f"{_stage}_end",))
+    SPANS[f"{_stage}_batch_start"] = SpanType(f"{_stage} batch", (f"{_stage}_batch_end",), "batch_idx")
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "loop": (),
     "loader": ("batch_fetch",),
     "forward": ("forward",),
     "backward": ("backward",),
-    "optimizer": ("zero_grad", "optimizer_step", "gradient", "after_update"),
+    "optimizer": ("zero_grad", "optimizer_step", "gradient", "clipping", "after_update"),
     "scheduler": ("lr_scheduler",),
     "evaluation": ("validation_", "test_", "predict_"),
     "checkpoint": ("checkpoint",),
     "callbacks": (),
 }
-"""What gives a record its colour, with the words by which events belong to it. The rest belongs to the loop; callbacks
-have the listeners."""
+"""The categories, which give records their colours. An event belongs to the first category that has a part of its name,
+and else to the loop. The category of listeners is ``"callbacks"``."""
 
 CATEGORY_OF: dict[str, str] = {
     event: next((name for name, words in CATEGORIES.items() if any(word in event for word in words)), "loop")
@@ -90,17 +90,17 @@ class Record:
 
     Attributes:
         kind: ``"span"``, ``"event"`` or ``"listener"``.
-        name: The span's label, the signal's name, or the listener's.
-        category: What it is about.
-        depth: How many others it lies in.
-        start: When it began, in the clock's nanoseconds.
-        end: When it ended; None while it lasts.
+        name: The span's label, or the name of the signal or listener.
+        category: One of :data:`CATEGORIES`.
+        depth: The number of records around it.
+        start: The time of its beginning, in the clock's nanoseconds.
+        end: The time of its end; None while it lasts.
         details: Numbers and names from the event's payload.
-        cut: Why it did not end, or begin, by itself; empty where it did.
-        failed: An error ended it.
+        cut: The reason, if its beginning or end was not recorded; else empty.
+        failed: Whether an error ended it.
     """
 
-    kind: Kind
+    kind: RecordKind
     name: str
     category: str
     depth: int
@@ -113,7 +113,7 @@ class Record:
 
 @dataclass(slots=True)
 class Interval:
-    """A stretch of the recording: the steps that were recorded without a pause, or one value of ``global_step``."""
+    """A part of the recording: the steps that were recorded without a pause, or one value of ``global_step``."""
 
     start: int
     end: int | None = None
@@ -126,7 +126,7 @@ class Frame:
 
     Attributes:
         record: The record.
-        of: The span, the event or the listener that it is of.
+        of: The type of span, the event or the listener that it records.
         handled: The error that was being handled when it began.
     """
 
@@ -138,20 +138,20 @@ class Frame:
 class Recorder(Observer):
     """Records events, listeners and the spans between events, in the order in which they begin.
 
-    Records that lie in one another are told by their depth. Only the thread that built the recorder is recorded: what
-    another publishes meanwhile lies in nothing of it.
+    The depth of a record says how it is nested. Only the thread that built the recorder is recorded: the events of another
+    thread are not nested in its records.
 
     Args:
         gate: Called as ``gate(name, event)`` before the events in :data:`GATES`; it begins and ends the recording.
-        max_events: Records at most.
-        clock: Tells the time in nanoseconds.
+        max_events: The largest number of records.
+        clock: Returns the time in nanoseconds.
 
     Attributes:
-        records: What was recorded.
-        segments: The stretches without a pause.
+        records: The records so far.
+        segments: The parts without a pause.
         windows: The values of ``global_step`` that were recorded.
-        observes: The signals know the recorder.
-        is_full: There are ``max_events`` records, and more was to be recorded.
+        observes: Whether the signals know the recorder.
+        is_full: Whether a record was left out because there are ``max_events`` records.
     """
 
     def __init__(self, gate: Callable[[str, Event], None], max_events: int, clock: Callable[[], int]) -> None:
@@ -169,10 +169,10 @@ class Recorder(Observer):
     # ------------------------------------------------------------------ beginning and ending
 
     def begin(self, enclosing: str = "") -> None:
-        """Begins a segment; does nothing while one is being recorded.
+        """Begin a segment; do nothing if one is being recorded.
 
         Args:
-            enclosing: The label of the epoch that is under way; empty where none is.
+            enclosing: The label of the current epoch; empty if there is none.
         """
         if self._recording:
             return
@@ -183,10 +183,10 @@ class Recorder(Observer):
             self._push("span", enclosing, "loop", SPANS["train_epoch_start"], now, cut="began before the recording")
 
     def pause(self, cut: str) -> None:
-        """Ends the segment at hand, if any.
+        """End the current segment, if there is one.
 
         Args:
-            cut: What is said of records that have not ended.
+            cut: The reason, for records that have not ended.
         """
         if not self._recording:
             return
@@ -198,7 +198,11 @@ class Recorder(Observer):
                 interval.end = now
 
     def enter_window(self, step: int) -> None:
-        """Says which value ``global_step`` has from here on."""
+        """Note the value that ``global_step`` has from now on.
+
+        Args:
+            step: The value.
+        """
         if not self._recording or (self.windows and self.windows[-1].end is None and self.windows[-1].step == step):
             return
         now = self._clock()
@@ -216,7 +220,7 @@ class Recorder(Observer):
         if not self._recording:
             return
         now = self._clock()
-        if isinstance(event, ExceptionRaised):  # whatever was under way has been left
+        if isinstance(event, ExceptionRaised):  # the error has left everything that was open
             self._close(0, now, type(event.exception).__name__, failed=True)
         if (span := SPANS.get(name)) is not None:
             label = f"{span.label} {getattr(event, span.number)}" if span.number else span.label
@@ -232,11 +236,11 @@ class Recorder(Observer):
         self._close(at, now, *self._error(at))
         if opened is not None and nothing_follows(event):
             self._close(at - 1, now)
-        # Its span, if it lies in the same listener's call, or in none as this event does.
+        # Its span, if both lie in the same listener's call, or both in none.
         for place in range(len(self._open) - 1, -1, -1):
             if self._open[place].record.kind != "span":
                 return
-            if name in self._open[place].of.closed_by:
+            if ends_span(name, event, self._open[place].of):
                 self._close(place, now)
                 return
 
@@ -252,7 +256,7 @@ class Recorder(Observer):
 
     # ------------------------------------------------------------------ the records that have not ended
 
-    def _push(self, kind: Kind, name: str, about: str, of: Any, now: int | None = None, cut: str = "") -> None:
+    def _push(self, kind: RecordKind, name: str, about: str, of: Any, now: int | None = None, cut: str = "") -> None:
         if len(self.records) >= self._max_events and self._recording:
             self.is_full = True
             self.pause(f"max_events={self._max_events} was reached")
@@ -260,11 +264,11 @@ class Recorder(Observer):
             record = Record(kind, name, about, len(self._open), now or 0, cut=cut)
             self.records.append(record)
             self._open.append(Frame(record, of, sys.exception()))
-            if now is None:  # a listener's time is its own: read last here, and first where it ends
+            if now is None:  # read last here, and first at the end, so that the listener's time holds nothing else
                 record.start = self._clock()
 
     def _find(self, kind: str, of: Any) -> int | None:
-        """The place of what is ending; None where it began before the recording, or in another thread."""
+        """Return the place of the record that ends; None if it began before the recording, or in another thread."""
         if threading.get_ident() != self._thread:
             return None
         for at in range(len(self._open) - 1, -1, -1):
@@ -273,13 +277,13 @@ class Recorder(Observer):
         return None
 
     def _error(self, at: int) -> tuple[str, bool]:
-        """How what is ending ended: the error's name where it is being raised right now, and whether there is one."""
+        """Return the name of the error that ends a record, empty if none does, and whether one does."""
         error = sys.exception()
         failed = error is not None and error is not self._open[at].handled
         return (type(error).__name__ if failed else "", failed)
 
     def _close(self, at: int, now: int, cut: str = "", failed: bool = False) -> None:
-        """Ends the open record at a place, and those in it, whose own ends have not come."""
+        """End the open record at a place, and the records in it, whose ends never came."""
         for place in range(len(self._open) - 1, at - 1, -1):
             frame = self._open.pop()
             record = frame.record
@@ -294,36 +298,41 @@ class Recorder(Observer):
     # ------------------------------------------------------------------ the result
 
     def timeline(self, module: str, stage: str, notes: Iterable[str]) -> Timeline:
-        """What was recorded so far.
+        """Return the recording so far.
 
         Args:
             module: The module's name.
-            stage: What was run.
-            notes: What a reader has to know.
+            stage: The trainer's stage.
+            notes: Sentences that a reader has to know.
         """
         return Timeline(module, stage, list(notes), self.records, self.segments, self.windows, self._clock())
 
 
 def nothing_follows(event: Event) -> bool:
-    """Whether an event's counterpart is not going to come, now that its listeners have had their say."""
-    if isinstance(event, BeforeGradientClipping):
-        return event.gradient_clip_val is None
+    """Return whether an event's counterpart will not be published, after its listeners have decided."""
     return isinstance(event, TrainBatchStart) and event.ends_epoch
+
+
+def ends_span(name: str, event: Event, span_type: SpanType) -> bool:
+    """Return whether an event ends a span of a type. If the decision is not to clip, no counterpart is published."""
+    if isinstance(event, ClippingDecided):
+        return span_type is SPANS["before_gradient_clipping"] and event.gradient_clip_val is None
+    return name in span_type.closed_by
 
 
 PAYLOAD: dict[type[Any], list[str]] = {
     event_type: [each.name for each in fields(event_type) if each.name not in ("batch", "outputs", "checkpoint")]  # type: ignore[arg-type]
     for event_type in EVENTS.values()
 }
-"""The fields of each event that may say something in a few letters; batches do not."""
+"""The fields of each event that may be shown in a few letters; batches can not."""
 
 
 def summary(event: Event) -> dict[str, Any]:
-    """Numbers and names from an event's payload. Reads no tensor."""
+    """Return numbers and names from an event's payload, without reading a tensor."""
     details: dict[str, Any] = {}
     for name in PAYLOAD[type(event)]:
         value = getattr(event, name)
-        if value is None or value is False:  # of flags, those that are set
+        if value is None or value is False:  # only flags that are set are shown
             continue
         if value is True or type(value) in (int, float, str):
             details[name] = plain(value)
@@ -343,13 +352,13 @@ def summary(event: Event) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value that JSON has, and not a long one: it has no infinity."""
+    """Return a short value that JSON can hold. JSON has no infinity."""
     if isinstance(value, str):
         return value if len(value) <= 200 else f"{value[:199]}…"
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ---------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------- the files
 
 
 @dataclass(slots=True)
@@ -358,12 +367,12 @@ class Timeline:
 
     Attributes:
         module: The module's name.
-        stage: What was run.
-        notes: What a reader has to know.
-        records: What was recorded, in the order in which it began.
-        segments: The stretches without a pause.
+        stage: The trainer's stage.
+        notes: Sentences that a reader has to know.
+        records: The records, in the order in which they began.
+        segments: The parts without a pause.
         windows: The values of ``global_step`` that were recorded.
-        now: The time for whatever has not ended.
+        now: The time that is used for records that have not ended.
     """
 
     module: str
@@ -375,8 +384,8 @@ class Timeline:
     now: int
 
     def trace(self) -> dict[str, Any]:
-        """The recording in the Trace Event Format, which Perfetto and Chrome read: complete events (``"ph": "X"``),
-        times in microseconds since the recording began."""
+        """Return the recording in the Trace Event Format, which Perfetto and Chrome read: complete events (``"ph": "X"``),
+        with times in microseconds since the recording began."""
         process = {"pid": 0, "tid": 0}
         steps, calls = {"pid": 0, "tid": 1}, {"pid": 0, "tid": 2}
         names = [
@@ -386,7 +395,7 @@ class Timeline:
             ("thread_name", calls, {"name": "events"}),
             ("thread_sort_index", calls, {"sort_index": 2}),
         ]
-        events: list[dict[str, Any]] = [{"ph": "M", "name": name, **where, "args": args} for name, where, args in names]
+        events: list[dict[str, Any]] = [{"ph": "M", "name": name, **track, "args": args} for name, track, args in names]
         for window in self.windows:
             events.append({"ph": "X", "name": f"global_step {window.step}", "cat": "loop", **self._times(window), **steps})
         for record in self.records:
@@ -398,7 +407,7 @@ class Timeline:
         return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
 
     def page(self) -> str:
-        """The recording as a web page that holds all it needs."""
+        """Return the recording as a web page that needs no other file."""
         data = {
             "module": self.module,
             "stage": self.stage,
@@ -433,7 +442,7 @@ class Timeline:
 
 
 def json_in_html(data: Any) -> str:
-    """JSON that stays data inside of a ``<script>`` element, whatever the names in it: no character of it can end the
-    element or begin another. What is not ASCII is escaped by ``dumps``."""
+    """Return JSON that stays data within a ``<script>`` element: no character of it can end the element or begin another,
+    whatever names it holds. ``dumps`` escapes characters that are not ASCII."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,30 +1,36 @@
-"""Traces of a few batches by torch's own profiler, with the loop's phases in them."""
+"""Traces a few batches by torch's profiler, with the loop's phases in the trace."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eventtrain.callback import Callback
+from eventtrain import _torch
+from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.profiling.spans import Label, Span, Spans
+from eventtrain.checks import check_whole_number
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     Event,
     ExceptionRaised,
     FitEnd,
+    PredictBatchEnd,
     PredictEnd,
     PredictStart,
+    SafePoint,
     Setup,
     Teardown,
+    TestBatchEnd,
     TestEnd,
     TestStart,
     TrainEnd,
     TrainStart,
+    ValidationBatchEnd,
     ValidationEnd,
     ValidationStart,
 )
@@ -35,44 +41,54 @@ if TYPE_CHECKING:
 
 
 class TorchProfiler(Callback):
-    """Records every operator and kernel of a few batches by :mod:`torch.profiler`, and leaves the others alone.
+    """Records every operator and kernel of a few batches by :mod:`torch.profiler`. The other batches run without it.
 
-    In the trace, for Perfetto and for TensorBoard's profiler plugin, stand the loop's phases as ranges
+    The trace is for Perfetto and for TensorBoard's profiler plugin. It holds the loop's phases as ranges
     (``eventtrain/forward``, ``eventtrain/backward``, ``eventtrain/fetch``, ...), each callback's calls
-    (``eventtrain/callback/<name>``) and the batches (``ProfilerStep#<n>``). Prints the table of the operators that take the
-    most time when the run is over.
+    (``eventtrain/callback/<name>``) and the batches (``ProfilerStep#<n>``). When the run is over, the callback prints a
+    table of the operators that take the most time.
 
-    Bounded: by default one cycle of 5 batches that wait, 3 that warm the tracing up and 8 that are recorded, in ``fit`` as
-    in ``validate``, ``test`` and ``predict``; where the run is known to be shorter, of as many as there are. Once the last
-    cycle is over nothing is left but a few listeners of rare events. A run that ends within a cycle, by an error too,
-    leaves the trace of what it had recorded, and the table says how much that was.
+    The recording is bounded: by default it is one cycle of 5 batches that wait, 3 that warm up the tracing and 8 that are
+    recorded, in ``fit`` as in ``validate``, ``test`` and ``predict``. If the run is known to be shorter, the cycle is
+    shortened to fit. After the last cycle only listeners of rare events remain. If a run ends within a cycle, also by an
+    error, the batches that were recorded become a trace, and the table says how many they are.
 
     Listens to the start and end of training and of each evaluation, ``setup``, ``fit_end``, ``exception`` and
-    ``teardown``; while it waits to ``safe_point``, or to the ends of an evaluation's batches; while it records it observes
-    everything. Works on rank zero. In a ``fast_dev_run`` it writes no file.
+    ``teardown``. While it waits, it also listens to one of ``safe_point``, ``validation_batch_end``, ``test_batch_end`` and
+    ``predict_batch_end``; while it traces, it observes all signals. Works on rank zero. In a ``fast_dev_run`` it writes no
+    file.
 
     Args:
-        dirpath: Where traces are written; relative to the trainer's ``default_root_dir``. Where None, the directory of
-            the logger's run, so that TensorBoard shows the trace beside the run's scalars; without such a logger
-            ``"profiles"``.
-        wait: Batches that pass before each cycle.
-        warmup: Batches that are traced and thrown away, because the first ones pay for the tracing's start.
-        active: Batches that are recorded.
-        repeat: Cycles; each has a trace of its own, the table is of the last.
+        dirpath: The folder of the traces; relative to the trainer's ``default_root_dir``. If None, the directory of the
+            logger's run, so that TensorBoard shows the trace beside the run's scalars; ``"profiles"`` if there is no such
+            logger.
+        wait: The number of batches that pass before each cycle.
+        warmup: The number of batches that are traced and thrown away, because the first ones pay for the tracing's start.
+        active: The number of batches that are recorded.
+        repeat: The number of cycles. Each has its own trace; the table shows the last.
         record_shapes: Whether operators are recorded with the shapes of their inputs.
-        profile_memory: Whether what is allocated and freed is recorded.
-        with_stack: Whether operators are recorded with the lines of source that called them.
+        profile_memory: Whether allocations and deallocations of memory are recorded.
+        with_stack: Whether operators are recorded with the lines of source, and the modules, that called them.
         with_flops: Whether the operations of matrix products and convolutions are estimated.
-        with_modules: Whether operators are recorded with the module that called them, of scripted modules.
         activities: The ``torch.profiler.ProfilerActivity`` to record; None for the CPU and whatever device there is.
         sort_by: The column that the table is sorted by, such as ``"cpu_time_total"`` or ``"self_cuda_memory_usage"``; None
-            for the device's own time where there is one, and the CPU's where there is none.
-        row_limit: Rows of the table at most.
+            for the device's self time if there is a device, and for the CPU's otherwise.
+        row_limit: The largest number of rows in the table.
         print_summary: Whether the table is printed when the run is over.
 
+    Attributes:
+        traces: The files of the current run, or of the last one.
+
     Raises:
-        MisconfigurationError: A number is too small; or, when a run begins, another profiler is at work, or the directory
-            cannot be written to.
+        MisconfigurationError: If a number is too small. When a run begins: if another torch profiler is active, or if the
+            directory cannot be written to.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> from eventtrain.callbacks import TorchProfiler
+        >>> trainer = Trainer(max_epochs=1, callbacks=[TorchProfiler("profiles", wait=10, active=4)])
+        >>> trainer.callback(TorchProfiler).traces
+        []
     """
 
     role = "torch_profiler"
@@ -89,27 +105,25 @@ class TorchProfiler(Callback):
         profile_memory: bool = False,
         with_stack: bool = False,
         with_flops: bool = False,
-        with_modules: bool = False,
         activities: Any = None,
         sort_by: str | None = None,
         row_limit: int = 20,
         print_summary: bool = True,
     ) -> None:
         self.dirpath = None if dirpath is None else Path(dirpath)
-        self.wait = check_count("wait", wait, 0)
-        self.warmup = check_count("warmup", warmup, 0)
-        self.active = check_count("active", active, 1)
-        self.repeat = check_count("repeat", repeat, 1)
+        self.wait = check_whole_number(wait, "TorchProfiler", "wait")
+        self.warmup = check_whole_number(warmup, "TorchProfiler", "warmup")
+        self.active = check_whole_number(active, "TorchProfiler", "active", least=1)
+        self.repeat = check_whole_number(repeat, "TorchProfiler", "repeat", least=1)
         self.options = {
             "record_shapes": record_shapes,
             "profile_memory": profile_memory,
             "with_stack": with_stack,
             "with_flops": with_flops,
-            "with_modules": with_modules,
             "activities": activities,
         }
         self.sort_by = sort_by
-        self.row_limit = check_count("row_limit", row_limit, 1)
+        self.row_limit = check_whole_number(row_limit, "TorchProfiler", "row_limit", least=1)
         self.print_summary = print_summary
         self.traces: list[Path] = []
         self._trainer: Trainer | None = None
@@ -121,13 +135,13 @@ class TorchProfiler(Callback):
         self._recorded = 0  # batches of the last cycle
         self._cycle = Cycle(self.wait, self.warmup, self.active)
         self._cycles = 0
-        self._batches = 0  # of the cycle at hand
+        self._batches = 0  # in this part of the current cycle
         self._profile: Any = None
         self._ranges: Ranges | None = None
-        self._signal = ""
+        self._counting: Callable[..., None] | None = None  # the handler that counts the batches of the current run
         self._complete = False
 
-    # ------------------------------------------------------------------ when
+    # ------------------------------------------------------------------ the stages of a run
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         self._begin_run()
@@ -138,17 +152,17 @@ class TorchProfiler(Callback):
         whole = None if batches is None or trainer.max_epochs is None else batches * trainer.max_epochs
         if trainer.max_steps is not None:  # an update takes at least a batch
             whole = trainer.max_steps if whole is None else min(whole, trainer.max_steps)
-        self._begin(trainer, "safe_point", whole)
+        self._begin(trainer, self.on_safe_point, whole)
 
     def on_validation_start(self, trainer: Trainer, event: ValidationStart) -> None:
         if trainer.stage != "fit":
-            self._begin(trainer, "validation_batch_end", trainer.num_evaluation_batches)
+            self._begin(trainer, self.on_validation_batch_end, trainer.num_evaluation_batches)
 
     def on_test_start(self, trainer: Trainer, event: TestStart) -> None:
-        self._begin(trainer, "test_batch_end", trainer.num_evaluation_batches)
+        self._begin(trainer, self.on_test_batch_end, trainer.num_evaluation_batches)
 
     def on_predict_start(self, trainer: Trainer, event: PredictStart) -> None:
-        self._begin(trainer, "predict_batch_end", trainer.num_evaluation_batches)
+        self._begin(trainer, self.on_predict_batch_end, trainer.num_evaluation_batches)
 
     def on_train_end(self, trainer: Trainer, event: TrainEnd) -> None:
         self._end()
@@ -179,48 +193,71 @@ class TorchProfiler(Callback):
         if complete and self.print_summary and trainer.is_global_zero:
             trainer.print(self.summary())
 
-    def _begin(self, trainer: Trainer, signal: str, whole: int | None) -> None:
+    def _begin(self, trainer: Trainer, counting: Callable[..., None], whole: int | None) -> None:
         if not trainer.is_global_zero:
             return
         if not trainer.fast_dev_run:
             make_directory(self._directory(trainer))
-        self._signal = signal
+        self._counting = counting
         self._cycle = Cycle(self.wait, self.warmup, self.active).within(whole)
-        self._begin_cycle()
+        self._begin_cycle(trainer)
 
-    def _begin_cycle(self) -> None:
+    # ------------------------------------------------------------------ batches that wait
+
+    @on_demand
+    def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
+        self._count_waiting(trainer)
+
+    @on_demand
+    def on_validation_batch_end(self, trainer: Trainer, event: ValidationBatchEnd) -> None:
+        self._count_waiting(trainer)
+
+    @on_demand
+    def on_test_batch_end(self, trainer: Trainer, event: TestBatchEnd) -> None:
+        self._count_waiting(trainer)
+
+    @on_demand
+    def on_predict_batch_end(self, trainer: Trainer, event: PredictBatchEnd) -> None:
+        self._count_waiting(trainer)
+
+    def _begin_cycle(self, trainer: Trainer) -> None:
+        assert self._counting is not None
         self._batches = 0
         if self._cycle.wait:
-            assert self._trainer is not None
-            self._trainer.signals[self._signal].connect(self.count)
+            trainer.listen(self._counting)
         else:
-            self._start()
+            self._start(trainer)
 
-    def count(self, trainer: Trainer, event: Event) -> None:
-        """Connected to the end of each batch while nothing is traced."""
+    def _count_waiting(self, trainer: Trainer) -> None:
+        assert self._counting is not None
         self._batches += 1
         if self._batches == self._cycle.wait:
-            trainer.signals[self._signal].disconnect(self.count)
-            self._start()
+            trainer.stop_listening(self._counting)
+            self._start(trainer)
 
-    def _start(self) -> None:
+    # ------------------------------------------------------------------ batches that are traced
+
+    def _start(self, trainer: Trainer) -> None:
         from torch.profiler import profile
 
-        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        if _torch.is_profiling():
             raise MisconfigurationError(
-                "TorchProfiler cannot begin: another torch profiler is at work in this thread, and there can be one. End it "
-                "before this run, or leave TorchProfiler out."
+                "TorchProfiler cannot begin: another torch profiler is active in this thread, and there can be only one. End "
+                "it before this run, or leave TorchProfiler out."
             )
-        assert self._trainer is not None
-        self._profile = profile(schedule=self._cycle.action, on_trace_ready=self._keep, **self.options)
+        self._profile = profile(schedule=self._cycle.action, on_trace_ready=self._save_trace, **self.options)
         self._profile.__enter__()
         self._batches = 0
         self._ranges = Ranges()
-        self._ranges.after[self._signal] = self._count_traced
-        self._trainer.signals.observe(self._ranges)
+        if trainer.stage == "fit":
+            self._ranges.call_after_batches(self._count_traced)
+        else:
+            stage = "validation" if trainer.stage == "validate" else trainer.stage
+            self._ranges.after[f"{stage}_batch_end"] = self._count_traced
+        trainer.signals.observe(self._ranges)
 
     def _count_traced(self, event: Event) -> None:
-        """A batch is over that was traced, all listeners of its last event included."""
+        """Count a batch that was traced, after all listeners of its last event."""
         self._batches += 1
         if self._batches < self._cycle.warmup + self._cycle.active:
             self._profile.step()
@@ -228,28 +265,29 @@ class TorchProfiler(Callback):
         self._stop()
         self._cycles += 1
         if self._cycles < self.repeat:
-            self._begin_cycle()
+            assert self._trainer is not None
+            self._begin_cycle(self._trainer)
 
     def _stop(self) -> None:
-        """Stops tracing; what was recorded becomes a trace."""
-        assert self._trainer is not None
-        running, ranges, self._profile, self._ranges = self._profile, self._ranges, None, None
+        """Stop tracing, if it is on. The batches that were recorded become a trace."""
+        profile, ranges, self._profile, self._ranges = self._profile, self._ranges, None, None
         if ranges is not None:
+            assert self._trainer is not None
             self._trainer.signals.unobserve(ranges)
             ranges.leave()
-        if running is not None:
-            running.__exit__(None, None, None)
+        if profile is not None:
+            profile.__exit__(None, None, None)
 
     def _end(self) -> None:
-        """Nothing comes any more: ends what is under way."""
-        if self._trainer is not None and self._signal:
-            self._trainer.signals[self._signal].disconnect(self.count)
+        """End the current cycle, because no batch follows."""
+        if self._trainer is not None and self._counting is not None:
+            self._trainer.stop_listening(self._counting)
             self._stop()
 
-    # ------------------------------------------------------------------ what comes of it
+    # ------------------------------------------------------------------ the results
 
-    def _keep(self, profile: Any) -> None:
-        """Called by the profiler when a cycle's trace is ready."""
+    def _save_trace(self, profile: Any) -> None:
+        """Write a cycle's trace. The profiler calls this when the trace is ready."""
         assert self._trainer is not None
         self._averages = profile.key_averages()
         self._recorded = min(self._batches - self._cycle.warmup, self._cycle.active)
@@ -262,18 +300,19 @@ class TorchProfiler(Callback):
     def _directory(self, trainer: Trainer) -> Path:
         if self.dirpath is not None:
             return Path(trainer.default_root_dir) / self.dirpath
-        run = next((directory for each in trainer.callbacks if (directory := getattr(each, "run_dir", None)) is not None), None)
-        return Path(trainer.default_root_dir) / "profiles" if run is None else Path(run)
+        directories = (getattr(callback, "run_dir", None) for callback in trainer.callbacks)
+        run_dir = next((directory for directory in directories if directory is not None), None)
+        return Path(trainer.default_root_dir) / "profiles" if run_dir is None else Path(run_dir)
 
     def summary(self, sort_by: str | None = None, row_limit: int | None = None) -> str:
-        """The operators that took the most time in the last cycle of the run at hand, or of the last.
+        """Return the operators that took the most time in the last cycle of the current run, or of the last one.
 
         Args:
-            sort_by: The column to sort by, where not the one given to the class.
-            row_limit: Rows at most, where not as many as given to the class.
+            sort_by: The column to sort by. If None, the one that was given to the class.
+            row_limit: The largest number of rows. If None, the one that was given to the class.
 
         Returns:
-            The table, with the number of batches and the traces; a sentence where nothing was recorded.
+            The table, with the number of batches and the traces; a sentence if nothing was recorded.
         """
         if self._averages is None:
             return (
@@ -291,12 +330,12 @@ class TorchProfiler(Callback):
 
 
 class Cycle:
-    """Which batches wait, warm the tracing up, and are recorded.
+    """Divides batches into those to pass, those to warm up the tracing, and those to record.
 
     Args:
-        wait: Batches that pass.
-        warmup: Batches that are traced and thrown away.
-        active: Batches that are recorded.
+        wait: The number of batches that pass.
+        warmup: The number of batches that are traced and thrown away.
+        active: The number of batches that are recorded.
     """
 
     def __init__(self, wait: int, warmup: int, active: int) -> None:
@@ -305,8 +344,12 @@ class Cycle:
         self.active = active
 
     def within(self, batches: int | None) -> Cycle:
-        """The cycle for a run of so many batches: what is too many is taken from the wait first, and from what is recorded
-        last. As it is where the number is None."""
+        """Return the cycle for a run of a given length. If it is too long, the wait is shortened first, then the warm-up, and
+        then the recording.
+
+        Args:
+            batches: The number of batches of the run; None if it is unknown, which leaves the cycle as it is.
+        """
         if batches is None:
             return self
         active = max(1, min(self.active, batches - min(self.warmup, 1)))
@@ -314,7 +357,11 @@ class Cycle:
         return Cycle(max(0, min(self.wait, batches - active - warmup)), warmup, active)
 
     def action(self, step: int) -> ProfilerAction:
-        """What torch's profiler does in a batch, counted from the end of the wait."""
+        """Return the action of torch's profiler in a batch.
+
+        Args:
+            step: The index of the batch, counted from the end of the wait.
+        """
         from torch.profiler import ProfilerAction
 
         if step < self.warmup:
@@ -327,13 +374,13 @@ VALIDATION = Label("phase", "validation")
 
 
 class Ranges(Spans):
-    """Phases and listeners' calls as named ranges of torch's profiler."""
+    """Turns phases and listeners' calls into named ranges of torch's profiler."""
 
     opens: Mapping[str, Label] = {**Spans.opens, "validation_start": VALIDATION}
     closes: Mapping[str, Label] = {**Spans.closes, "validation_end": VALIDATION}
 
     def begin(self, key: Any, label: Label) -> Span:
-        """Begins a range."""
+        """Begin a range."""
         span = super().begin(key, label)
         name = f"callback/{label.name}" if label.kind == "callback" else label.name
         span.range = torch.profiler.record_function(f"eventtrain/{name}")
@@ -341,24 +388,27 @@ class Ranges(Spans):
         return span
 
     def closed(self, span: Span) -> None:
-        """Ends it."""
+        """End the range of a span."""
         span.range.__exit__(None, None, None)
 
     def dropped(self, span: Span, around: Span) -> None:
-        """Ends it."""
+        """End the range of a span whose end never came."""
         self.closed(span)
 
     def leave(self) -> None:
-        """Ends all of them: the run has left them by an error, or the tracing ends inside of them."""
+        """End all open ranges: an error has left them, or the tracing ends within them."""
         while self.open:
             self.closed(self.open.pop())
 
 
 def make_directory(directory: Path) -> None:
-    """Makes a directory that is to be written to.
+    """Make the directory of the traces.
+
+    Args:
+        directory: The directory.
 
     Raises:
-        MisconfigurationError: It can't be.
+        MisconfigurationError: If it cannot be made.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -366,14 +416,3 @@ def make_directory(directory: Path) -> None:
         raise MisconfigurationError(
             f"TorchProfiler cannot write to {directory}: {error.strerror}. Give a dirpath that can be written to."
         ) from error
-
-
-def check_count(name: str, value: Any, least: int) -> int:
-    """Refuses what is no whole number, or too small.
-
-    Raises:
-        MisconfigurationError: It is.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise MisconfigurationError(f"TorchProfiler({name}={value!r}): it has to be a whole number from {least}.")
-    return value

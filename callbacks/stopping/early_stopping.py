@@ -1,4 +1,4 @@
-"""Stops a run whose monitored metric no longer improves."""
+"""Stop a run once its monitored metric no longer improves."""
 
 from __future__ import annotations
 
@@ -14,36 +14,42 @@ from eventtrain.trainer import Trainer
 
 
 class EarlyStopping(Callback):
-    """Asks the run to stop once a metric has not improved for some time, by ``trainer.stop``.
+    """Stops the run once a metric has not improved for some time, by ``trainer.stop``.
 
-    Listens to ``metrics_logged``: it looks after each validation at a metric that validation logs, and at the end of each
-    complete epoch at one that training alone logs. A name that both log is the validation's once that has run. Only fresh
-    values count. Each look reads one value from its device; batches read nothing. With several processes all stop where one
-    does; log with ``sync_dist=True`` for one value on all.
+    Listens to ``metrics_logged``: looks at a metric of the validation after each validation, and at a metric that only
+    training logs at the end of each complete epoch. If both log the name, it belongs to the validation once that has run.
+    Only new values count. Each look reads one value from its device; batches read nothing. If one of several processes stops,
+    all of them stop; log with ``sync_dist=True`` for the same value on all.
 
-    A request waits for the trainer's ``min_epochs`` and ``min_steps``, and stands: nothing is looked at any more. A run that
-    is resumed after its request asks again (``fit_start``), unless it is given more patience. Also listens to ``setup`` and
-    ``validation_start``. Looks at nothing in a ``fast_dev_run``. Emits nothing. Override :meth:`reason_to_stop` for another
+    A request waits for the trainer's ``min_epochs`` and ``min_steps``, and stands: there are no more looks. A run that is
+    resumed after its request asks again (``fit_start``), unless it has more patience. Also listens to ``setup`` and
+    ``validation_start``. Does nothing in a ``fast_dev_run``. Emits nothing. Override :meth:`reason_to_stop` for another
     policy.
 
     Args:
         monitor: The metric's name, as in ``trainer.callback_metrics``.
-        mode: Whether it is to become small, ``"min"``, or large, ``"max"``.
-        patience: After so many looks in a row without an improvement the run stops.
-        min_delta: What an improvement has to exceed.
+        mode: ``"min"`` if small values are good, ``"max"`` if large ones are.
+        patience: The number of looks in a row without an improvement after which the run stops.
+        min_delta: The number that an improvement has to exceed.
         threshold: Stop once the metric has reached this value; None for no such goal.
         divergence_threshold: Stop once the metric is worse than this; None for no such limit.
-        check_finite: Whether to stop once the metric is infinite or NaN; else such a value is one without an improvement.
-        strict: Whether a metric that was never logged is an error, once the stage that should log it has been there. Else
-            it is one warning, and the run goes on.
+        check_finite: Whether to stop if the metric is infinite or NaN; else such a value is no improvement.
+        strict: Whether a metric that was never logged is an error, once the stage that should log it is over. Else it is one
+            warning, and the run continues.
 
     Raises:
-        MisconfigurationError: An argument that cannot be right; in the run, with ``strict``, an absent metric.
+        MisconfigurationError: If an argument is not valid; during the run, with ``strict``, if the metric is missing.
 
     Attributes:
         best: The best value so far; infinite before the first.
-        wait_count: Looks since then.
-        value: What was looked at last; None before the first look.
+        wait_count: The number of looks since the best value.
+        value: The value at the last look; None before the first look.
+
+    Example:
+        >>> stopping = EarlyStopping("val_loss", patience=5, min_delta=0.001)
+        >>> trainer = Trainer(max_epochs=90, callbacks=[stopping])
+        >>> stopping.best, stopping.wait_count
+        (inf, 0)
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class EarlyStopping(Callback):
         strict: bool = False,
     ) -> None:
         if not isinstance(monitor, str) or not monitor:
-            raise MisconfigurationError(f"EarlyStopping(monitor={monitor!r}): it has to be the name of a metric.")
+            raise MisconfigurationError(f"EarlyStopping(monitor={monitor!r}): give the name of a metric.")
         check_number(min_delta, "EarlyStopping", "min_delta", least=0)
         for name, limit in (("threshold", threshold), ("divergence_threshold", divergence_threshold)):
             if limit is not None:
@@ -84,19 +90,22 @@ class EarlyStopping(Callback):
         self._asked = False
 
     def reason_to_stop(self, trainer: Trainer, value: float) -> str | None:
-        """The policy: why the run is to stop; None where it goes on.
+        """Decide why the run stops, if it does.
 
-        Asked after each look, when :attr:`best` and :attr:`wait_count` take it into account, and where a run is resumed.
+        Called after each look, when :attr:`best` and :attr:`wait_count` include it, and once if a run is resumed.
 
         Args:
             trainer: The trainer.
-            value: The value that was looked at last.
+            value: The value at the last look.
+
+        Returns:
+            The reason, in a few words; None if the run continues.
         """
         sign = 1 if self.mode == "min" else -1
         metric = f"{self.monitor}, at best {self.best:.6g},"
         if self.check_finite and not math.isfinite(value):
             return f"{metric} is {value}"
-        # With a tolerance, because 0.9 in float32, as metrics are, is less than 0.9.
+        # With a tolerance, because metrics are in float32, in which 0.9 is less than 0.9.
         if self.threshold is not None and sign * (value - self.threshold) <= 1e-6 * abs(self.threshold):
             return f"{metric} has reached the threshold {self.threshold:g} with {value:.6g}"
         if self.divergence_threshold is not None and sign * (value - self.divergence_threshold) > 0:
@@ -124,13 +133,14 @@ class EarlyStopping(Callback):
         else:
             is_new = event.epoch_complete and self._metric.has_new_value(trainer) and not self._is_validated
             if self._metric.is_missing(trainer):
-                self._metric.report_missing(trainer, strict=self.strict, remedy="strict=False makes this a warning.")
+                remedy = "strict=False makes this a warning." if self.strict else ""
+                self._metric.report_missing(trainer, strict=self.strict, remedy=remedy)
         reason = None
         if is_new:
             self._metric.look(trainer)
             self.value = value = float(self._metric.value(trainer))
             improvement = self.best - value if self.mode == "min" else value - self.best
-            if improvement > self.min_delta:  # never of NaN
+            if improvement > self.min_delta:  # never true for NaN
                 self.best, self.wait_count = value, 0
             else:
                 self.wait_count += 1
@@ -138,10 +148,10 @@ class EarlyStopping(Callback):
         self._agree(trainer, reason)
 
     def _agree(self, trainer: Trainer, reason: str | None) -> None:
-        """Asks the run to stop where any process has a reason; each takes part, whether it has a fresh value or not."""
+        """Stop the run if any process has a reason. All processes take part, also those without a new value."""
         self._asked = trainer.processes.any(reason is not None)
         if self._asked:
-            trainer.stop(f"EarlyStopping: {reason or f'{self.monitor}, as another process sees it'}", by_all=True)
+            trainer.stop(f"EarlyStopping: {reason or f'{self.monitor}, in another process'}", by_all=True)
 
     @property
     def state_key(self) -> str:

@@ -1,4 +1,4 @@
-"""Ends a run whose loss is infinite or NaN, without waiting for the device in each step."""
+"""End a run if its loss is infinite or NaN, without waiting for the device in each step."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ NAMED = 8  # parameters that the error names
 
 
 class NonFiniteLossError(MisconfigurationError, FloatingPointError):
-    """A loss of training is infinite or NaN."""
+    """A training loss is infinite or NaN."""
 
 
 class Loss(NamedTuple):
-    """A loss, and where in the run it was computed.
+    """A loss, and its place in the run.
 
     Attributes:
         value: A scalar tensor.
         epoch: The epoch's index.
         batch_idx: The batch's index in the epoch.
-        updates: The run's updates before it.
-        backward: Which of the batch's backwards it is of, from 1.
+        updates: The number of the run's updates before it.
+        backward: The number of its backward in the batch, from 1.
     """
 
     value: Tensor
@@ -40,51 +40,60 @@ class Loss(NamedTuple):
 
 
 class TerminateOnNaN(Callback):
-    """Raises :class:`NonFiniteLossError` once a loss of training is infinite or NaN, and says which was the first.
+    """Raises :class:`NonFiniteLossError` once a training loss is infinite or NaN, and names the first such loss.
 
-    Listens to ``before_backward`` for the raw loss, of each backward in manual optimization. Never looks at gradients, which
-    loss scaling may well make infinite.
+    Listens to ``before_backward`` for the raw loss; in manual optimization, for the loss of each backward. Never looks at
+    gradients, which loss scaling may make infinite.
 
-    On the CPU each loss is looked at before its backward, so that nothing was updated by it. Elsewhere a look waits for the
-    device: losses stay there and are looked at together, every ``every_n_batches`` at ``safe_point``, and at
-    ``train_epoch_end``. So it is with several processes, which end together. No checkpoint is written once a loss was bad,
-    in whichever order callbacks are attached: at ``save_checkpoint`` it looks, and raises until another fit begins. Also
-    listens to ``fit_start``. Emits nothing.
+    On the CPU it looks at each loss before its backward, so that the loss has updated nothing. On other devices a look has to
+    wait for the device: the losses stay there, and it looks at all of them together, every ``every_n_batches`` at
+    ``safe_point``, and at ``train_epoch_end``. It does the same with several processes, which end together. No checkpoint is
+    written after a bad loss, in any order of attachment: it looks at ``save_checkpoint`` too, and raises until another fit
+    begins. Also listens to ``fit_start``. Emits nothing.
 
-    The error names epoch, batch, updates and value of the loss, and the parameters and buffers that are not finite by then.
-    Override :meth:`ends_run` to end a run by other losses.
+    The error names the epoch, the batch, the number of updates and the value of the loss, and the parameters and buffers
+    that are not finite by then. Override :meth:`ends_run` to end a run by other losses.
 
     Args:
-        every_n_batches: Batches between two looks where a look waits. With 1 each loss is looked at before its backward on
+        every_n_batches: Batches between two looks, if a look has to wait. With 1 it looks at each loss before its backward on
             any device.
 
     Raises:
-        MisconfigurationError: A number of batches under 1.
+        MisconfigurationError: If the number of batches is less than 1.
+
+    Example:
+        >>> class EndsAbove(TerminateOnNaN):
+        ...     def ends_run(self, loss):
+        ...         return super().ends_run(loss) or loss > 1e6
+        >>> trainer = Trainer(max_epochs=90, callbacks=[EndsAbove(every_n_batches=100)])
     """
 
     def __init__(self, *, every_n_batches: int = 50) -> None:
         self.every_n_batches = check_whole_number(every_n_batches, "TerminateOnNaN", "every_n_batches", least=1)
         self._at_once = False
-        self._kept: list[Loss] = []  # not looked at yet
+        self._pending: list[Loss] = []  # the losses since the last look
         self._last: tuple[int, int] = (-1, 0)  # the batch of the last loss, and its backwards so far
         self._error: str | None = None
 
     def ends_run(self, loss: float) -> bool:
-        """The policy: whether a loss ends the run.
+        """Decide whether a loss ends the run.
 
         Args:
             loss: Its value.
+
+        Returns:
+            Whether it ends the run; here if it is infinite or NaN.
         """
         return not math.isfinite(loss)
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._at_once = trainer.world_size == 1 and (self.every_n_batches == 1 or trainer.device.type == "cpu")
-        self._kept.clear()
+        self._pending.clear()
         self._last, self._error = (-1, 0), None
 
     def on_before_backward(self, trainer: Trainer, event: BeforeBackward) -> None:
-        # Later evaluations of an optimizer's closure are trials, which it may well take back.
-        if trainer.batch.evaluations > 1:
+        # Later evaluations of an optimizer's closure are trials, which the optimizer may take back.
+        if event.evaluation > 1:
             return
         progress = trainer.progress
         batch, backwards = self._last
@@ -93,7 +102,7 @@ class TerminateOnNaN(Callback):
         value = event.raw_loss.detach().sum()  # a copy, because a captured graph overwrites its loss at its next step
         loss = Loss(value, progress.current_epoch, progress.batch_idx, progress.global_step, backwards)
         if not self._at_once:
-            self._kept.append(loss)
+            self._pending.append(loss)
         elif self.ends_run(number := value.item()):
             self._end(trainer, loss, number)
 
@@ -105,26 +114,26 @@ class TerminateOnNaN(Callback):
         self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, event: SaveCheckpoint) -> None:
-        if self._error is not None:  # somebody saves what the error has left
+        if self._error is not None:  # a checkpoint after the error
             raise NonFiniteLossError(self._error)
         self._look(trainer)
 
     def _look(self, trainer: Trainer) -> None:
-        """Reads the losses that were kept, and ends the run where one of them does, in any process."""
-        losses, self._kept = self._kept, []
+        """Read the losses since the last look, and end the run if one of them does, in any process."""
+        losses, self._pending = self._pending, []
         values = torch.stack([loss.value.to(trainer.device) for loss in losses]).tolist() if losses else []
         bad = next((pair for pair in zip(losses, values, strict=True) if self.ends_run(pair[1])), (None, math.nan))
         if trainer.processes.any(bad[0] is not None):
             self._end(trainer, *bad)
 
     def _end(self, trainer: Trainer, loss: Loss | None, value: float) -> None:
-        elsewhere = "TerminateOnNaN: a loss of another process is not finite; see the error there."
+        elsewhere = "TerminateOnNaN: a loss of another process is not finite. See the error of that process."
         self._error = elsewhere if loss is None else describe(trainer, loss, value)
         raise NonFiniteLossError(self._error)
 
 
 def describe(trainer: Trainer, loss: Loss, value: float) -> str:
-    """What is wrong, and what to try.
+    """Return the error message for a bad loss.
 
     Args:
         trainer: The trainer.
@@ -134,20 +143,20 @@ def describe(trainer: Trainer, loss: Loss, value: float) -> str:
     of = "" if trainer.module.automatic_optimization else f" of backward {loss.backward}"
     bad = non_finite(trainer.module)
     named = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
-    found = f"Not finite by now: {named}." if bad else "All parameters are finite: look at the batch and at forward."
+    others = f"Not finite by now: {named}." if bad else "All parameters are finite: look at the batch and at forward."
     return (
         f"TerminateOnNaN: the loss{of} in batch {loss.batch_idx} of epoch {loss.epoch}, after {loss.updates} updates, is "
-        f"{value}. {found} Try a smaller learning rate, a warm-up or GradientClipping. To find where it comes from go on "
+        f"{value}. {others} Try a smaller learning rate, a warm-up or GradientClipping. To find the operation, resume "
         "from the last checkpoint with TerminateOnNaN(every_n_batches=1), which stops before that backward, and "
         "torch.autograd.set_detect_anomaly(True), which names the operation of a backward that gives NaN."
     )
 
 
 def non_finite(module: nn.Module) -> list[str]:
-    """Parameters with values that are not finite and buffers with NaNs, as ``name (3 of 8 values)``.
+    """Return the parameters with values that are not finite and the buffers with NaNs, as ``name (3 of 8 values)``.
 
     Args:
-        module: The module. Infinities in its buffers may be meant: a mask has them.
+        module: The module. Infinities in its buffers are allowed, because masks have them.
     """
     bad = {name: ~parameter.isfinite() for name, parameter in module.named_parameters()}
     bad |= {name: buffer.isnan() for name, buffer in module.named_buffers()}

@@ -1,4 +1,4 @@
-"""Ends a run before a limit of wall-clock time."""
+"""End a run before a limit of wall-clock time."""
 
 from __future__ import annotations
 
@@ -18,29 +18,36 @@ Duration = timedelta | Mapping[str, float] | float | str
 
 
 class Timer(Callback):
-    """Ends a fit once it has taken some time: with a checkpoint at the next safe point, from which ``fit(ckpt_path="last")``
-    goes on. ``fit`` returns as at any other end, and ``trainer.stop_request.reason`` says why.
+    """Ends a fit after some time; ``fit(ckpt_path="last")`` resumes from a checkpoint of the next safe point.
 
-    The clock runs from ``setup`` to ``teardown``. It is kept in checkpoints and goes on where a run is resumed, so that
-    ``max_time`` is for the whole run; with ``per_job`` each fit has its own. A run resumed without time left ends at
-    ``train_start``, before it trains. The request to end does not wait for the trainer's ``min_epochs`` and ``min_steps``.
+    ``fit`` returns as at any other end, and ``trainer.stop_reason`` says why. The clock runs from ``setup`` to ``teardown``.
+    Checkpoints hold it, and a resumed run continues it, so that ``max_time`` limits the whole run; with ``per_job`` it limits
+    each fit. A run that is resumed without time left ends at ``train_start``, before it trains. ``min_epochs`` and
+    ``min_steps`` do not hold the end off.
 
-    Connects to ``safe_point`` at ``train_start``, so that it comes after those who listen there. Also listens to
-    ``validation_start`` and ``validation_batch_end``: a validation inside of the fit is left at its next batch, and runs
-    again after the resume. With several processes all end where any has no time left. Emits nothing, reads nothing from the
-    device. Override :meth:`is_due` for another policy.
+    Calls ``trainer.interrupt`` at ``request_stop``, and also at ``validation_start`` and ``validation_batch_end``: a
+    validation during the fit is left at its next batch, and repeated by the resumed run. If one of several processes has no
+    time left, all of them end. Also listens to ``find_checkpoint``. Emits nothing, reads nothing from the device. Override
+    :meth:`is_due` for another policy.
 
     Args:
         max_time: The limit: seconds, a ``timedelta``, its arguments as a dict, ``"HH:MM:SS"`` or ``"DD:HH:MM:SS"``.
-        margin: How much sooner the run is asked to end, in the same forms: a batch, and writing the checkpoint, take a while.
-        per_job: Whether the clock begins anew where a run is resumed: for a scheduler's limit.
+        margin: How much sooner the run is asked to end, in the same forms: it still has to complete a batch and to write a
+            checkpoint.
+        per_job: Whether the clock starts again if a run is resumed: for the time limit of a scheduler.
 
     Raises:
-        MisconfigurationError: A duration that can't be right, or a margin that leaves no time.
+        MisconfigurationError: If a duration is not valid, or if the margin leaves no time.
 
     Attributes:
         max_time: The limit in seconds.
         margin: The margin in seconds.
+
+    Example:
+        >>> timer = Timer("23:50:00", margin={"minutes": 5}, per_job=True)
+        >>> trainer = Trainer(max_epochs=90, callbacks=[timer])
+        >>> timer.remaining
+        85500.0
     """
 
     def __init__(self, max_time: Duration, *, margin: Duration = 0.0, per_job: bool = False) -> None:
@@ -51,24 +58,27 @@ class Timer(Callback):
                 f"Timer(max_time={max_time!r}, margin={margin!r}) leaves no time to train. Give a max_time above the margin."
             )
         self.per_job = per_job
-        self._before = 0.0  # seconds of the run before this fit, or of all of it after the fit
+        self._before = 0.0  # seconds of the run before this fit; after the fit, of the whole run
         self._began: float | None = None
 
     @property
     def elapsed(self) -> float:
-        """Seconds on the clock."""
+        """The seconds on the clock."""
         return self._before + (0.0 if self._began is None else monotonic() - self._began)
 
     @property
     def remaining(self) -> float:
-        """Seconds until the run is asked to end, 0 at least."""
+        """The seconds until the run is asked to end, never less than 0."""
         return max(0.0, self.max_time - self.margin - self.elapsed)
 
     def is_due(self, trainer: Trainer) -> bool:
-        """The policy: whether the run is to end, from now on. Asked at each safe point, and in validations.
+        """Decide whether the run ends at this safe point; also asked at each batch of a validation.
 
         Args:
             trainer: The trainer.
+
+        Returns:
+            Whether it ends. Once true, the answer must stay true.
         """
         return self.remaining == 0
 
@@ -76,7 +86,7 @@ class Timer(Callback):
 
     def on_find_checkpoint(self, trainer: Trainer, event: FindCheckpoint) -> None:
         if event.which == "last":
-            event.offer()  # none of its own, so that a run's first job begins anew; what the trainer keeps it finds itself
+            event.offer()  # no file, so that the first job of a run starts without one; the trainer finds its own
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         if event.stage == "fit":
@@ -119,30 +129,32 @@ class Timer(Callback):
             self._before = state["elapsed"]
 
 
-def seconds(named: str, given: Duration) -> float:
-    """A duration in seconds.
+def seconds(argument: str, duration: Duration) -> float:
+    """Return a duration in seconds.
 
     Args:
-        named: The argument, for messages.
-        given: Seconds, a ``timedelta``, its arguments, ``"HH:MM:SS"``, or with days ``"DD:HH:MM:SS"`` or ``"DD-HH:MM:SS"``.
+        argument: The argument's name, for messages.
+        duration: Seconds, a ``timedelta``, its arguments, ``"HH:MM:SS"``, or with days ``"DD:HH:MM:SS"`` or ``"DD-HH:MM:SS"``.
 
     Raises:
-        MisconfigurationError: It is none, is negative or has no end.
+        MisconfigurationError: If it is anything else, negative or infinite.
     """
-    value: Any = given
-    if isinstance(value, str) and (found := re.fullmatch(r"(?:(\d+)[:-])?(\d+):([0-5]\d):([0-5]\d)", value.strip())):
-        days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+    value: Any = duration
+    if isinstance(value, str) and (match := re.fullmatch(r"(?:(\d+)[:-])?(\d+):([0-5]\d):([0-5]\d)", value.strip())):
+        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
         value = timedelta(days=days, hours=hours, minutes=minutes, seconds=rest)
     elif isinstance(value, Mapping):
         try:
             value = timedelta(**value)
         except (TypeError, OverflowError) as error:
-            raise MisconfigurationError(f"Timer({named}={given!r}): {error}. Write such as {{'hours': 11}}.") from None
+            raise MisconfigurationError(
+                f"Timer({argument}={duration!r}): {error}. Write for example {{'hours': 11}}."
+            ) from None
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise MisconfigurationError(
-            f"Timer({named}={given!r}): write seconds, a timedelta, its arguments as a dict, or a text such as '11:50:00', "
-            "with days '01:11:50:00'."
+            f"Timer({argument}={duration!r}): give seconds, a timedelta, its arguments as a dict, or a text such as '11:50:00' "
+            "or, with days, '01:11:50:00'."
         )
     return float(value)

@@ -1,88 +1,92 @@
-"""What a checkpoint keeps of each process by itself, and how processes of another number share it."""
+"""The per-rank state of a checkpoint: the part that each process has of its own, also for another number of processes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.checkpoint.rng import rng_state
-from eventtrain.data.batches import known_length
+from eventtrain.data.limits import known_length
 from eventtrain.errors import MisconfigurationError
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
 
-OWN = ("window", "metrics", "rng", "data")
-"""The keys of a checkpoint that each process has a value of its own for; rank zero's are in the checkpoint itself."""
+PER_RANK = ("window", "metrics", "rng", "data")
+"""The keys of a checkpoint that each process has a value for. The first process's values are in the checkpoint itself."""
 
 
-def own_share(trainer: Trainer) -> dict[str, Any]:
-    """This process's values for :data:`OWN`.
+def state_of_this_rank(trainer: Trainer) -> dict[str, Any]:
+    """Return this process's values for :data:`PER_RANK`.
 
     Args:
         trainer: The trainer, in a run or after one.
     """
-    batch, loop = trainer.batch, trainer._loop
-    position = None if loop is None or loop.batches is None else loop.batches.position()
+    state = trainer.run_state
+    batch, batches, loaders = state.batch, None if state.loop is None else state.loop.batches, state.loaders
+    position = None if batches is None else batches.position()
+    data = None
+    if state.loop is not None and loaders is not None:
+        data = loaders.state_dict(position is not None) | {"position": position}
     return {
         "window": {
             "open": batch.window_open,
             "contributions": batch.contributions,
             "weight": batch.weight,
             "weight_reference": batch.weight_reference,
-            # In manual optimization nobody knows whether a window is open but the module.
+            # In manual optimization only the module knows whether a window is open.
             "gradients": gradients(trainer) if batch.window_open or not batch.automatic else {},
         },
-        "metrics": trainer.metrics.state_dict(trainer.module),
+        "metrics": state.metrics.state_dict(trainer.module),
         "rng": rng_state(),
-        "data": None if loop is None else loop.data_state(position is not None) | {"position": position},
+        "data": data,
     }
 
 
 def gradients(trainer: Trainer) -> dict[str, Any]:
-    """The gradients that the module's parameters hold, by the parameters' names."""
-    named = trainer.module.named_parameters()
-    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+    """Return the gradients that the module's parameters hold, by the parameters' names."""
+    parameters = trainer.module.named_parameters()
+    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
-def share_of(checkpoint: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
-    """A checkpoint with this process's values for :data:`OWN`.
+def state_of_rank(checkpoint: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """Return a checkpoint with this process's values for :data:`PER_RANK`.
 
     Args:
-        checkpoint: The checkpoint, in today's schema.
-        trainer: The trainer that goes on from it.
+        checkpoint: The checkpoint, in the current schema.
+        trainer: The trainer that resumes it.
 
     Raises:
-        MisconfigurationError: It was written by another number of processes, in a place where these cannot go on.
+        MisconfigurationError: If another number of processes wrote it, at a place from which these cannot continue.
     """
-    shares = [{key: checkpoint[key] for key in OWN}, *checkpoint["ranks"]]
-    rank, world_size = trainer.global_rank, trainer.world_size
-    if len(shares) == world_size:
-        return {**checkpoint, **shares[rank]}
-    return {**checkpoint, **shared_anew(checkpoint, shares, trainer)}
+    states = [{key: checkpoint[key] for key in PER_RANK}, *checkpoint["ranks"]]
+    if len(states) == trainer.world_size:
+        return {**checkpoint, **states[trainer.global_rank]}
+    return {**checkpoint, **divided_anew(checkpoint, states, trainer)}
 
 
-def shared_anew(checkpoint: dict[str, Any], shares: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
-    """What one of another number of processes takes up: the data where the others left them, and their logged values.
+def divided_anew(checkpoint: dict[str, Any], states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
+    """Return the values for one of another number of processes: the data from where the others left them, and their metrics.
 
     Args:
         checkpoint: The checkpoint.
-        shares: What each of the processes had that wrote it.
-        trainer: The trainer that goes on from it.
+        states: The per-rank states of the processes that wrote it.
+        trainer: The trainer that resumes it.
 
     Raises:
-        MisconfigurationError: They were in an accumulation window, or have done no whole number of these processes' batches.
+        MisconfigurationError: If they were in an accumulation window, or have not done a whole number of these processes'
+            batches.
     """
-    before, now = len(shares), trainer.world_size
+    before, now = len(states), trainer.world_size
     advice = f"Resume with {before} processes, or from a checkpoint of an epoch's end."
-    if any(share["window"]["open"] for share in shares):
+    if any(state["window"]["open"] for state in states):
         raise MisconfigurationError(
             f"The checkpoint was written by {before} processes in an open accumulation window, whose gradients {now} processes "
             f"cannot share. {advice}"
         )
-    mine = dict(shares[min(trainer.global_rank, before - 1)])
-    if mine["data"] is None or mine["data"]["position"] is None:
-        return mine
-    position = dict(mine["data"]["position"])
+    rank_state = dict(states[min(trainer.global_rank, before - 1)])
+    if rank_state["data"] is None or rank_state["data"]["position"] is None:
+        return rank_state
+    position = dict(rank_state["data"]["position"])
     batches, rest = divmod(position["batches"] * before, now)
     if rest:
         raise MisconfigurationError(
@@ -90,10 +94,11 @@ def shared_anew(checkpoint: dict[str, Any], shares: list[dict[str, Any]], traine
             f"number of batches on each of {now}. {advice}"
         )
     done = checkpoint["progress"]["total_batch_idx"] + 1 - position["batches"]
-    position |= {"batches": batches, "length": known_length(trainer._data.loader("train"))}
-    mine["data"] = mine["data"] | {"position": position}
-    entries = [entry for share in shares for entry in share["metrics"]["entries"]]
-    # Summed over all processes in the end, so one may have it all.
-    mine["metrics"] = mine["metrics"] | {"entries": entries if trainer.global_rank == 0 else []}
+    assert trainer.run_state.loaders is not None
+    position |= {"batches": batches, "length": known_length(trainer.run_state.loaders.loader("train"))}
+    rank_state["data"] = rank_state["data"] | {"position": position}
+    entries = [entry for state in states for entry in state["metrics"]["entries"]]
+    # They are summed over all processes in the end, so one process may have them all.
+    rank_state["metrics"] = rank_state["metrics"] | {"entries": entries if trainer.global_rank == 0 else []}
     progress = checkpoint["progress"] | {"batch_idx": batches - 1, "total_batch_idx": done + batches - 1}
-    return mine | {"progress": progress}
+    return rank_state | {"progress": progress}

@@ -1,4 +1,4 @@
-"""Checkpoint files: written so that a crash leaves the old one, read so that nothing in them runs."""
+"""Checkpoint files: a crash during a write leaves the old file, and no code in a file is run when it is read."""
 
 from __future__ import annotations
 
@@ -18,22 +18,29 @@ import torch
 from eventtrain.errors import MisconfigurationError
 
 LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, str, bytes, bytearray, type(None))
-"""What ``torch.load(weights_only=True)`` gives back; besides tensors, and lists, tuples, sets and dicts of them."""
+"""The types that ``torch.load(weights_only=True)`` reads, besides tensors, and lists, tuples, sets and dicts of them."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
 
 
 def write(content: Mapping[str, Any], path: str | os.PathLike[str], *, previous: Path | None = None) -> None:
-    """Writes a checkpoint under its final name only once it is whole on disk.
+    """Write a checkpoint; it gets its final name only when it is whole on disk.
 
     Args:
         content: The checkpoint.
         path: The file; its directory is made.
-        previous: What the file that was there before becomes; it is replaced where None.
+        previous: The new name of the file that was there before; None to replace that file.
 
     Raises:
-        MisconfigurationError: Something in it could not be read back.
-        OSError: The file could not be written; one that was there before is intact.
+        MisconfigurationError: If the content has a value that could not be read back.
+        OSError: If the file cannot be written. A file that was there before is intact.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write({"state_dict": {}, "epoch": 3}, f"{folder}/last.ckpt")
+        ...     read(f"{folder}/last.ckpt")["epoch"]
+        3
     """
     content = loadable(content)
     target = Path(path)
@@ -42,14 +49,14 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str], *, previous:
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            # What went wrong is the file's error; torch then cannot end its archive, and complains of that instead.
+            # The cause is the error of the file; torch then fails to end its archive, and raises that error instead.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         file.flush()
         os.fsync(file.fileno())
 
 
 def link(path: Path, new: Path, *, previous: Path | None = None) -> None:
-    """Gives a checkpoint a second name, without a second copy where the file system has hard links.
+    """Give a checkpoint a second name, without a second copy if the file system has hard links.
 
     Args:
         path: The file.
@@ -57,7 +64,7 @@ def link(path: Path, new: Path, *, previous: Path | None = None) -> None:
         previous: As in :func:`write`.
 
     Raises:
-        OSError: As in :func:`write`.
+        OSError: If the file cannot be written.
     """
     with renamed_to(new, previous) as temporary:
         temporary.unlink(missing_ok=True)
@@ -72,9 +79,13 @@ def link(path: Path, new: Path, *, previous: Path | None = None) -> None:
 
 @contextmanager
 def renamed_to(target: Path, previous: Path | None) -> Generator[Path, None, None]:
-    """Yields a temporary name beside a file, which becomes the file's once the ``with`` block has written it.
+    """Yield a temporary path next to a file, and rename it to the file after the ``with`` block has written it.
 
-    A process that is killed leaves the temporary file; the next writer of the same file writes over it.
+    A process that is killed leaves the temporary file; the next writer of the same file overwrites it.
+
+    Args:
+        target: The file.
+        previous: As in :func:`write`.
     """
     temporary = target.with_name(f".{target.name}{TEMPORARY}")
     try:
@@ -83,7 +94,7 @@ def renamed_to(target: Path, previous: Path | None) -> Generator[Path, None, Non
             os.replace(target, previous)
         os.replace(temporary, target)
     finally:
-        # After an error; and a rename to another name of the same file does nothing.
+        # It is still there after an error, and after a rename to another name of the same file, which does nothing.
         temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # the rename itself is on disk once its directory is; Windows has no such call
         directory = os.open(target.parent, os.O_DIRECTORY)
@@ -95,7 +106,7 @@ def renamed_to(target: Path, previous: Path | None) -> Generator[Path, None, Non
 
 @contextmanager
 def crc32_computed() -> Generator[None, None, None]:
-    """Has :func:`torch.save` write the checksums that :func:`read` verifies, which it leaves out where told so."""
+    """Let :func:`torch.save` write the checksums that :func:`read` verifies, even if the user turned them off."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
@@ -105,24 +116,21 @@ def crc32_computed() -> Generator[None, None, None]:
 
 
 def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, Any]:
-    """Reads a checkpoint. Its checksums are verified; code in the file is refused, never run.
+    """Read a checkpoint. Its checksums are verified; code in the file is refused, never run.
 
     Args:
         path: The file.
-        map_location: Where tensors go, as in :func:`torch.load`; the CPU where None.
-
-    Returns:
-        The checkpoint.
+        map_location: The device of the tensors, as in :func:`torch.load`; None for the CPU.
 
     Raises:
-        OSError: There is no such file, or it cannot be opened.
-        MisconfigurationError: It is no checkpoint, is damaged, or holds code.
+        OSError: If there is no such file, or if it cannot be opened.
+        MisconfigurationError: If the file is not a checkpoint, is damaged, or holds code.
     """
     with open(path, "rb") as file:
         try:
             verify_checksums(file)
             content = torch.load(file, map_location=map_location or "cpu", weights_only=True)
-        except Exception as error:  # what a damaged file makes of its reader is anything
+        except Exception as error:  # a damaged file can cause any error in its reader
             raise MisconfigurationError(
                 f"{os.fspath(path)} is no checkpoint that can be read safely: it is damaged, or holds more than tensors and "
                 f"plain values. Give a file that trainer.save_checkpoint wrote. ({first_line(error)})"
@@ -133,12 +141,12 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, An
 
 
 def verify_checksums(file: BinaryIO) -> None:
-    """Reads a file and compares the checksum of each of its parts, which :func:`torch.load` does not do for tensors.
+    """Read a file and compare the checksum of each of its parts; :func:`torch.load` does not do it for tensors.
 
     Raises:
-        ValueError: A part is damaged.
+        ValueError: If a part is damaged.
     """
-    if zipfile.is_zipfile(file):  # else it is no file of today's torch.save, which torch.load tells apart
+    if zipfile.is_zipfile(file):  # else it is in an older format, or no checkpoint: torch.load will tell
         with zipfile.ZipFile(file) as parts:
             damaged = parts.testzip()
         if damaged is not None:
@@ -147,13 +155,16 @@ def verify_checksums(file: BinaryIO) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's class and the first line of its message."""
+    """Return the class of an error and the first line of its message."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def written_at(path: Path) -> float:
-    """When a checkpoint was written, in seconds since 1970: by its own account, since a copy of a file has another date.
-    Of a damaged one the file's date, so that it is named when its turn comes."""
+    """Return when a checkpoint was written, in seconds since 1970.
+
+    The time is read from the checkpoint, because a copy of a file has another date. For a damaged checkpoint it is the
+    date of the file, so that it is sorted into its place, and is named when its turn comes.
+    """
     try:
         # Mapped into memory, so that no tensor is read.
         return float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["written_at"])
@@ -162,17 +173,17 @@ def written_at(path: Path) -> float:
 
 
 def read_first(paths: Sequence[Path], map_location: Any = None) -> tuple[Path | None, dict[str, Any] | None]:
-    """Reads the first checkpoint that is whole; damaged ones are named in a warning and passed over.
+    """Read the first checkpoint that is whole; name damaged ones in a warning, and pass over them.
 
     Args:
-        paths: The files, in the order in which they are tried; one that has vanished is passed over too.
+        paths: The files, in the order in which they are tried. A file that is no longer there is passed over too.
         map_location: As for :func:`read`.
 
     Returns:
-        The file and the checkpoint; None twice where there are no files.
+        The file and the checkpoint; None twice if there are no files.
 
     Raises:
-        MisconfigurationError: There are files, and none can be read.
+        MisconfigurationError: If there are files, and none can be read.
     """
     last: MisconfigurationError | OSError | None = None
     for path in paths:
@@ -187,22 +198,27 @@ def read_first(paths: Sequence[Path], map_location: Any = None) -> tuple[Path | 
 
 
 def loadable(value: Any, where: str = "checkpoint") -> Any:
-    """What a checkpoint can give back: the value itself, with NumPy's scalars and other numbers as Python's own.
+    """Return a value in the form in which a checkpoint can hold it: NumPy's scalars become Python's numbers.
 
     Args:
         value: Tensors, numbers, texts, and lists, tuples, sets and dicts of them.
-        where: Where it is, for the error.
+        where: The path of the value in the checkpoint, for the error.
 
     Raises:
-        MisconfigurationError: Something in it could not be given back; names the key.
+        MisconfigurationError: If a value of another type is in it; the message names its path.
+
+    Example:
+        >>> loadable({"step": 3, "mean": object()})
+        Traceback (most recent call last):
+        eventtrain.errors.MisconfigurationError: checkpoint['mean'] is a builtins.object, ...
     """
     kind = type(value)
     if kind in LOADABLE:
         return value
-    if hasattr(value, "full_tensor"):  # a part of a tensor: who shards it takes it out before it is written
+    if hasattr(value, "full_tensor"):  # a part of a tensor: the callback that shards it takes it out before the file is written
         return value
     if kind in TENSORS:
-        if vars(value):  # what somebody hung on to a tensor is written too
+        if vars(value):  # the attributes that a user gave to a tensor are written too
             loadable(vars(value), f"vars({where})")
         return value
     if kind in (dict, OrderedDict, Counter):
@@ -210,7 +226,7 @@ def loadable(value: Any, where: str = "checkpoint") -> Any:
         if kind is dict:
             return items
         copied = kind(items)
-        vars(copied).update(vars(value))  # a state_dict says there which versions its modules have
+        vars(copied).update(vars(value))  # a state_dict has the versions of its modules there
         return copied
     if kind in (list, tuple, set):
         return kind(loadable(item, f"{where}[{index}]") for index, item in enumerate(value))
@@ -226,9 +242,9 @@ def loadable(value: Any, where: str = "checkpoint") -> Any:
     )
 
 
-def init_arguments(cls: type, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the kept hyperparameters that a class's ``__init__`` takes."""
+def init_arguments(cls: type, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters that a class's ``__init__`` takes."""
     parameters = inspect.signature(cls).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(kept)
-    return {name: value for name, value in kept.items() if name in parameters}
+        return dict(hyperparameters)
+    return {name: value for name, value in hyperparameters.items() if name in parameters}

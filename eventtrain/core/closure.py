@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from eventtrain.errors import MisconfigurationError, StepSkipped
 from eventtrain.events import AfterBackward, AfterForward, BeforeBackward, BeforeForward, Stage
@@ -15,22 +16,23 @@ if TYPE_CHECKING:
     from eventtrain.core.signals import SignalTable
     from eventtrain.core.state import BatchState
     from eventtrain.core.stepping import Stepping
+    from eventtrain.distributed import Processes
 
 
 def forward(
     signals: SignalTable, stage: Stage, step: Callable[..., Any], args: tuple[Any, ...], *, closes_window: bool = False
 ) -> Any:
-    """Runs a module's step inside of its phase.
+    """Run a module's step in its phase.
 
     Args:
-        signals: Where ``before_forward`` is published.
+        signals: The signals on which ``before_forward`` is published.
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         step: The module's method.
-        args: What it is called with; begins with the batch, then its index where the step takes one.
+        args: Its arguments: the batch, then its index if the step takes one, and so on.
         closes_window: See :class:`~eventtrain.events.BeforeForward`.
 
     Returns:
-        What the step returned.
+        The value that the step returned.
     """
     if not signals.before_forward.listeners:
         return step(*args)
@@ -70,25 +72,41 @@ def backward(
 
 
 class Closure:
-    """Evaluates the loss of the batch at hand and its gradients.
+    """Evaluates the loss of the current batch and its gradients.
 
-    The one object of a run that is handed to ``optimizer.step(closure)``, or called alone in a batch that
-    only accumulates. Publishes forward, zero_grad and backward, and where the batch closes a window the
-    gradient events.
+    The one object of a run that is handed to ``optimizer.step(closure)``, or called without a step in a batch that only
+    accumulates. It publishes forward, zero_grad and backward, and the gradient events if the batch closes a window.
 
     Args:
-        signals: Where events are published.
-        batch: The batch at hand.
-        stepping: The optimizer's part in the run.
+        signals: The signals on which events are published.
+        batch: The current batch.
+        stepping: The optimizer's steps in the run.
         training_step: Called as ``training_step(batch, batch_idx)``.
-        takes_index: Whether it is given ``batch_idx``.
+        takes_index: Whether ``training_step`` takes ``batch_idx``.
         backward_hook: The module's overridden ``backward``, or None for ``loss.backward()``.
-        zero_grad_hook: Called as ``hook(batch_idx, optimizer)``: the module's overridden
-            ``optimizer_zero_grad``; None for ``optimizer.zero_grad()``.
+        zero_grad_hook: Called as ``hook(batch_idx, optimizer)``: the module's overridden ``optimizer_zero_grad``; None for
+            ``optimizer.zero_grad()``.
+
+    Example:
+        >>> import torch
+        >>> from eventtrain import LightningModule, Trainer
+        >>> class Line(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(1, 1)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self.layer(batch).mean()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        ...     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        ...         print(type(optimizer_closure).__name__)
+        ...         optimizer.step(closure=optimizer_closure)
+        >>> Trainer(max_epochs=1, device="cpu", default_callbacks=False).fit(Line(), [torch.ones(2, 1)])
+        Closure
     """
 
-    # One object per run in place of one per batch: 3 % of a small step.
-    __slots__ = ("_backward", "_zero_grad_hook", "batch", "signals", "stepping", "takes_index", "training_step")
+    # One object per run instead of one per batch: 3 % of a small step.
+    __slots__ = ("_backward", "_zero_grad", "batch", "signals", "stepping", "takes_index", "training_step")
 
     def __init__(
         self,
@@ -107,92 +125,101 @@ class Closure:
         self.training_step = training_step
         self.takes_index = takes_index
         self._backward = backward_hook or Tensor.backward
-        self._zero_grad_hook = zero_grad_hook
+        self._zero_grad: Callable[[], None] = stepping.zero_grad
+        if zero_grad_hook is not None:
+            self._zero_grad = lambda: stepping.zero_grad_by(zero_grad_hook, batch.batch_idx, stepping.optimizer)
 
     def __call__(self) -> Tensor | None:
-        """Evaluates.
-
-        Returns:
-            The raw loss; None for a batch without one.
+        """Evaluate the current batch and return its raw loss; None for a batch without one.
 
         Raises:
-            MisconfigurationError: ``training_step`` returned something else, or an evaluation was
-                repeated in a window that holds other batches' gradients.
+            MisconfigurationError: If ``training_step`` returned neither, or the optimizer repeats it in a longer window.
         """
-        state, signals = self.batch, self.signals
-        plan = state.plan
-        state.evaluations += 1
-        if state.evaluations > 1 and not plan.zero_grad:
-            raise MisconfigurationError(
-                f"{type(self.stepping.wrapped).__name__} evaluated the closure a second time in an accumulation window "
-                "of several batches, which would count this batch's gradients twice. Train such optimizers without "
-                "GradientAccumulation, on larger batches."
-            )
+        batch, plan, signals, stepping = self.batch, self.batch.plan, self.signals, self.stepping
+        batch.evaluations += 1
+        if batch.evaluations > 1 and not plan.zero_grad:
+            raise repeated_evaluation(stepping.wrapped)
         loss = weight = None
-        if not state.skipped:
+        if not batch.skipped:
+            args = (batch.batch, batch.batch_idx) if self.takes_index else (batch.batch,)
             if signals.before_forward.listeners:
-                args = (state.batch, state.batch_idx) if self.takes_index else (state.batch,)
                 outputs = forward(signals, "train", self.training_step, args, closes_window=plan.step)
-            elif self.takes_index:
-                outputs = self.training_step(state.batch, state.batch_idx)
             else:
-                outputs = self.training_step(state.batch)
+                outputs = self.training_step(*args)
             if isinstance(outputs, Tensor) and outputs.ndim == 0 and outputs.requires_grad:
                 loss = outputs  # the usual loss: a call less
             else:
                 loss, weight = parse_outputs(outputs)
             if signals.after_forward.listeners:
-                event = AfterForward("train", state.batch, state.batch_idx, outputs, loss)
-                signals.after_forward.publish(event)
-                outputs, loss = event.outputs, event.loss
-            state.outputs = outputs
-            state.loss = loss
-            if state.processes is not None and plan.step and state.processes.any(loss is None):
-                raise MisconfigurationError(
-                    f"training_step returned no loss on a rank in batch {state.batch_idx}, which closes a window: the "
-                    "other ranks would wait for its gradients. Return a loss of zero with 'weight': 0 there."
-                )
+                outputs, loss = after_forward(signals, batch, outputs, loss)
+            batch.outputs, batch.loss = outputs, loss
+            if batch.processes is not None and plan.step:
+                check_loss_in_every_process(batch.processes, batch)
         if plan.zero_grad:
-            state.contributions = 0
-            if self._zero_grad_hook is None:
-                self.stepping.zero_grad()
-            else:
-                self.stepping.zero_grad_by(self._zero_grad_hook, state.batch_idx, self.stepping.optimizer)
+            batch.contributions = 0
+            self._zero_grad()
         if loss is not None:
-            if weight is None and state.weight is None:
-                state.contributions += 1
+            if weight is None and batch.weight is None:
+                batch.contributions += 1
             else:
-                state.contribute(weight)
+                batch.contribute(weight)
             scaled = loss
             if weight is not None and plan.weighted:
-                scaled = weighted(loss, weight, state)
+                scaled = weighted(loss, weight, batch)
             elif plan.loss_scale != 1.0:
                 divisor = whole_divisor(plan.loss_scale)
                 scaled = loss / divisor if divisor else loss * plan.loss_scale
             if signals.before_backward.listeners or signals.after_backward.listeners:
-                backward(signals, self._backward, loss, scaled, evaluation=state.evaluations)
+                backward(signals, self._backward, loss, scaled, evaluation=batch.evaluations)
             else:
                 self._backward(scaled)
-        if plan.step:
-            if state.contributions:
-                if not self.stepping.ready:
-                    self.stepping.complete_gradients()
-            elif self.stepping.is_raw:
-                raise StepSkipped("no loss")  # nobody but the loop can stop a plain torch step
+        if plan.step and batch.contributions:
+            if not stepping.ready:
+                stepping.complete_gradients()
+        elif plan.step and stepping.is_raw:
+            raise StepSkipped("no loss")  # only the loop can stop a plain torch step
         return loss
 
 
+def repeated_evaluation(optimizer: Optimizer) -> MisconfigurationError:
+    """Return the error for an optimizer that evaluates its closure twice in a window of several batches."""
+    return MisconfigurationError(
+        f"{type(optimizer).__name__} evaluated the closure a second time in an accumulation window of several batches, which "
+        "would count this batch's gradients twice. Train such optimizers without GradientAccumulation, on larger batches."
+    )
+
+
+def after_forward(signals: SignalTable, batch: BatchState, outputs: Any, loss: Tensor | None) -> tuple[Any, Tensor | None]:
+    """Publish that a training step has returned; return its outputs and its loss, which listeners may have replaced."""
+    event = AfterForward("train", batch.batch, batch.batch_idx, outputs, loss)
+    signals.after_forward.publish(event)
+    return event.outputs, event.loss
+
+
+def check_loss_in_every_process(processes: Processes, batch: BatchState) -> None:
+    """Check that a batch that closes a window has a loss in every process.
+
+    Raises:
+        MisconfigurationError: If any process has none.
+    """
+    if processes.any(batch.loss is None):
+        raise MisconfigurationError(
+            f"training_step returned no loss in a process in batch {batch.batch_idx}, which closes a window: the others would "
+            "wait for its gradients. Return a loss of zero with 'weight': 0 there."
+        )
+
+
 def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:
-    """What ``training_step`` returned, taken apart.
+    """Take the value of ``training_step`` apart.
 
     Args:
         outputs: A scalar tensor, a mapping with ``"loss"`` and perhaps ``"weight"``, or None.
 
     Returns:
-        The loss and the weight, None where there is none.
+        The loss and the weight, each None if there is none.
 
     Raises:
-        MisconfigurationError: It is anything else, or the loss is not a scalar that needs gradients.
+        MisconfigurationError: If the value is anything else, or the loss is not a scalar that needs gradients.
     """
     loss, weight = outputs, None
     if not isinstance(outputs, Tensor):
@@ -230,44 +257,44 @@ def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:
 
 
 def check_weight(weight: Any) -> None:
-    """Refuses a batch's weight that is no number.
+    """Check a batch's weight.
 
     Raises:
-        MisconfigurationError: It is not.
+        MisconfigurationError: If it is neither a number nor a tensor of one element.
     """
     if isinstance(weight, Tensor):
         if weight.numel() == 1:
             return
-        found = f"a tensor of shape {tuple(weight.shape)}"
+        value = f"a tensor of shape {tuple(weight.shape)}"
     elif isinstance(weight, (int, float)):
         return
     else:
-        found = f"{weight!r} ({type(weight).__name__})"
+        value = f"{weight!r} ({type(weight).__name__})"
     raise MisconfigurationError(
-        f"training_step returned {found} under 'weight'. It has to be a number or a scalar tensor: the batch's samples or "
+        f"training_step returned {value} under 'weight'. It has to be a number or a scalar tensor: the batch's samples or "
         "tokens, for example their sum."
     )
 
 
-def weighted(loss: Tensor, weight: Tensor | float, state: BatchState) -> Tensor:
-    """The loss that backward runs on in a weighted window.
+def weighted(loss: Tensor, weight: Tensor | float, batch: BatchState) -> Tensor:
+    """Return the loss that backward runs on in a weighted window.
 
     Args:
         loss: The raw loss.
         weight: The batch's weight.
-        state: The batch at hand; its plan holds ``loss_scale``, which is 1 / N in a window of N batches.
+        batch: The current batch; its plan holds ``loss_scale``, which is 1 / N in a window of N batches.
 
     Returns:
         ``loss * weight / (N * w_ref)``.
     """
-    scale, reference = state.plan.loss_scale, state.weight_reference
+    scale, reference = batch.plan.loss_scale, batch.weight_reference
     assert reference is not None
     return loss * weight / ((whole_divisor(scale) or 1.0 / scale) * reference)
 
 
-@lru_cache(maxsize=64)  # asked for in every batch, with the same few numbers
+@lru_cache(maxsize=64)  # every batch asks, with the same few numbers
 def whole_divisor(loss_scale: float) -> int:
-    """The whole number N of which a loss scale is 1 / N; 0 where there is none.
+    """Return the whole number N if a loss scale is 1 / N, else 0.
 
     A product with a rounded 1/3 differs from a division by 3 in the last bit.
     """

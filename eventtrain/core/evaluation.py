@@ -3,110 +3,88 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
 from eventtrain import events
-from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.core.closure import forward
+from eventtrain.core.interfaces import END, Batches, LoggedValues
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import Progress
-from eventtrain.data.batches import END, Batches
 from eventtrain.distributed import Processes
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import AfterForward, MetricsLogged
-from eventtrain.metrics.metrics import Metrics
-from eventtrain.module.module import LightningModule, overridden
 
 EvaluationStage = Literal["validation", "test", "predict"]
 
 
+@dataclass(kw_only=True, eq=False)
 class EvaluationLoop:
-    """Runs a module over the loaders of one stage.
+    """Runs a module's step over the loaders of one stage.
 
     Args:
         stage: ``"validation"``, ``"test"`` or ``"predict"``.
-        signals: Where events are published.
-        module: The module.
-        step: Its step for the stage.
-        metrics: What is logged.
-        progress: The run's counters.
-        open_loaders: Begins a pass over each loader, when it is its turn.
-        within_fit: Whether training goes on afterwards: then without ``inference_mode``, whose tensors
-            training could not use, and without touching training's random numbers.
-        is_interrupted: Asked before each batch inside of a fit: whether the evaluation is to be left.
-        processes: The processes that ask each other; None in a run of one.
+        signals: The signals on which events are published.
+        step: The module's step for the stage.
+        metrics: The values that the module logs.
+        progress: The counters of the fit.
+        open_loaders: For each loader, a function that begins a pass over it.
+        context: Returns the context that the whole evaluation runs in: evaluation mode, and no gradients.
+        is_interrupted: Asked before each batch: whether the evaluation is to be left. None outside a fit.
+        processes: The processes that ask each other before each batch; None in a run of one, and outside a fit.
     """
 
-    def __init__(
-        self,
-        stage: EvaluationStage,
-        *,
-        signals: SignalTable,
-        module: LightningModule,
-        step: Callable[..., Any],
-        metrics: Metrics,
-        progress: Progress,
-        open_loaders: list[Callable[[], Batches]],
-        within_fit: bool,
-        is_interrupted: Callable[[], bool],
-        processes: Processes | None,
-    ) -> None:
-        self.stage = stage
-        self.signals = signals
-        self.module = module
-        self.metrics = metrics
-        self.progress = progress
-        self.open_loaders = open_loaders
-        self.within_fit = within_fit
-        self.is_interrupted = is_interrupted
-        self.processes = processes
-        self.step = step
-        self.arguments = step_arguments(step, len(open_loaders))
+    stage: EvaluationStage
+    signals: SignalTable
+    step: Callable[..., Any]
+    metrics: LoggedValues
+    progress: Progress
+    open_loaders: Sequence[Callable[[], Batches]]
+    context: Callable[[], AbstractContextManager[Any]]
+    is_interrupted: Callable[[], bool] | None
+    processes: Processes | None
+
+    def __post_init__(self) -> None:
+        self.num_arguments = step_arguments(self.step, len(self.open_loaders))
         # The stage's own event classes, in the order in which they come.
-        prefix = stage.capitalize()
-        self._events = {
-            name: getattr(events, prefix + name)
-            for name in ("Start", "EpochStart", "BatchStart", "BatchEnd", "EpochEnd", "End")
-        }
+        names = ("Start", "EpochStart", "BatchStart", "BatchEnd", "EpochEnd", "End")
+        self._events = {name: getattr(events, self.stage.capitalize() + name) for name in names}
 
     def run(self, *, silent: bool = False) -> list[list[Any]]:
-        """Evaluates.
+        """Evaluate.
 
         Args:
-            silent: Whether what is logged is forgotten: a sanity check.
+            silent: Whether logged values are dropped, as in a sanity check.
 
         Returns:
-            What the steps returned, per loader, for prediction; else empty lists.
+            For prediction, the values that the steps returned, a list per loader; else empty lists.
 
         Raises:
-            EvaluationInterrupted: It was left between two batches; nothing of it was published as logged.
+            EvaluationInterrupted: If the evaluation was left between two batches; nothing of it was published as logged.
         """
-        no_grad: AbstractContextManager[Any] = torch.no_grad() if self.within_fit else torch.inference_mode()
-        with isolated_rng() if self.within_fit else nullcontext(), no_grad, self.evaluation_mode():
+        with self.context():
             self.metrics.silent = silent
             self.metrics.begin_stage(self.stage)
             try:
-                return self._run(silent)
+                return self.evaluate(silent)
             finally:
                 self.metrics.enter(self.stage, None)
                 self.metrics.suffix = ""
                 self.metrics.silent = False
 
-    def _run(self, silent: bool) -> list[list[Any]]:
+    def evaluate(self, silent: bool) -> list[list[Any]]:
+        """Publish the events of the stage around its loaders; return the outputs of each."""
         self.metrics.enter(self.stage, None)
         with self._events["Start"]() as phase:
             self.signals[f"{self.stage}_start"].publish(phase)
             self.metrics.enter(self.stage, "epoch")
             self._publish("epoch_start", "EpochStart")
             outputs: list[list[Any]] = []
-            for index, opened in enumerate(self.open_loaders):
-                with closing(opened()) as batches:
-                    outputs.append(self.run_loader(index, batches))
+            for index, open_loader in enumerate(self.open_loaders):
+                with closing(open_loader()) as batches:
+                    outputs.append(self.evaluate_loader(index, batches))
             self.metrics.enter(self.stage, "epoch")
             self.metrics.show_epoch()
             self._publish("epoch_end", "EpochEnd")
@@ -118,27 +96,25 @@ class EvaluationLoop:
             self._publish("end", "End")
         return outputs
 
-    def run_loader(self, dataloader_idx: int, batches: Batches) -> list[Any]:
-        """Evaluates one loader; returns what the steps returned, for prediction."""
+    def evaluate_loader(self, dataloader_idx: int, batches: Batches) -> list[Any]:
+        """Evaluate the batches of one loader; return the outputs for prediction."""
         signals, metrics = self.signals, self.metrics
-        several = len(self.open_loaders) > 1
-        metrics.suffix = f"/dataloader_idx_{dataloader_idx}" if several else ""
+        metrics.suffix = f"/dataloader_idx_{dataloader_idx}" if len(self.open_loaders) > 1 else ""
         start, end = signals[f"{self.stage}_batch_start"], signals[f"{self.stage}_batch_end"]
-        kept: list[Any] = []
+        predictions: list[Any] = []
         batch_idx = 0
-        processes = self.processes if self.within_fit else None
         while True:
-            if self.within_fit and self.is_interrupted():
+            if self.is_interrupted is not None and self.is_interrupted():
                 raise EvaluationInterrupted
-            is_left = (batch := batches.fetch()) is not END
-            if not (is_left if processes is None else processes.any(is_left)):
+            has_batch = (batch := batches.fetch()) is not END
+            if not (has_batch if self.processes is None else self.processes.any(has_batch)):
                 break
-            if not is_left:
+            if not has_batch:
                 continue  # other processes have a batch more, and ask each time whether the run is interrupted
-            metrics.batch, metrics.moment = batch, "batch"
+            metrics.batch, metrics.scope = batch, "batch"
             if start.listeners:
                 start.publish(self._events["BatchStart"](batch, batch_idx, dataloader_idx))
-            args = (batch, batch_idx, dataloader_idx)[: self.arguments]
+            args = (batch, batch_idx, dataloader_idx)[: self.num_arguments]
             outputs = forward(signals, self.stage, self.step, args)
             if signals.after_forward.listeners:
                 event = AfterForward(self.stage, batch, batch_idx, outputs, None)
@@ -147,43 +123,17 @@ class EvaluationLoop:
             if end.listeners:
                 end.publish(self._events["BatchEnd"](outputs, batch, batch_idx, dataloader_idx))
             if self.stage == "predict":
-                kept.append(outputs)
+                predictions.append(outputs)
             batch_idx += 1
         metrics.suffix = ""
-        return kept
-
-    @contextmanager
-    def evaluation_mode(self) -> Generator[None, None, None]:
-        """Puts the module into evaluation mode, and each submodule back into its own, also after an error."""
-        module = self.module
-        training = {part: part.training for part in module.modules()}
-        try:
-            self._switch("model_eval", module.eval)
-            yield
-        finally:
-            restore(training)
-            self._switch("model_train", None)
-
-    def _switch(self, hook: str, otherwise: Callable[[], Any] | None) -> None:
-        """Calls the module's own mode switch where it has one."""
-        name = f"on_{self.stage}_{hook}"
-        if overridden(self.module, name, LightningModule):
-            getattr(self.module, name)()
-        elif otherwise is not None:
-            otherwise()
+        return predictions
 
     def _publish(self, suffix: str, event: str) -> None:
         self.signals[f"{self.stage}_{suffix}"].publish(self._events[event]())
 
 
-def restore(training: dict[nn.Module, bool]) -> None:
-    """Gives each submodule back its own ``training`` flag: a frozen layer stays in evaluation mode."""
-    for part, flag in training.items():
-        part.training = flag
-
-
 def step_arguments(step: Callable[..., Any], loaders: int, *, most: int = 3) -> int:
-    """How many of ``(batch, batch_idx, dataloader_idx)`` a step is given: the last only with several loaders.
+    """Return how many of ``(batch, batch_idx, dataloader_idx)`` a step is given: the last only with several loaders.
 
     Args:
         step: The module's method.
@@ -191,14 +141,14 @@ def step_arguments(step: Callable[..., Any], loaders: int, *, most: int = 3) -> 
         most: How many arguments there are to give: 2 for ``training_step``.
 
     Raises:
-        MisconfigurationError: The step takes no argument, or needs more of them.
+        MisconfigurationError: If the step takes no argument, or needs more of them.
     """
     wanted = 3 if loaders > 1 else 2
     parameters = list(inspect.signature(step).parameters.values())
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return wanted
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    # A third argument without a default is wanted whatever the number of loaders.
+    # A third argument without a default is needed whatever the number of loaders.
     needed = sum(parameter.default is parameter.empty for parameter in positional)
     if not positional or needed > most:
         name = getattr(step, "__name__", "the step")

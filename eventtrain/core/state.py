@@ -1,4 +1,4 @@
-"""What the parts of a run share: counters, the batch at hand, requests to stop."""
+"""The state that the parts of a run share: its limits, its counters, the current batch, and requests to end it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,45 @@ if TYPE_CHECKING:
 
     from eventtrain.distributed import Processes
 
+RunStage = Literal["fit", "validate", "test", "predict"]
+
+
+@dataclass(slots=True)
+class RunLimits:
+    """How long a fit is, and when it validates.
+
+    Attributes:
+        max_epochs: Epochs of training; None for no limit.
+        max_steps: Updates; None for no limit.
+        min_epochs: A request to stop waits until this many epochs are complete.
+        min_steps: A request to stop waits until there were this many updates.
+        batches_per_epoch: Training batches per epoch, with ``limit_train_batches`` applied; None if unknown.
+        val_check_interval: Batches between two validations; None for one at the epoch's end.
+        check_val_every_n_epoch: Epochs between two that validate; None if the interval counts the run's batches.
+    """
+
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    min_epochs: int = 0
+    min_steps: int = 0
+    batches_per_epoch: int | None = None
+    val_check_interval: int | None = None
+    check_val_every_n_epoch: int | None = 1
+
 
 @dataclass(slots=True)
 class Progress:
-    """The counters of a run; they are kept in checkpoints.
+    """The counters of a fit. Checkpoints keep them.
 
     Attributes:
-        current_epoch: Epochs of training completed. Counted after an epoch's ``safe_point``.
-        global_step: Batches of the run in which at least one optimizer updated. Counted once a batch's
-            optimization is over, right before ``after_update``.
-        batch_idx: The index in its epoch of the batch at hand, or of the last one; -1 before an epoch's first.
-        total_batch_idx: Batches of the run whose training began, the one at hand included, less one.
-        validations: Validations of the run completed, sanity checks not counted.
+        current_epoch: Epochs of training completed. Counted after the epoch's ``take_checkpoint``.
+        global_step: Batches of the run in which at least one optimizer updated. Counted once a batch's optimization is over,
+            right before ``after_update``.
+        batch_idx: The index of the current batch in its epoch, or of the last one; -1 before an epoch's first.
+        total_batch_idx: The index of the current batch in the run, or of the last one; -1 before the first.
+        validations: Completed validations of the run, without sanity checks.
         validated_at: ``total_batch_idx`` of the batch after which the last validation ran, or runs.
-        epoch_is_over: The epoch at hand has ended and is about to be counted: so it is at its ``safe_point``.
+        epoch_is_over: The current epoch has ended and is about to be counted: true at its ``safe_point``.
     """
 
     current_epoch: int = 0
@@ -39,19 +64,19 @@ class Progress:
 
     @property
     def epochs_done(self) -> int:
-        """Epochs of training completed, also at the safe point of the last of them."""
+        """Epochs of training completed, also right at the safe point of the last of them."""
         return self.current_epoch + self.epoch_is_over
 
     def count_epoch(self) -> None:
-        """Counts the epoch that is over."""
+        """Count the epoch that is over."""
         self.current_epoch += 1
         self.epoch_is_over = False
 
 
 @dataclass(slots=True)
 class BatchState:
-    """The training batch at hand, and the accumulation window that it belongs to. One object for a run:
-    loop, closure, optimizers and metrics read and write it, so that none of them knows another.
+    """The current training batch, and its accumulation window. One object for a run: loop, closure and optimizers read and
+    write it, so that none of them knows another.
 
     Attributes:
         automatic: The run optimizes automatically.
@@ -60,14 +85,14 @@ class BatchState:
         plan: What it does to its window.
         skipped: A listener made it a batch without a loss.
         evaluations: How often the closure has run in this batch.
-        outputs: What ``training_step`` returned.
-        loss: The raw loss with its graph, None where there is none.
+        outputs: The value that ``training_step`` returned.
+        loss: The raw loss with its graph; None if the batch has none.
         updated: An optimizer has updated in this batch.
         window_open: The last batch that was trained left its window open: gradients are held.
         contributions: Batches of the open window that had a loss.
-        weight: The sum of their weights, None where they carry none.
-        weight_reference: The run's first weight; 1 where that is 0.
-        processes: The processes that have to agree; None in a run of one, which has nobody to ask.
+        weight: The sum of their weights; None if they have none.
+        weight_reference: The run's first weight; 1 if that is 0.
+        processes: The processes that have to agree; None in a run of one.
     """
 
     automatic: bool = True
@@ -86,13 +111,13 @@ class BatchState:
     processes: Processes | None = None
 
     def contribute(self, weight: Tensor | float | None) -> None:
-        """Counts the batch at hand into the window.
+        """Count the current batch into its window.
 
         Args:
-            weight: What ``training_step`` returned as ``"weight"``, None where it returned none.
+            weight: The ``"weight"`` that ``training_step`` returned; None if it returned none.
 
         Raises:
-            MisconfigurationError: Some batches of the window carry a weight and others do not.
+            MisconfigurationError: If some batches of the window carry a weight and others do not.
         """
         if self.contributions == 0:
             self.weight = None
@@ -104,18 +129,17 @@ class BatchState:
         if weight is not None:
             self.weight = weight if self.weight is None else self.weight + weight
             if self.weight_reference is None:
-                self.weight_reference = nonzero(weight if self.processes is None else self.agreed(weight))
+                self.weight_reference = nonzero(weight if self.processes is None else self._first_process_weight(weight))
         self.contributions += 1
 
-    def agreed(self, weight: Any) -> Any:
-        """Rank zero's first weight."""
+    def _first_process_weight(self, weight: Any) -> Any:
         assert self.processes is not None
-        agreed = self.processes.broadcast(weight)
-        return agreed.to(weight.device) if hasattr(weight, "to") and hasattr(agreed, "to") else agreed
+        first = self.processes.broadcast(weight)
+        return first.to(weight.device) if hasattr(weight, "to") and hasattr(first, "to") else first
 
 
 def nonzero(weight: Tensor | float) -> Any:
-    """A weight to divide by: itself, or 1 where it is 0. Of a tensor without asking its device."""
+    """Return a weight that can be divided by: the weight, or 1 if it is 0. Reads nothing from a tensor's device."""
     if isinstance(weight, (int, float)):
         return weight or 1.0
     return weight.masked_fill(weight == 0, 1)
@@ -123,44 +147,40 @@ def nonzero(weight: Tensor | float) -> Any:
 
 @dataclass(slots=True)
 class StopRequest:
-    """A request to end the run or the epoch.
+    """The requests to end the run, its epoch or an evaluation.
 
     Attributes:
-        reason: Why the run is to stop; None where it is not.
+        reason: Why the run is to stop; None if it is not.
         force: The request does not wait for ``min_epochs`` and ``min_steps``.
-        at_once: An evaluation inside of a fit is left at its next batch.
-        epoch_reason: Why the epoch at hand is to end; None where it is not.
-        is_agreed: All processes know of the request; where there is one process it has nobody to tell.
+        at_once: An evaluation in the fit is left at its next batch.
+        epoch_reason: Why the current epoch is to end; None if it is not.
         interruption: Why the run is to be interrupted at its next safe point; None if it is not.
-        interrupts: All processes know of the interruption.
+        is_agreed: All processes know of the request to stop. Nothing has to be agreed in a run of one process.
+        force_is_agreed: All processes know that it does not wait.
+        interruption_is_agreed: All processes know of the interruption.
     """
 
     reason: str | None = None
     force: bool = False
     at_once: bool = False
     epoch_reason: str | None = None
-    is_agreed: bool = False
     interruption: str | None = None
-    interrupts: bool = False
+    is_agreed: bool = False
+    force_is_agreed: bool = False
+    interruption_is_agreed: bool = False
 
     def agree(self, processes: Processes) -> None:
         """Take up the requests of all processes, by one exchange."""
         requests = [self.reason, self.force, self.at_once, self.epoch_reason, self.interruption]
         asked = processes.any_of([request not in (None, False) for request in requests])
-        self.is_agreed, self.force, self.at_once, ends_epoch, self.interrupts = asked
+        self.is_agreed, self.force_is_agreed, at_once, ends_epoch, self.interruption_is_agreed = asked
+        # A signal handler may have asked for more during the exchange.
+        self.force |= self.force_is_agreed
+        self.at_once |= at_once
         elsewhere = "another process asked for it"
         if self.is_agreed and self.reason is None:
             self.reason = elsewhere
         if ends_epoch and self.epoch_reason is None:
             self.epoch_reason = elsewhere
-        if self.interrupts and self.interruption is None:
+        if self.interruption_is_agreed and self.interruption is None:
             self.interruption = elsewhere
-
-    def interrupt(self) -> str:
-        """Turn the interruption into a stop that holds now; return its reason."""
-        assert self.interruption is not None
-        self.reason, self.force, self.is_agreed = self.interruption, True, True
-        return self.interruption
-
-
-RunStage = Literal["fit", "validate", "test", "predict"]

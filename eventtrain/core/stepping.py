@@ -1,60 +1,52 @@
-"""One optimizer's part in a run: what it publishes while it zeroes, completes gradients, clips and steps."""
+"""One optimizer's steps in a run, with the events around them: zeroing, gradients, veto, clipping, update."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
+from eventtrain import events
+from eventtrain.core.clipping import clip_gradients
 from eventtrain.errors import MisconfigurationError, StepSkipped
-from eventtrain.events import (
-    AfterZeroGrad,
-    BeforeGradientClipping,
-    BeforeOptimizerStep,
-    BeforeZeroGrad,
-    ClippingDecided,
-    GradientsFinal,
-    GradientsReady,
-    OptimizerStepSkipped,
-    ReduceGradients,
-    UnscaleGradients,
-)
 
 if TYPE_CHECKING:
     from eventtrain.core.optimizer import LightningOptimizer
     from eventtrain.core.signals import SignalTable
     from eventtrain.core.state import BatchState
-    from eventtrain.module.module import LightningModule
 
 
 class Stepping:
-    """What a :class:`~eventtrain.LightningOptimizer` does in a run.
+    """Steps one optimizer in a run and publishes its events: the :class:`~eventtrain.core.optimizer.Stepper` of its wrapper.
 
-    An object beside the wrapper and slotted, because whatever is read from or written to the wrapper goes through its
+    It is an object beside the wrapper, and slotted, because every attribute of the wrapper is read and written through
     ``__getattr__`` and ``__setattr__``: 3 % of a small step.
 
     Args:
         optimizer: The wrapper.
-        signals: Where its events are published.
-        batch: The batch at hand.
-        module: The module, for toggling.
-        clip_hook: The module's overridden ``configure_gradient_clipping``, or None.
+        signals: The signals on which its events are published.
+        batch: The current batch.
+        toggled: The module's ``toggled_optimizer``.
+        clip_hook: The module's overridden ``configure_gradient_clipping`` in automatic optimization, or None.
 
     Attributes:
-        ready: The gradient events have come for the gradients at hand: one flag, cleared by
-            ``zero_grad``, by ``step`` and by each evaluation of a closure, never by a backward.
+        ready: The gradient events were published for the current gradients. Cleared by ``zero_grad``, by ``step`` and by each
+            evaluation of a closure, never by a backward.
         stepping: The wrapper's ``step`` is under way.
-        depth: Steps of the wrapped optimizer under way; 2 where a subclass calls ``super().step()``.
-        evaluations: How often the step at hand has evaluated its closure.
+        depth: Steps of the wrapped optimizer under way; 2 if a subclass calls ``super().step()``.
+        evaluations: How often the current step has evaluated its closure.
         num_steps: Updates of the wrapped optimizer.
         zeroing: A zero_grad phase is open.
-        result: What the step at hand is going to return.
+        result: The value that the current step is going to return.
         norm_type: The order of the norm that a policy wrote, while the module's hook clips.
     """
 
     __slots__ = (
-        "_closure", "_evaluate", "_handles", "batch", "clip_hook", "depth", "evaluations", "module", "norm_type",
+        "_closure", "_evaluate", "_handles", "_toggled", "batch", "clip_hook", "depth", "evaluations", "norm_type",
         "num_steps", "optimizer", "ready", "result", "signals", "stepping", "wrapped", "zeroing",
     )  # fmt: skip
 
@@ -63,19 +55,19 @@ class Stepping:
         optimizer: LightningOptimizer,
         signals: SignalTable,
         batch: BatchState,
-        module: LightningModule,
+        toggled: Callable[[LightningOptimizer], AbstractContextManager[None]],
         clip_hook: Callable[..., Any] | None,
     ) -> None:
         self.optimizer = optimizer
         self.wrapped: Optimizer = optimizer.optimizer
         self.signals = signals
         self.batch = batch
-        self.module = module
         self.clip_hook = clip_hook
         self.ready = self.stepping = self.zeroing = False
         self.depth = self.evaluations = self.num_steps = 0
         self.result: Any = None
         self.norm_type = 2.0
+        self._toggled = toggled
         self._closure: Callable[[], Any] | None = None
         self._evaluate = self.evaluate  # bound once
         # torch's own hooks, so that a step on the wrapped optimizer is counted too.
@@ -85,7 +77,7 @@ class Stepping:
         ]
 
     def disconnect(self) -> None:
-        """Lets the wrapped optimizer go."""
+        """Remove the hooks from the wrapped optimizer."""
         for handle in self._handles:
             handle.remove()
 
@@ -101,44 +93,59 @@ class Stepping:
 
     # ------------------------------------------------------------------ stepping
 
-    def update(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> str | None:
-        """Steps the wrapped optimizer.
+    def step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+        """Step the wrapped optimizer in its phase, and publish whether it updated.
 
         Args:
-            closure: What its ``step`` was given; None where it was given nothing.
+            closure: The closure that ``step`` of the wrapper was given, or None.
             kwargs: Passed on to the wrapped optimizer's ``step``.
 
         Returns:
-            Why the step was skipped; None where it was not.
+            The value of the wrapped optimizer's ``step``; if the step was skipped, the value of the closure.
 
         Raises:
-            MisconfigurationError: The closure was never called, or a later evaluation of it was vetoed.
+            MisconfigurationError: If the closure was never called, or a later evaluation of it was vetoed.
         """
-        self.stepping = True
-        self.evaluations = 0
-        self._closure = closure
+        signals = self.signals
+        skip_reason: str | None = None
+        phase = events.OptimizerStep(self.optimizer) if signals.optimizer_step.listeners else None
         try:
+            if phase is not None:
+                signals.optimizer_step.publish(phase)
+            self.stepping = True
+            self.evaluations = 0
+            self._closure = closure
             if closure is None:
                 self.evaluate()
                 self.result = self.wrapped.step(**kwargs)
             else:
                 self.result = self.wrapped.step(self._evaluate, **kwargs)
-                if self.evaluations == 0 and not self.batch.automatic:  # else the loop says it, and names the hook
+                if self.evaluations == 0 and not self.batch.automatic:  # else the loop raises, and names the hook
                     raise MisconfigurationError(
-                        f"{type(self.wrapped).__name__}.step did not run the closure that it was given, so there "
-                        "were no gradients. An optimizer has to call it: `loss = closure()` under `torch.enable_grad()`."
+                        f"{type(self.wrapped).__name__}.step did not run the closure that it was given, so there were no "
+                        "gradients. An optimizer has to call it: `loss = closure()` under `torch.enable_grad()`."
                     )
         except StepSkipped as skip:
-            return skip.reason
+            skip_reason = skip.reason
         finally:
             self.stepping = self.ready = False
             self.depth = self.evaluations = 0
             self._closure = None
-        return None
+            if phase is not None:
+                phase.__exit__(*sys.exc_info())
+        if skip_reason is None:
+            if signals.after_optimizer_step.listeners:
+                signals.after_optimizer_step.publish(events.AfterOptimizerStep(self.optimizer))
+        elif signals.optimizer_step_skipped.listeners:
+            signals.optimizer_step_skipped.publish(events.OptimizerStepSkipped(self.optimizer, skip_reason))
+        result, self.result = self.result, None
+        return result
 
     def evaluate(self) -> Any:
-        """The closure that the wrapped optimizer gets: runs the given one, if any, completes the gradients, lets
-        listeners veto, and clips. One function, because every step calls it."""
+        """Run the closure, if there is one, complete the gradients, let listeners veto, and clip.
+
+        This is the closure that the wrapped optimizer gets. It is one function, because every step calls it.
+        """
         signals, batch = self.signals, self.batch
         if self._closure is not None:
             self.evaluations += 1
@@ -150,11 +157,11 @@ class Stepping:
             self.complete_gradients()
         reason: str | None = None
         if signals.before_optimizer_step.listeners:
-            event = BeforeOptimizerStep(self.optimizer, max(self.evaluations, 1))
+            event = events.BeforeOptimizerStep(self.optimizer, max(self.evaluations, 1))
             signals.before_optimizer_step.publish(event)
             reason = event.skip_reason
         if batch.processes is not None and batch.processes.any(reason is not None):
-            reason = reason or "another rank's veto"
+            reason = reason or "another process's veto"
         if reason is not None:
             self._skip(reason)
         if signals.before_gradient_clipping.listeners or signals.clipping_decided.listeners or self.clip_hook is not None:
@@ -175,51 +182,70 @@ class Stepping:
         return self.depth > 0 and not self.stepping
 
     def abandon(self, reason: str) -> None:
-        """Publishes that a step of the wrapped optimizer was left before it updated anything."""
+        """Publish that a step of the wrapped optimizer was left before it updated anything."""
         self.depth = 0
-        self.signals.optimizer_step_skipped.publish(OptimizerStepSkipped(self.optimizer, reason))
+        self.signals.optimizer_step_skipped.publish(events.OptimizerStepSkipped(self.optimizer, reason))
 
     # ------------------------------------------------------------------ gradients
 
     def complete_gradients(self) -> None:
-        """Publishes the three gradient events: after it the gradients are the true ones. To be asked for where
-        ``ready`` does not hold."""
+        """Publish the gradient events, after which the gradients are the true ones. Call it only if not ``ready``."""
         self.ready = True
         signals, batch = self.signals, self.batch
         if signals.reduce_gradients.listeners:
-            signals.reduce_gradients.publish(ReduceGradients(self.optimizer, batch.automatic and batch.skipped))
+            signals.reduce_gradients.publish(events.ReduceGradients(self.optimizer, batch.automatic and batch.skipped))
         if signals.unscale_gradients.listeners:
             can_skip = self.stepping or self.depth == 0
-            signals.unscale_gradients.publish(UnscaleGradients(self.optimizer, max(self.evaluations, 1), can_skip))
+            signals.unscale_gradients.publish(events.UnscaleGradients(self.optimizer, max(self.evaluations, 1), can_skip))
         if signals.gradients_ready.listeners:
             if batch.automatic:
-                ready = GradientsReady(self.optimizer, batch.contributions, batch.weight, batch.weight_reference)
+                ready = events.GradientsReady(self.optimizer, batch.contributions, batch.weight, batch.weight_reference)
             else:
-                ready = GradientsReady(self.optimizer, None, None, None)
+                ready = events.GradientsReady(self.optimizer, None, None, None)
             signals.gradients_ready.publish(ready)
         if signals.gradients_final.listeners:
-            signals.gradients_final.publish(GradientsFinal(self.optimizer, self.stepping or self.depth > 0))
+            signals.gradients_final.publish(events.GradientsFinal(self.optimizer, self.stepping or self.depth > 0))
 
     def _clip(self) -> None:
-        """Asks the policies, and clips by what they wrote."""
-        event = BeforeGradientClipping(self.optimizer)
-        self.signals.before_gradient_clipping.publish(event)
-        by_module = self.clip_hook is not None
-        if self.signals.clipping_decided.listeners:
-            value, algorithm = event.gradient_clip_val, event.gradient_clip_algorithm
-            decided = ClippingDecided(self.optimizer, value, algorithm, event.norm_type, by_module)
-            self.signals.clipping_decided.publish(decided)
+        """Ask the policies, and clip by the values that they wrote."""
+        signals = self.signals
+        event = events.BeforeGradientClipping(self.optimizer)
+        signals.before_gradient_clipping.publish(event)
+        value, algorithm, norm_type = event.gradient_clip_val, event.gradient_clip_algorithm, event.norm_type
+        if signals.clipping_decided.listeners:
+            decided = events.ClippingDecided(self.optimizer, value, algorithm, norm_type, self.clip_hook is not None)
+            signals.clipping_decided.publish(decided)
         if self.clip_hook is not None:
-            self.norm_type = event.norm_type
+            self.norm_type = norm_type
             try:
-                self.clip_hook(self.optimizer, event.gradient_clip_val, event.gradient_clip_algorithm)
+                self.clip_hook(self.optimizer, value, algorithm)
             finally:
                 self.norm_type = 2.0
-        else:
-            self.optimizer.clip_gradients(event.gradient_clip_val, event.gradient_clip_algorithm, event.norm_type)
+        elif value is not None:
+            self.clip_gradients(value, algorithm or "norm", norm_type)
+
+    def clip_gradients(self, value: float, algorithm: str, norm_type: float | None = None) -> Tensor | None:
+        """Complete the gradients, clip them, and publish the clipping.
+
+        Args:
+            value: The threshold, a positive number.
+            algorithm: ``"norm"`` or ``"value"``.
+            norm_type: The order p of the norm; that of the policies if None.
+
+        Returns:
+            The total norm before clipping, a scalar tensor; None for ``"value"``.
+        """
+        if not self.ready:
+            self.complete_gradients()
+        norm_type = norm_type or self.norm_type
+        total_norm = clip_gradients(self.wrapped, value, algorithm, norm_type)
+        if self.signals.after_gradient_clipping.listeners:
+            event = events.AfterGradientClipping(self.optimizer, value, algorithm, norm_type, total_norm)
+            self.signals.after_gradient_clipping.publish(event)
+        return total_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes the gradients of the wrapped optimizer's parameters.
+        """Zero the gradients of the wrapped optimizer's parameters.
 
         Args:
             set_to_none: Whether to drop the gradients rather than to fill them with zeros.
@@ -227,27 +253,31 @@ class Stepping:
         self.ready = False
         signals = self.signals
         if signals.before_zero_grad.listeners:
-            with BeforeZeroGrad(self.optimizer) as phase:
+            with events.BeforeZeroGrad(self.optimizer) as phase:
                 signals.before_zero_grad.publish(phase)
                 self.wrapped.zero_grad(set_to_none)
         else:
             self.wrapped.zero_grad(set_to_none)
         if signals.after_zero_grad.listeners:
-            signals.after_zero_grad.publish(AfterZeroGrad(self.optimizer))
+            signals.after_zero_grad.publish(events.AfterZeroGrad(self.optimizer))
 
     def zero_grad_by(self, hook: Callable[..., Any], *args: Any) -> None:
-        """Zeroes by a module's ``optimizer_zero_grad``, with the same events around it.
+        """Zero the gradients by a module's ``optimizer_zero_grad``, with the same events around it.
 
         Args:
             hook: The overridden hook.
-            *args: What it is called with.
+            *args: Its arguments.
         """
         self.ready = False
         self.zeroing = True
         try:
-            with BeforeZeroGrad(self.optimizer) as phase:
+            with events.BeforeZeroGrad(self.optimizer) as phase:
                 self.signals.before_zero_grad.publish(phase)
                 hook(*args)
         finally:
             self.zeroing = False
-        self.signals.after_zero_grad.publish(AfterZeroGrad(self.optimizer))
+        self.signals.after_zero_grad.publish(events.AfterZeroGrad(self.optimizer))
+
+    def toggled(self) -> AbstractContextManager[None]:
+        """Let only this optimizer's parameters get gradients, for the length of a ``with`` block."""
+        return self._toggled(self.optimizer)

@@ -1,7 +1,7 @@
 """The hooks that callbacks and modules may override, made from the event table.
 
-At run time each is a method that does nothing and is never connected; ``hooks.pyi`` beside this file,
-written by ``python -m docs/generate.py``, gives editors and type checkers their signatures.
+At run time each hook is a method that does nothing and is never connected. ``hooks.pyi`` next to this file, which
+``python docs/generate.py`` writes, gives their signatures to editors and type checkers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODULE_ONLY_HOOKS = (
     "on_predict_model_eval",
     "on_predict_model_train",
 )
-"""Lightning's module hooks that are calls of the core rather than events."""
+"""Lightning's module hooks that the core calls, and that are not events."""
 
 
 def _hook(name: str, doc: str) -> Callable[..., None]:
@@ -39,7 +39,7 @@ class CallbackHooks:
 
 
 class ModuleHooks:
-    """One hook per event, with Lightning's name and arguments where Lightning has it."""
+    """One hook per event, with Lightning's name and arguments if Lightning has the hook."""
 
 
 for _name, _event_type in EVENTS.items():
@@ -47,5 +47,5 @@ for _name, _event_type in EVENTS.items():
     setattr(ModuleHooks, module_hook(_event_type), _hook(module_hook(_event_type), _event_type.__doc__ or ""))
 
 for _name in MODULE_ONLY_HOOKS:
-    if not _name.endswith("_transfer"):  # those return the batch and are defined with the loaders
-        setattr(ModuleHooks, _name, _hook(_name, "Called by the core in place of, or after, its own mode switch."))
+    if not _name.endswith("_transfer"):  # these return the batch and are defined with the loaders
+        setattr(ModuleHooks, _name, _hook(_name, "Called by the core instead of its mode switch, or after it."))

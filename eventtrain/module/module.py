@@ -1,4 +1,4 @@
-"""What the user subclasses: the module, and the datamodule."""
+"""The base class of a user's model: its steps, and the methods that they call."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.storage import init_arguments
+from eventtrain.checkpoint.storage import read as read_checkpoint
 from eventtrain.core.closure import backward
 from eventtrain.core.optimizer import LightningOptimizer
-from eventtrain.data.batches import move_to_device
 from eventtrain.errors import MisconfigurationError
+from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.hooks import ModuleHooks
 from eventtrain.module.hparams import HyperparametersMixin
 
@@ -27,71 +28,28 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="LightningModule")
 
 
-class DataHooks:
-    """The methods that modules and datamodules share: loaders, and the transfer of batches."""
-
-    def prepare_data(self) -> None:
-        """Downloads and the like: called once, before :meth:`setup`."""
-
-    def setup(self, stage: str) -> None:
-        """Builds what depends on data or stage.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        """
-
-    def train_dataloader(self) -> Any:
-        """The training loader; None where it is given to ``fit``."""
-
-    def val_dataloader(self) -> Any:
-        """The validation loader, or a list of them."""
-
-    def test_dataloader(self) -> Any:
-        """The test loader, or a list of them."""
-
-    def predict_dataloader(self) -> Any:
-        """The prediction loader, or a list of them."""
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Changes a batch before it is moved; returns it."""
-        return batch
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves a batch; returns it."""
-        return move_to_device(batch, device)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Changes a batch after it was moved; returns it."""
-        return batch
-
-
-class LightningDataModule(DataHooks, HyperparametersMixin):
-    """The loaders' half of a module.
-
-    Attributes:
-        trainer: The trainer that runs it, None outside of a run.
-    """
-
-    trainer: Trainer | None = None
-
-    def teardown(self, stage: str) -> None:
-        """Releases what :meth:`setup` acquired."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the datamodule."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
-
-
 class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
-    """A model with its steps, its optimizers, and whatever hooks it overrides.
+    """A model with its steps and its optimizers, and with any hooks that it overrides.
+
+    Define ``training_step`` and ``configure_optimizers`` at least. The constructor passes its arguments on, so that a class
+    may derive from a torch module too, as in the example.
 
     Attributes:
-        automatic_optimization: Whether the trainer zeroes, runs backward and steps. Set it to False in
+        automatic_optimization: Whether the trainer zeroes the gradients, runs backward and steps. Set it to False in
             ``__init__`` for manual optimization.
         example_input_array: An input of ``forward``, for loggers that draw the graph.
+
+    Example:
+        >>> from eventtrain import Trainer
+        >>> class Line(LightningModule, nn.Linear):
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self(batch).square().mean()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> trainer = Trainer(max_epochs=3, default_callbacks=False, device="cpu")
+        >>> trainer.fit(Line(1, 1), [torch.ones(2, 1)])
+        >>> trainer.global_step
+        3
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -99,14 +57,22 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         self.automatic_optimization: bool = True
         self.example_input_array: Any = None
 
-    # ------------------------------------------------------------------ what the run is
+    # ------------------------------------------------------------------ the current run
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer that runs the module, or ran it last.
+        """The trainer of the current run, or of the last one.
 
         Raises:
-            MisconfigurationError: None has yet.
+            MisconfigurationError: If no trainer has run the module yet.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Show(LightningModule):
+            ...     def predict_step(self, batch, batch_idx):
+            ...         return self.trainer.stage
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").predict(Show(), [0])
+            ['predict']
         """
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
@@ -119,130 +85,286 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
-        # Past nn.Module's registration: a trainer is no part of the model.
+        # Not by nn.Module.__setattr__: a trainer is no part of the model.
         self.__dict__["_trainer"] = trainer
 
     @property
     def current_epoch(self) -> int:
-        """The index of the epoch at hand, from 0; 0 without a trainer."""
+        """The index of the current epoch, from 0; 0 without a trainer.
+
+        Example:
+            >>> LightningModule().current_epoch
+            0
+        """
         trainer = self.__dict__.get("_trainer")
         return trainer.current_epoch if trainer is not None else 0
 
     @property
     def global_step(self) -> int:
-        """Batches of the run in which something was updated; 0 without a trainer."""
+        """The number of batches of the run in which a parameter was updated; 0 without a trainer.
+
+        Example:
+            >>> LightningModule().global_step
+            0
+        """
         trainer = self.__dict__.get("_trainer")
         return trainer.global_step if trainer is not None else 0
 
     @property
     def global_rank(self) -> int:
-        """This process's index among all; 0 without a trainer."""
+        """The index of this process among all processes of the run; 0 without a trainer.
+
+        Example:
+            >>> LightningModule().global_rank
+            0
+        """
         trainer = self.__dict__.get("_trainer")
         return trainer.global_rank if trainer is not None else 0
 
     @property
     def local_rank(self) -> int:
-        """This process's index on its machine; 0 without a trainer."""
+        """The index of this process on its machine; 0 without a trainer.
+
+        Example:
+            >>> LightningModule().local_rank
+            0
+        """
         trainer = self.__dict__.get("_trainer")
         return trainer.processes.local_rank if trainer is not None else 0
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are; for a module without any, the CPU."""
+        """The device of the parameters; the CPU for a module without parameters and buffers.
+
+        Example:
+            >>> LightningModule().device
+            device(type='cpu')
+        """
         first = next(chain(self.parameters(), self.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the parameters; for a module without any, torch's default."""
+        """The type of the parameters; torch's default for a module without parameters.
+
+        Example:
+            >>> LightningModule().dtype
+            torch.float32
+        """
         first = next(self.parameters(), None)
         return torch.get_default_dtype() if first is None else first.dtype
 
     @property
     def logger(self) -> Any:
-        """The first attached logger, whose ``experiment`` is its writer; None where there is none."""
+        """The first attached logger, whose ``experiment`` is its writer; None if there is none.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Show(LightningModule):
+            ...     def predict_step(self, batch, batch_idx):
+            ...         return self.logger
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").predict(Show(), [0])
+            [None]
+        """
         return next(iter(self.trainer.loggers), None)
 
     @property
     def loggers(self) -> list[Any]:
-        """All attached loggers."""
+        """All attached loggers.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Show(LightningModule):
+            ...     def predict_step(self, batch, batch_idx):
+            ...         return self.loggers
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").predict(Show(), [0])
+            [[]]
+        """
         return self.trainer.loggers
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints on rank zero, above a progress bar where there is one."""
+        """Print on rank zero; above the progress bar if there is one.
+
+        Args:
+            *args: As for Python's ``print``.
+            **kwargs: As for Python's ``print``.
+
+        Example:
+            >>> LightningModule().print("ready", 1)
+            ready 1
+        """
         trainer = self.__dict__.get("_trainer")
         (print if trainer is None else trainer.print)(*args, **kwargs)
 
-    # ------------------------------------------------------------------ what a module defines
+    # ------------------------------------------------------------------ methods to define
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes the loss of a batch.
+        """Compute the loss of a batch.
 
-        Called as ``training_step(batch, batch_idx)``.
+        It is called as ``training_step(batch, batch_idx)``.
 
         Returns:
-            The loss, a scalar tensor; a mapping with ``"loss"`` and perhaps ``"weight"``; or None for a
-            batch without a loss. In manual optimization, anything of these or nothing.
+            The loss, a scalar tensor; a mapping with ``"loss"`` and perhaps ``"weight"``; or None for a batch without a loss.
+            In manual optimization the result is not used for updates.
+
+        Example:
+            >>> class Model(LightningModule):
+            ...     def training_step(self, batch, batch_idx):
+            ...         return batch.square().mean()
+            >>> Model().training_step(torch.tensor([1.0, 3.0]), 0)
+            tensor(5.)
         """
         raise MisconfigurationError(f"{type(self).__name__} has no training_step(self, batch, batch_idx). Define it.")
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates a validation batch: ``validation_step(batch, batch_idx, dataloader_idx=0)``."""
+        """Evaluate a validation batch: ``validation_step(batch, batch_idx, dataloader_idx=0)``.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Model(LightningModule):
+            ...     def validation_step(self, batch, batch_idx):
+            ...         self.log("val_mean", batch.mean())
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").validate(Model(), [torch.ones(2)])
+            [{'val_mean': 1.0}]
+        """
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates a test batch: ``test_step(batch, batch_idx, dataloader_idx=0)``."""
+        """Evaluate a test batch: ``test_step(batch, batch_idx, dataloader_idx=0)``.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Model(LightningModule):
+            ...     def test_step(self, batch, batch_idx):
+            ...         self.log("test_mean", batch.mean())
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").test(Model(), [torch.ones(2)])
+            [{'test_mean': 1.0}]
+        """
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Predicts on a batch: ``predict_step(batch, batch_idx, dataloader_idx=0)``. By default ``self(batch)``."""
+        """Predict on a batch: ``predict_step(batch, batch_idx, dataloader_idx=0)``. By default ``self(batch)``.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Model(LightningModule):
+            ...     def predict_step(self, batch, batch_idx):
+            ...         return batch.argmax()
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").predict(Model(), [torch.tensor([1, 3, 2])])
+            [tensor(1)]
+        """
         return self(args[0])
 
     def configure_optimizers(self) -> Any:
-        """Returns optimizers and schedulers; for the forms see :data:`eventtrain.optim.lr_scheduler.FORMS`.
+        """Return the optimizers and schedulers, in one of the forms of :data:`eventtrain.optim.configure.FORMS`.
 
-        None trains nothing, with a warning. Automatic optimization has to have it defined.
+        None trains nothing, with a warning. In automatic optimization the method must be defined.
+
+        Example:
+            >>> class Model(LightningModule, nn.Linear):
+            ...     def configure_optimizers(self):
+            ...         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            ...         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)]
+            >>> optimizers, schedulers = Model(1, 1).configure_optimizers()
         """
 
     def configure_callbacks(self) -> Any:
-        """Callbacks that the module brings, attached after the trainer's for the length of the run."""
+        """Return callbacks that belong to the module. They are attached after the trainer's, for one run.
+
+        Example:
+            >>> from eventtrain.callbacks import EarlyStopping
+            >>> class Model(LightningModule):
+            ...     def configure_callbacks(self):
+            ...         return [EarlyStopping(monitor="val_loss")]
+            >>> len(Model().configure_callbacks())
+            1
+        """
         return []
 
     def configure_model(self) -> None:
-        """Builds large layers, once per run, after :meth:`setup`."""
+        """Build large layers, once per run, after :meth:`setup`.
+
+        Example:
+            >>> class Model(LightningModule):
+            ...     layer = None
+            ...     def configure_model(self):
+            ...         if self.layer is None:  # it stays for the next run
+            ...             self.layer = nn.Linear(1000, 1000)
+            >>> Model().configure_model()
+        """
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: LightningOptimizer, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Steps the optimizer, in automatic optimization, in each batch that closes a window.
+        """Step the optimizer, in automatic optimization, in each batch that closes a window.
 
         Args:
             epoch: The epoch's index.
             batch_idx: The batch's index in the epoch.
             optimizer: The optimizer; ``optimizer.optimizer`` is the wrapped one.
-            optimizer_closure: Runs ``training_step``, ``zero_grad`` and ``backward``. An override has to
-                run it, by ``optimizer.step(closure=optimizer_closure)`` or by a call.
+            optimizer_closure: A function that runs ``training_step``, ``zero_grad`` and ``backward``. An override has to run
+                it, by ``optimizer.step(closure=optimizer_closure)`` or by a call.
+
+        Example:
+            >>> class WarmUp(LightningModule):
+            ...     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            ...         optimizer.param_groups[0]["lr"] = 0.5 * min(1, (self.global_step + 1) / 100)
+            ...         optimizer.step(closure=optimizer_closure)
+            >>> optimizer = torch.optim.SGD([torch.zeros(1)])
+            >>> WarmUp().optimizer_step(0, 0, optimizer)
+            >>> optimizer.param_groups[0]["lr"]
+            0.005
         """
         optimizer.step(closure=optimizer_closure)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: LightningOptimizer) -> None:
-        """Zeroes the gradients, in automatic optimization, in each batch that opens a window."""
+        """Zero the gradients, in automatic optimization, in each batch that opens a window.
+
+        Args:
+            epoch: The epoch's index.
+            batch_idx: The batch's index in the epoch.
+            optimizer: The optimizer.
+
+        Example:
+            >>> class Model(LightningModule):
+            ...     def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            ...         optimizer.zero_grad(set_to_none=False)
+            >>> weight = nn.Parameter(torch.ones(1))
+            >>> weight.grad = torch.ones(1)
+            >>> Model().optimizer_zero_grad(0, 0, torch.optim.SGD([weight]))
+            >>> weight.grad
+            tensor([0.])
+        """
         optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Runs backward.
+        """Run backward.
 
         Args:
             loss: The loss, scaled for the window and the precision.
-            *args: What ``manual_backward`` was given.
-            **kwargs: What ``manual_backward`` was given.
+            *args: The arguments of ``manual_backward``.
+            **kwargs: The arguments of ``manual_backward``.
+
+        Example:
+            >>> weight = nn.Parameter(torch.ones(1))
+            >>> LightningModule().backward(2 * weight.sum())
+            >>> weight.grad
+            tensor([2.])
         """
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Steps a scheduler. Override it for schedulers whose ``step`` is not torch's.
+        """Step a scheduler. Override it for schedulers whose ``step`` differs from torch's.
 
         Args:
             scheduler: The scheduler.
-            metric: The monitored value; None where the scheduler monitors nothing.
+            metric: The monitored value; None if the scheduler monitors nothing.
+
+        Example:
+            >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+            >>> scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            >>> for metric in (0.5, 0.7):
+            ...     LightningModule().lr_scheduler_step(scheduler, metric)
+            >>> optimizer.param_groups[0]["lr"]
+            0.1
         """
         if metric is None:
             scheduler.step()
@@ -255,37 +377,70 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips, in automatic optimization, before each update, clipping callbacks attached or not.
+        """Clip the gradients, in automatic optimization, before each update, with or without a clipping callback.
 
         Args:
             optimizer: The optimizer.
-            gradient_clip_val: The threshold that a policy wrote; None where there is none.
-            gradient_clip_algorithm: ``"norm"`` or ``"value"``; None where there is no policy.
+            gradient_clip_val: The threshold that a callback set; None if there is none.
+            gradient_clip_algorithm: ``"norm"`` or ``"value"``; None if no callback set it.
+
+        Example:
+            >>> class Model(LightningModule):
+            ...     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            ...         self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="value")
+            >>> weight = nn.Parameter(torch.ones(1))
+            >>> weight.grad = torch.tensor([3.0])
+            >>> Model().configure_gradient_clipping(torch.optim.SGD([weight]))
+            >>> weight.grad
+            tensor([0.5000])
         """
         self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
-    # ------------------------------------------------------------------ what a module calls
+    # ------------------------------------------------------------------ methods to call
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
-        """The run's optimizer, or the list of them where there are several.
+        """Return the run's optimizer, or a list if there are several.
 
         Args:
-            use_pl_optimizer: Whether they come wrapped; the wrapped ones themselves where False.
+            use_pl_optimizer: Whether the result has the wrappers; False for the wrapped optimizers.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Line(LightningModule, nn.Linear):
+            ...     def training_step(self, batch, batch_idx):
+            ...         print(self.optimizers().param_groups[0]["lr"])
+            ...         return self(batch).mean()
+            ...     def configure_optimizers(self):
+            ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").fit(Line(1, 1), [torch.ones(2, 1)])
+            0.1
         """
-        given: list[Any] = list(self.trainer.optimizers)
+        optimizers: list[Any] = list(self.trainer.optimizers)
         if not use_pl_optimizer:
-            given = [optimizer.optimizer for optimizer in given]
-        return given[0] if len(given) == 1 else given
+            optimizers = [optimizer.optimizer for optimizer in optimizers]
+        return optimizers[0] if len(optimizers) == 1 else optimizers
 
     def lr_schedulers(self) -> Any:
-        """The run's scheduler, or the list of them where there are several; None where there is none."""
+        """Return the run's scheduler, or a list if there are several; None if there is none.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Line(LightningModule, nn.Linear):
+            ...     def training_step(self, batch, batch_idx):
+            ...         print(self.lr_schedulers())
+            ...         return self(batch).mean()
+            ...     def configure_optimizers(self):
+            ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").fit(Line(1, 1), [torch.ones(2, 1)])
+            None
+        """
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         if not schedulers:
             return None
         return schedulers[0] if len(schedulers) == 1 else schedulers
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Runs backward in manual optimization, with the events around it.
+        """Run backward in manual optimization, with the events around it.
 
         Args:
             loss: The loss, a scalar tensor.
@@ -293,7 +448,20 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             **kwargs: Passed on to ``backward``.
 
         Raises:
-            MisconfigurationError: The module optimizes automatically, or the loss is no tensor.
+            MisconfigurationError: If the module optimizes automatically, or if the loss is not a tensor.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Line(LightningModule, nn.Linear):
+            ...     def training_step(self, batch, batch_idx):
+            ...         self.manual_backward(self(batch).mean())
+            ...         print(self.bias.grad)
+            ...     def configure_optimizers(self):
+            ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+            >>> line = Line(1, 1)
+            >>> line.automatic_optimization = False
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").fit(line, [torch.ones(2, 1)])
+            tensor([1.])
         """
         if self.automatic_optimization:
             raise MisconfigurationError(
@@ -307,27 +475,53 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
     def clip_gradients(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> Tensor | None:
-        """Clips the gradients of an optimizer's parameters in place; under loss scaling, unscaled first.
+        """Clip the gradients of an optimizer's parameters in place; with loss scaling they are unscaled first.
 
         Args:
             optimizer: One of the run's optimizers, wrapped or not.
             gradient_clip_val: The threshold, a positive number; None clips nothing.
-            gradient_clip_algorithm: ``"norm"`` (where None) or ``"value"``.
+            gradient_clip_algorithm: ``"norm"`` or ``"value"``; None for ``"norm"``.
 
         Returns:
-            The total norm before clipping, a scalar tensor; None where nothing was clipped by norm.
+            The total norm before clipping, a scalar tensor; None if nothing was clipped by norm.
 
         Raises:
-            MisconfigurationError: The threshold is not positive, or the algorithm is unknown.
+            MisconfigurationError: If the threshold is not positive, or if the algorithm is unknown.
+
+        Example:
+            >>> weight = nn.Parameter(torch.zeros(2))
+            >>> weight.grad = torch.tensor([3.0, 4.0])
+            >>> LightningModule().clip_gradients(torch.optim.SGD([weight]), gradient_clip_val=1.0)
+            tensor(5.)
+            >>> weight.grad
+            tensor([0.6000, 0.8000])
         """
         return self._in_run(optimizer).clip_gradients(gradient_clip_val, gradient_clip_algorithm)
 
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
-        """Makes an optimizer's parameters the only ones of all optimizers that need gradients, until
-        :meth:`untoggle_optimizer`. Those that the user froze stay frozen.
+        """Let only one optimizer's parameters require gradients, until :meth:`untoggle_optimizer`.
+
+        It changes the parameters of all optimizers of the run. Parameters that the user froze stay frozen.
 
         Args:
             optimizer: One of the run's optimizers.
+
+        Raises:
+            MisconfigurationError: If ``configure_optimizers`` did not return the optimizer.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Line(LightningModule, nn.Linear):
+            ...     def training_step(self, batch, batch_idx):
+            ...         of_weight, of_bias = self.optimizers()
+            ...         self.toggle_optimizer(of_weight)
+            ...         print(self.weight.requires_grad, self.bias.requires_grad)
+            ...     def configure_optimizers(self):
+            ...         return [torch.optim.SGD([parameter]) for parameter in (self.weight, self.bias)]
+            >>> line = Line(1, 1)
+            >>> line.automatic_optimization = False
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").fit(line, [torch.ones(2, 1)])
+            True False
         """
         chosen = self._in_run(optimizer)
         toggles = self._toggle_stack()
@@ -337,21 +531,36 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
                 "Give one of self.optimizers()."
             )
         flags = {p: p.requires_grad for other in self.trainer.optimizers for p in other.parameters()}
-        users_own = toggles[0][1] if toggles else flags
+        flags_of_user = toggles[0][1] if toggles else flags
         toggles.append((chosen, flags))
         for parameter in flags:
             parameter.requires_grad_(False)
         for parameter in chosen.parameters():
-            parameter.requires_grad_(users_own.get(parameter, flags[parameter]))
+            parameter.requires_grad_(flags_of_user.get(parameter, flags[parameter]))
 
     def untoggle_optimizer(self, optimizer: Optimizer) -> None:
-        """Restores the flags as the matching :meth:`toggle_optimizer` found them; without one, does nothing.
+        """Restore the flags from before the matching :meth:`toggle_optimizer`; without one, do nothing.
 
         Args:
             optimizer: The optimizer that was toggled last.
 
         Raises:
-            MisconfigurationError: Another optimizer was toggled since.
+            MisconfigurationError: If another optimizer was toggled since.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Line(LightningModule, nn.Linear):
+            ...     def training_step(self, batch, batch_idx):
+            ...         of_weight, of_bias = self.optimizers()
+            ...         self.toggle_optimizer(of_weight)
+            ...         self.untoggle_optimizer(of_weight)
+            ...         print(self.weight.requires_grad, self.bias.requires_grad)
+            ...     def configure_optimizers(self):
+            ...         return [torch.optim.SGD([parameter]) for parameter in (self.weight, self.bias)]
+            >>> line = Line(1, 1)
+            >>> line.automatic_optimization = False
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").fit(line, [torch.ones(2, 1)])
+            True True
         """
         toggles, chosen = self._toggle_stack(), self._in_run(optimizer)
         if not any(toggled is chosen for toggled, _ in toggles):
@@ -368,7 +577,25 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Generator[None, None, None]:
-        """:meth:`toggle_optimizer` for the length of a ``with`` block, also where it raises."""
+        """Call :meth:`toggle_optimizer`, and restore the flags at the end of a ``with`` block, also after an error.
+
+        Args:
+            optimizer: One of the run's optimizers.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Line(LightningModule, nn.Linear):
+            ...     def training_step(self, batch, batch_idx):
+            ...         of_weight, of_bias = self.optimizers()
+            ...         with self.toggled_optimizer(of_weight):
+            ...             print(self.weight.requires_grad, self.bias.requires_grad)
+            ...     def configure_optimizers(self):
+            ...         return [torch.optim.SGD([parameter]) for parameter in (self.weight, self.bias)]
+            >>> line = Line(1, 1)
+            >>> line.automatic_optimization = False
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").fit(line, [torch.ones(2, 1)])
+            True False
+        """
         depth = len(self._toggle_stack())
         self.toggle_optimizer(optimizer)
         try:
@@ -377,70 +604,81 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             self.untoggle_all(depth)
 
     def untoggle_all(self, depth: int = 0) -> None:
-        """Restores the flags of every toggle that is open beyond a depth."""
+        """Restore the flags of every optimizer that is toggled beyond a depth.
+
+        Args:
+            depth: The number of toggles that stay.
+
+        Example:
+            >>> LightningModule().untoggle_all()
+        """
         toggles = self._toggle_stack()
         while len(toggles) > depth:
             for parameter, flag in toggles.pop()[1].items():
                 parameter.requires_grad_(flag)
 
     def log(
-        self,
-        name: str,
-        value: Any,
-        prog_bar: bool = False,
-        logger: bool | None = None,
-        on_step: bool | None = None,
-        on_epoch: bool | None = None,
-        reduce_fx: str | Callable[..., Any] = "mean",
-        enable_graph: bool = False,
-        sync_dist: bool = False,
-        sync_dist_group: Any = None,
-        add_dataloader_idx: bool = True,
-        batch_size: int | None = None,
-        metric_attribute: str | None = None,
-        rank_zero_only: bool = False,
-    ) -> None:
-        """Logs a value.
+        self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None,
+        on_step: bool | None = None, on_epoch: bool | None = None, reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False, sync_dist: bool = False, sync_dist_group: Any = None, add_dataloader_idx: bool = True,
+        batch_size: int | None = None, metric_attribute: str | None = None, rank_zero_only: bool = False,
+    ) -> None:  # fmt: skip
+        """Log a value.
 
         Args:
-            name: Its name.
+            name: The name of the value.
             value: A number, a scalar tensor, or a torchmetrics object.
             prog_bar: Whether the progress bar shows it.
-            logger: Whether loggers get it; None: they do.
+            logger: Whether loggers get it; None for yes.
             on_step: Whether each step's value is kept; None: in training steps.
-            on_epoch: Whether the epoch's reduction is kept; None: everywhere else. It takes in each evaluation of a
-                closure, of which LBFGS has several in a batch. With both, the values are
-                called ``name_step`` and ``name_epoch``, and callbacks see the latest as ``name``.
-            reduce_fx: ``"mean"`` (weighted by batch size), ``"min"``, ``"max"``, ``"sum"``, or torch's function of
-                that name.
-            enable_graph: Lightning's; values are always detached here.
-            sync_dist: Whether the value of a step is reduced over ranks; that of an epoch always is.
-            sync_dist_group: Lightning's; all ranks take part here.
-            add_dataloader_idx: With several evaluation loaders, whether ``/dataloader_idx_i`` is appended.
-            batch_size: The weight in the mean; None: the first dimension of the batch's first tensor.
-            metric_attribute: Lightning's; a torchmetrics object is known by itself here.
+            on_epoch: Whether the epoch's reduction is kept, over each evaluation of a closure; None: everywhere else. With
+                both, the values are called ``name_step`` and ``name_epoch``, and callbacks see the latest as ``name``.
+            reduce_fx: ``"mean"`` (weighted by batch size), ``"min"``, ``"max"``, ``"sum"``, or torch's function of that name.
+            sync_dist: Whether the value of a step is reduced over ranks; the value of an epoch always is.
+            add_dataloader_idx: Whether ``/dataloader_idx_i`` is appended if there are several evaluation loaders.
+            batch_size: The weight in the mean; None for the first dimension of the batch's first tensor.
             rank_zero_only: Whether ranks other than zero leave it out.
+            enable_graph, sync_dist_group, metric_attribute: Accepted for modules written for Lightning, and not needed.
 
         Raises:
-            MisconfigurationError: The value is no scalar; the name is logged with other options; or the
-                hook is one in which a value belongs to no step and no epoch.
+            MisconfigurationError: If the value is not a scalar, if the name is logged with other options, or if the hook
+                belongs to no step and no epoch.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Model(LightningModule):
+            ...     def test_step(self, batch, batch_idx):
+            ...         self.log("mean", batch.mean())
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").test(Model(), [torch.ones(2), torch.zeros(2)])
+            [{'mean': 0.5}]
         """
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
-            warnings.warn(f"{type(self).__name__}.log({name!r}, ...) without a trainer: the value goes nowhere.", stacklevel=2)
+            warnings.warn(f"{type(self).__name__}.log({name!r}, ...) without a trainer: the value is lost.", stacklevel=2)
             return
         if rank_zero_only and not trainer.is_global_zero:
             return
-        trainer.metrics.log(
+        trainer.run_state.metrics.log(
             name, value, prog_bar, logger is not False, on_step, on_epoch, reduce_fx, sync_dist, batch_size, add_dataloader_idx
         )
 
     def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
-        """Logs several values with the same options.
+        """Log several values with the same options.
 
         Args:
             dictionary: The values by name.
             **options: As for :meth:`log`.
+
+        Raises:
+            MisconfigurationError: If ``dictionary`` is not a mapping.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> class Model(LightningModule):
+            ...     def test_step(self, batch, batch_idx):
+            ...         self.log_dict({"low": batch.min(), "high": batch.max()})
+            >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").test(Model(), [torch.tensor([0.0, 1.0])])
+            [{'low': 0.0, 'high': 1.0}]
         """
         if not hasattr(dictionary, "items"):  # a collection of torchmetrics is no Mapping
             raise MisconfigurationError(f"self.log_dict takes a mapping of names to values; it was given {_short(dictionary)}.")
@@ -448,13 +686,30 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             self.log(name, value, **options)
 
     def freeze(self) -> None:
-        """Turns off the gradients of all parameters, and training mode."""
+        """Turn off the gradients of all parameters, and training mode.
+
+        Example:
+            >>> class Line(LightningModule, nn.Linear): ...
+            >>> line = Line(1, 1)
+            >>> line.freeze()
+            >>> line.weight.requires_grad, line.training
+            (False, False)
+        """
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self.eval()
 
     def unfreeze(self) -> None:
-        """Turns on the gradients of all parameters, and training mode."""
+        """Turn on the gradients of all parameters, and training mode.
+
+        Example:
+            >>> class Line(LightningModule, nn.Linear): ...
+            >>> line = Line(1, 1)
+            >>> line.freeze()
+            >>> line.unfreeze()
+            >>> line.weight.requires_grad, line.training
+            (True, True)
+        """
         for parameter in self.parameters():
             parameter.requires_grad_(True)
         self.train()
@@ -467,28 +722,41 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         strict: bool = True,
         **kwargs: Any,
     ) -> Self:
-        """Builds a module from a checkpoint, with the hyperparameters that it kept.
+        """Build a module from a checkpoint, with the hyperparameters that it holds.
 
         Args:
             checkpoint_path: The file.
-            map_location: Where tensors go, as in :func:`torch.load`; the CPU where None.
+            map_location: The device of the tensors, as in :func:`torch.load`; None for the CPU.
             strict: Whether the keys of the state dict have to match.
-            **kwargs: Arguments of ``__init__`` that replace or complete the kept ones.
+            **kwargs: Arguments of ``__init__`` that replace or complete the saved ones.
 
         Returns:
             The module, in training mode.
+
+        Raises:
+            OSError: If the file cannot be opened.
+            MisconfigurationError: If the file is not a checkpoint, or is damaged.
+
+        Example:
+            >>> import tempfile
+            >>> class Line(LightningModule, nn.Linear): ...
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     torch.save({"state_dict": Line(1, 1).state_dict()}, f"{folder}/line.ckpt")
+            ...     loaded = Line.load_from_checkpoint(f"{folder}/line.ckpt", in_features=1, out_features=1)
+            >>> loaded.training
+            True
         """
-        content = storage.read(checkpoint_path, map_location=map_location)
-        arguments = storage.init_arguments(cls, {**content.get("hyper_parameters", {}), **kwargs})
+        content = read_checkpoint(checkpoint_path, map_location=map_location)
+        arguments = init_arguments(cls, {**content.get("hyper_parameters", {}), **kwargs})
         module = cls(**arguments)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], strict=strict)
         return module
 
-    # ------------------------------------------------------------------ what stays behind
+    # ------------------------------------------------------------------ internals
 
     def _in_run(self, optimizer: Optimizer) -> LightningOptimizer:
-        """The run's wrapper of an optimizer; a wrapper outside of the run where it has none."""
+        """Return the run's wrapper of an optimizer; a wrapper that takes part in no run if the run has none."""
         if isinstance(optimizer, LightningOptimizer):
             return optimizer
         if not isinstance(optimizer, Optimizer):
@@ -499,8 +767,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         trainer = self.__dict__.get("_trainer")
         for wrapper in trainer.optimizers if trainer is not None else ():
             if wrapper.optimizer is optimizer:
-                found: LightningOptimizer = wrapper
-                return found
+                match: LightningOptimizer = wrapper
+                return match
         return LightningOptimizer(optimizer)
 
     def _toggle_stack(self) -> list[tuple[LightningOptimizer, dict[Tensor, bool]]]:
@@ -508,27 +776,13 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         return stack
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of a module does not take its trainer along; nor, as torch has it, what module.compile() made, which would
-        # go on computing with the original's weights.
+        # A copy of a module leaves its trainer behind. As torch does, it also drops the result of module.compile(), which
+        # would compute with the weights of the original.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return {name: value for name, value in state.items() if name not in ("_trainer", "_toggles")}
 
 
 def _short(value: Any) -> str:
-    """A value for a message: itself where that is short, else its type."""
+    """Return the text of a value for a message; its type if the text is long."""
     text = repr(value)
     return f"{text} ({type(value).__name__})" if len(text) < 40 else f"a {type(value).__name__}"
-
-
-def overridden(instance: Any, name: str, *bases: type) -> bool:
-    """Whether an object has its own version of a method of one of its bases.
-
-    Args:
-        instance: The object.
-        name: The method's name.
-        *bases: Where the default version may stand.
-    """
-    if name in getattr(instance, "__dict__", {}):
-        return True
-    own = getattr(type(instance), name, None)
-    return own is not None and all(own is not getattr(base, name, None) for base in bases)

@@ -1,32 +1,39 @@
-"""Calls ``configure_optimizers`` and checks its answer against the module."""
+"""The results that ``configure_optimizers`` may return, parsed and checked against the module."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
-from eventtrain.errors import MisconfigurationError
-from eventtrain.module.module import LightningModule, overridden
-from eventtrain.optim.lr_scheduler import Configuration, LRSchedulerConfig, has_torch_api, parse_configuration
+from torch.optim import Optimizer
+
+from eventtrain.core.optimizer import LightningOptimizer
+from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import overridden_method
+from eventtrain.optim.lr_scheduler import LRSchedulerConfig, has_torch_api
+
+FORMS = (
+    "an optimizer; a list or tuple of optimizers; ([optimizers], [schedulers]); (optimizer, scheduler); "
+    "{'optimizer': ..., 'lr_scheduler': ...}; a list of such dicts; None"
+)
 
 
 def configure_optimizers(module: LightningModule) -> Configuration:
-    """A module's optimizers and schedulers.
+    """Call a module's ``configure_optimizers``, and check the result against the module.
 
     Args:
         module: The module.
 
-    Returns:
-        What its ``configure_optimizers`` returned.
-
     Raises:
-        MisconfigurationError: It returned what cannot be; automatic optimization got several optimizers, or a
-            scheduler that nobody says how to step.
+        MisconfigurationError: If the result is not valid; or, in automatic optimization, if there are several optimizers,
+            or a scheduler of which it is unknown how to step it.
     """
     name = type(module).__name__
     automatic = module.automatic_optimization
-    if automatic and own(module, "configure_optimizers") is None:
+    if automatic and overridden_method(module, "configure_optimizers") is None:
         raise MisconfigurationError(f"{name} has no configure_optimizers. Define it, and return an optimizer.")
     configuration = parse_configuration(module.configure_optimizers())
     if not automatic:
@@ -46,7 +53,7 @@ def configure_optimizers(module: LightningModule) -> Configuration:
 
 
 def warn_of_idle_schedulers(module: LightningModule, callbacks: list[Any]) -> None:
-    """Warns where no callback steps the schedulers that a module returned."""
+    """Warn if no callback steps the schedulers that a module returned."""
     if any(getattr(callback, "role", None) == "lr_scheduler_stepping" for callback in callbacks):
         return
     warnings.warn(
@@ -56,11 +63,6 @@ def warn_of_idle_schedulers(module: LightningModule, callbacks: list[Any]) -> No
     )
 
 
-def own(module: LightningModule, name: str) -> Callable[..., Any] | None:
-    """A module's method where it is overridden, else None."""
-    return getattr(module, name) if overridden(module, name, LightningModule) else None
-
-
 def _check_steps(module: LightningModule, config: LRSchedulerConfig) -> None:
     if config.reduce_on_plateau and config.monitor is None:
         raise MisconfigurationError(
@@ -68,9 +70,167 @@ def _check_steps(module: LightningModule, config: LRSchedulerConfig) -> None:
             "{'scheduler': ..., 'monitor': 'val_loss'} with the name of a metric that you log."
         )
     if config.takes_no_metric:
-        config.monitor = None  # beside a StepLR it is common in dicts that other code makes, and means nothing
-    if not has_torch_api(config) and own(module, "lr_scheduler_step") is None:
+        config.monitor = None  # common next to a StepLR in dicts that other code makes; it means nothing
+    if not has_torch_api(config) and overridden_method(module, "lr_scheduler_step") is None:
         raise MisconfigurationError(
             f"{type(config.scheduler).__name__}.step does not have torch's form, step() or step(metric). Override "
-            f"`lr_scheduler_step(self, scheduler, metric)` in {type(module).__name__} and call it there as it wants to be."
+            f"`lr_scheduler_step(self, scheduler, metric)` in {type(module).__name__} and call its step there."
         )
+
+
+@dataclass(slots=True)
+class Configuration:
+    """The optimizers and schedulers of a module.
+
+    Attributes:
+        optimizers: The optimizers, in the order given.
+        schedulers: The scheduler configs, in the order given.
+    """
+
+    optimizers: list[LightningOptimizer]
+    schedulers: list[LRSchedulerConfig]
+
+
+def parse_configuration(returned: Any) -> Configuration:
+    """Return the optimizers and schedulers of a result of ``configure_optimizers``.
+
+    Args:
+        returned: The result, in one of the forms of :data:`FORMS`.
+
+    Returns:
+        The optimizers, each in a wrapper, and the scheduler configs. An optimizer that is in a wrapper already keeps it,
+        because a scheduler may be built on the wrapper.
+
+    Raises:
+        MisconfigurationError: If the result has none of these forms, if a key, interval or frequency is unknown, or if a
+            scheduler belongs to an optimizer that was not returned.
+
+    Example:
+        >>> from torch import nn, optim
+        >>> sgd = optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+        >>> configuration = parse_configuration({"optimizer": sgd, "lr_scheduler": optim.lr_scheduler.StepLR(sgd, 1)})
+        >>> configuration.schedulers[0].interval
+        'epoch'
+    """
+    optimizers: list[Any] = []
+    schedulers: list[Any] = []
+    if returned is None:
+        pass
+    elif isinstance(returned, Optimizer):
+        optimizers = [returned]
+    elif isinstance(returned, Mapping):
+        optimizers, schedulers = _from_mapping(returned)
+    elif isinstance(returned, Sequence) and not isinstance(returned, str):
+        optimizers, schedulers = _from_sequence(returned)
+    else:
+        raise _unknown_form(returned)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise MisconfigurationError(
+                f"configure_optimizers returned {optimizer!r} ({type(optimizer).__name__}) where an optimizer is expected. "
+                "Optimizers derive from torch.optim.Optimizer."
+            )
+    wrapped = [each if isinstance(each, LightningOptimizer) else LightningOptimizer(each) for each in optimizers]
+    plain = [wrapper.optimizer for wrapper in wrapped]
+    if len({id(optimizer) for optimizer in plain}) < len(plain):
+        raise MisconfigurationError("configure_optimizers returned one optimizer twice. Return each of them once.")
+    configs = [_scheduler_config(scheduler) for scheduler in schedulers]
+    for config in configs:
+        _check_ownership(config, plain)
+    return Configuration(wrapped, configs)
+
+
+def _from_sequence(returned: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    items = list(returned)
+    if items and all(isinstance(item, Mapping) for item in items):
+        pairs = [_from_mapping(item) for item in items]
+        return [o for optimizers, _ in pairs for o in optimizers], [s for _, schedulers in pairs for s in schedulers]
+    if len(items) == 2 and all(isinstance(item, (list, tuple)) for item in items):
+        return list(items[0]), list(items[1])
+    if len(items) == 2 and isinstance(items[0], (list, tuple)) and _is_scheduler(items[1]):
+        return list(items[0]), [items[1]]
+    if len(items) == 2 and isinstance(items[0], Optimizer) and _is_scheduler(items[1]):
+        return [items[0]], [items[1]]
+    if len(items) == 2 and isinstance(items[0], Optimizer) and isinstance(items[1], (list, tuple)):
+        return [items[0]], list(items[1])
+    if all(isinstance(item, Optimizer) for item in items):
+        return items, []
+    raise _unknown_form(returned)
+
+
+def _from_mapping(returned: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    known = ("optimizer", "lr_scheduler", "monitor")
+    for key in returned:
+        if key not in known:
+            hint = nearest(str(key), known)
+            raise MisconfigurationError(
+                f"configure_optimizers returned a dict with the unknown key {key!r}; it may have {list(known)}. {hint}"
+            )
+    if "optimizer" not in returned:
+        raise MisconfigurationError("configure_optimizers returned a dict without 'optimizer'. Put the optimizer there.")
+    scheduler = returned.get("lr_scheduler")
+    monitor = returned.get("monitor")
+    if scheduler is None:
+        return [returned["optimizer"]], []
+    if isinstance(scheduler, Mapping):
+        config = dict(scheduler)
+        if monitor is not None:
+            config.setdefault("monitor", monitor)
+    elif isinstance(scheduler, (list, tuple)):
+        raise MisconfigurationError(
+            "configure_optimizers returned a dict whose 'lr_scheduler' is a list. Return ([optimizer], [schedulers]) "
+            "for several schedulers of one optimizer."
+        )
+    else:
+        config = {"scheduler": scheduler, "monitor": monitor}
+    return [returned["optimizer"]], [config]
+
+
+def _scheduler_config(item: Any) -> LRSchedulerConfig:
+    if isinstance(item, LRSchedulerConfig):
+        return item
+    options = item if isinstance(item, Mapping) else {"scheduler": item}
+    known = [declared.name for declared in fields(LRSchedulerConfig)]
+    for key in options:
+        if key not in known:
+            hint = nearest(str(key), known)
+            raise MisconfigurationError(f"A scheduler config has the unknown key {key!r}; it may have {known}. {hint}")
+    if "scheduler" not in options:
+        raise MisconfigurationError(
+            f"A scheduler config has the keys {sorted(options)} and no 'scheduler'. Put the scheduler there."
+        )
+    scheduler = options["scheduler"]
+    if not _is_scheduler(scheduler):
+        missing = [name for name in ("step", "state_dict", "load_state_dict") if not callable(getattr(scheduler, name, None))]
+        raise MisconfigurationError(
+            f"configure_optimizers returned {scheduler!r} ({type(scheduler).__name__}) as a scheduler; it lacks {missing}. "
+            "Any object with step, state_dict and load_state_dict will do."
+        )
+    return LRSchedulerConfig(**cast(dict[str, Any], dict(options)))
+
+
+def _is_scheduler(item: Any) -> bool:
+    if isinstance(item, (Optimizer, type)):
+        return False
+    if isinstance(item, Mapping):
+        return "scheduler" in item
+    return all(callable(getattr(item, name, None)) for name in ("step", "state_dict", "load_state_dict"))
+
+
+def _check_ownership(config: LRSchedulerConfig, optimizers: list[Optimizer]) -> None:
+    owner = _unwrapped(config.optimizer)
+    if owner is not None and not any(owner is optimizer for optimizer in optimizers):
+        raise MisconfigurationError(
+            f"{type(config.scheduler).__name__} sets the rates of a {type(owner).__name__} that configure_optimizers did not "
+            "return. Build it on one of the optimizers that are returned."
+        )
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _unknown_form(returned: Any) -> MisconfigurationError:
+    return MisconfigurationError(
+        f"configure_optimizers returned {returned!r} ({type(returned).__name__}). It may return {FORMS}."
+    )

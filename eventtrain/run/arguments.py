@@ -1,31 +1,105 @@
-"""What the trainer is given, checked: the errors come before anything runs."""
+"""The trainer's arguments, checked before anything runs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from eventtrain.checks import check_whole_number
-from eventtrain.data.batches import Limit, check_limit
+from eventtrain.core.state import RunLimits
+from eventtrain.data.limits import Limit, check_limit
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
-from eventtrain.module.module import LightningDataModule, LightningModule
+from eventtrain.module.datamodule import LightningDataModule
+from eventtrain.module.module import LightningModule
+
+
+@dataclass(slots=True)
+class RunArguments:
+    """The arguments of a trainer that shape its runs; see :class:`~eventtrain.Trainer`.
+
+    Raises:
+        MisconfigurationError: If an argument cannot be right.
+    """
+
+    max_epochs: int | None
+    min_epochs: int | None
+    max_steps: int | None
+    min_steps: int | None
+    batch_limits: dict[Stage, Limit]
+    val_check_interval: Limit
+    check_val_every_n_epoch: int | None
+    num_sanity_val_steps: int
+    fast_dev_run: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fast_dev_run, bool):
+            check_whole_number(self.fast_dev_run, "Trainer", "fast_dev_run")
+        self.fast_dev_run = int(self.fast_dev_run)
+        self._check_length()
+        for stage, limit in self.batch_limits.items():
+            check_limit(limit, limit_name(stage))
+        check_interval(self.val_check_interval, self.check_val_every_n_epoch)
+        check_whole_number(self.num_sanity_val_steps, "Trainer", "num_sanity_val_steps", least=-1)
+        if self.fast_dev_run:
+            self.max_epochs, self.max_steps, self.min_epochs, self.min_steps = 1, None, None, None
+            self.batch_limits = dict.fromkeys(self.batch_limits, self.fast_dev_run)
+            self.val_check_interval, self.check_val_every_n_epoch, self.num_sanity_val_steps = None, 1, 0
+
+    def limits(self) -> RunLimits:
+        """Return the limits of a fit whose training loader is not known yet."""
+        return RunLimits(
+            max_epochs=None if self.max_epochs == -1 else self.max_epochs,
+            max_steps=None if self.max_steps == -1 else self.max_steps,
+            min_epochs=self.min_epochs or 0,
+            min_steps=self.min_steps or 0,
+            check_val_every_n_epoch=self.check_val_every_n_epoch,
+        )
+
+    def _check_length(self) -> None:
+        if self.max_epochs is None and self.max_steps in (None, -1) and not self.fast_dev_run:
+            raise MisconfigurationError(
+                "The run has no end: give Trainer(max_epochs=...) or Trainer(max_steps=...); max_epochs=-1 for a run that only "
+                "a callback stops."
+            )
+        for argument, least in (("max_epochs", -1), ("max_steps", -1), ("min_epochs", 0), ("min_steps", 0)):
+            if (value := getattr(self, argument)) is not None:
+                check_whole_number(value, "Trainer", argument, least=least)
 
 
 def limit_name(stage: Stage) -> str:
-    """The argument of :class:`Trainer` that limits a stage."""
+    """Return the argument of the trainer that limits a stage."""
     return f"limit_{'val' if stage == 'validation' else stage}_batches"
 
 
-def val_interval(interval: Limit, batches: int | None, *, across_epochs: bool) -> int | None:
-    """Batches between two validations; None for one at the epoch's end.
+def check_interval(interval: Limit, every_n_epoch: int | None) -> None:
+    """Check ``val_check_interval`` and ``check_val_every_n_epoch``.
+
+    Raises:
+        MisconfigurationError: If there is no such interval.
+    """
+    if every_n_epoch is not None:
+        check_whole_number(every_n_epoch, "Trainer", "check_val_every_n_epoch", least=1)
+    elif not isinstance(interval, int):
+        raise MisconfigurationError(
+            f"check_val_every_n_epoch=None counts the batches of the run, so val_check_interval has to be their number; it is "
+            f"{interval!r}."
+        )
+    check_limit(interval, "val_check_interval")
+    if interval is not None and interval == 0:
+        raise MisconfigurationError("val_check_interval=0: for no validation give limit_val_batches=0.")
+
+
+def validation_interval(interval: Limit, batches: int | None, *, across_epochs: bool) -> int | None:
+    """Return the batches between two validations; None for one at the epoch's end.
 
     Args:
         interval: ``val_check_interval``.
-        batches: Batches per epoch, None where unknown.
+        batches: Batches per epoch; None if unknown.
         across_epochs: The interval counts the run's batches.
 
     Raises:
-        MisconfigurationError: The interval is longer than the epoch, or a fraction of an unknown length.
+        MisconfigurationError: If the interval is longer than the epoch, or a fraction of an unknown length.
     """
     if interval is None or (isinstance(interval, float) and interval == 1.0):
         return None
@@ -44,10 +118,10 @@ def val_interval(interval: Limit, batches: int | None, *, across_epochs: bool) -
 
 
 def check_module(module: Any) -> LightningModule:
-    """Refuses what is no module.
+    """Return a value if it is a module.
 
     Raises:
-        MisconfigurationError: It is not.
+        MisconfigurationError: If it is anything else.
     """
     if isinstance(module, LightningModule):
         return module
@@ -65,10 +139,10 @@ def check_module(module: Any) -> LightningModule:
 
 
 def check_datamodule(datamodule: Any) -> LightningDataModule | None:
-    """Refuses what is no datamodule.
+    """Return a value if it is a datamodule or None.
 
     Raises:
-        MisconfigurationError: It is not.
+        MisconfigurationError: If it is anything else.
     """
     if datamodule is None or isinstance(datamodule, LightningDataModule):
         return datamodule
@@ -76,43 +150,3 @@ def check_datamodule(datamodule: Any) -> LightningDataModule | None:
         f"datamodule is a {type(datamodule).__name__}. It has to derive from eventtrain.LightningDataModule; loaders are given "
         "as train_dataloaders=... and val_dataloaders=...."
     )
-
-
-def check_interval(interval: Limit, every_n_epoch: int | None) -> Limit:
-    """Refuses what is no interval of validations.
-
-    Raises:
-        MisconfigurationError: It is not.
-    """
-    if every_n_epoch is not None:
-        check_whole_number(every_n_epoch, "Trainer", "check_val_every_n_epoch", least=1)
-    elif not isinstance(interval, int):
-        raise MisconfigurationError(
-            f"check_val_every_n_epoch=None counts the batches of the run, so val_check_interval has to be their number; it is "
-            f"{interval!r}."
-        )
-    check_limit(interval, "val_check_interval")
-    if interval is not None and interval == 0:
-        raise MisconfigurationError("val_check_interval=0: for no validation give limit_val_batches=0.")
-    return interval
-
-
-def check_extent(max_epochs: Any, max_steps: Any, min_epochs: Any, min_steps: Any, fast_dev_run: bool) -> None:
-    """Refuses a run without an end, or with an impossible one.
-
-    Raises:
-        MisconfigurationError: It is such.
-    """
-    if max_epochs is None and max_steps in (None, -1) and not fast_dev_run:
-        raise MisconfigurationError(
-            "The run has no end: give Trainer(max_epochs=...) or Trainer(max_steps=...); max_epochs=-1 for a run that only a "
-            "callback stops."
-        )
-    for named, value, least in (
-        ("max_epochs", max_epochs, -1),
-        ("max_steps", max_steps, -1),
-        ("min_epochs", min_epochs, 0),
-        ("min_steps", min_steps, 0),
-    ):
-        if value is not None:
-            check_whole_number(value, "Trainer", named, least=least)

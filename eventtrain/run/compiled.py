@@ -1,8 +1,7 @@
-"""A module's steps as a run calls them: compiled, where the trainer was given ``torch.compile(module)``."""
+"""A module's steps as a run calls them: compiled if the trainer was given ``torch.compile(module)``."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
@@ -10,16 +9,17 @@ from typing import Any, TypeAlias
 
 import torch
 
+from eventtrain._torch import compiled_parts, is_compiled_function, is_compiled_in_place
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.module.module import LightningModule
 
 Model: TypeAlias = LightningModule | Callable[..., Any]
-"""A module, or what ``torch.compile`` made of one, which type checkers know as a callable."""
+"""A module, or the result of ``torch.compile(module)``, which type checkers know as a callable."""
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
-# What a step calls of its trainer. Traced, it would be compiled anew for each name that is logged, and an optimizer's
-# update would become a graph, of other bits than its own.
+# The methods by which a step calls its trainer. If they were traced, a step would be compiled again for each name that is
+# logged, and an optimizer's update would become a graph, whose results differ in some bits.
 MODULE_CALLS = (
     "log", "log_dict", "print", "optimizers", "lr_schedulers", "manual_backward", "clip_gradients",
     "toggle_optimizer", "untoggle_optimizer", "toggled_optimizer",
@@ -27,39 +27,34 @@ MODULE_CALLS = (
 OPTIMIZER_CALLS = ("step", "zero_grad")
 
 
-class Steps:
+class ModuleSteps:
     """The steps of one module.
 
-    A step that is compiled, by this class or by the module itself, is traced up to its calls of the trainer: these run
-    as they do in other modules, between two graphs.
+    A step that is compiled, by this class or by the module, is traced up to its calls of the trainer. These run between
+    two graphs, as they do in other modules.
 
     Args:
-        model: What the trainer was given.
+        model: The model that the user gave to the trainer.
 
     Attributes:
-        module: The module itself, if it is one.
+        module: The module; for the result of ``torch.compile(module)`` the original one.
     """
 
     def __init__(self, model: Any) -> None:
         self.module: Any = model
         self._compile: Callable[..., Any] | None = None
         self._untraced: ExitStack | None = None
-        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
-            return
-        from torch._dynamo import OptimizedModule
-
-        if isinstance(model, OptimizedModule):
-            # What torch.compile made, with its options; called on a function it compiles that.
-            self.module, self._compile = model._orig_mod, model.dynamo_ctx
+        if (parts := compiled_parts(model)) is not None:
+            self.module, self._compile = parts
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        """A step to call, by its name."""
+        """Return a step, ready to be called."""
         step: Callable[..., Any] = getattr(self.module, name)
         return step if self._compile is None else self._compile(step)
 
     @contextmanager
     def calling_the_trainer(self) -> Generator[None, None, None]:
-        """Keeps what compiled steps call of the trainer out of their graphs, for the length of a run."""
+        """Keep the trainer's methods out of the graphs of compiled steps, for one run."""
         if not self._are_compiled():
             yield
             return
@@ -70,31 +65,31 @@ class Steps:
         finally:
             self._untraced = None
 
-    def stepping(self, optimizer: LightningOptimizer) -> None:
-        """Does the same for an optimizer that steps call, as they do in manual optimization."""
+    def keep_out_of_graphs(self, optimizer: LightningOptimizer) -> None:
+        """Keep the methods of an optimizer out of the graphs too, for steps that call it: those of manual optimization."""
         if self._untraced is not None:
             self._untraced.enter_context(untraced(optimizer, OPTIMIZER_CALLS))
 
     def _are_compiled(self) -> bool:
-        if self._compile is not None or self.module._compiled_call_impl is not None:
+        if self._compile is not None or is_compiled_in_place(self.module):
             return True
-        return any(hasattr(getattr(self.module, name), "_torchdynamo_orig_callable") for name in STEPS)
+        return any(is_compiled_function(getattr(self.module, name)) for name in STEPS)
 
 
 @contextmanager
 def untraced(owner: Any, calls: tuple[str, ...]) -> Generator[None, None, None]:
-    """Keeps calls of an object's methods, and all that they call, out of graphs inside of a ``with`` block.
+    """Keep an object's methods, and everything that they call, out of graphs during a ``with`` block.
 
     Args:
         owner: The object.
         calls: The methods' names.
     """
-    # On the object and not on its class: a call of what `disable` returns costs a microsecond.
+    # On the object and not on its class, because a call of a disabled function costs a microsecond.
     attributes = owner.__dict__
     before = {name: attributes[name] for name in calls if name in attributes}
     for name in calls:
         method = getattr(owner, name)
-        if isinstance(method, MethodType):  # anything else is a stand-in that somebody put there
+        if isinstance(method, MethodType):  # anything else is a replacement that the user assigned
             disabled = torch.compiler.disable(method.__func__)  # type: ignore[no-untyped-call]
             attributes[name] = MethodType(disabled, owner)
     try:

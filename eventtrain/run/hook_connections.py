@@ -1,4 +1,4 @@
-"""Connects the hooks that a module overrides, each with Lightning's arguments where Lightning has it."""
+"""Connect the hooks that a module overrides, with Lightning's arguments if Lightning has the hook."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 from eventtrain.core.signals import Signals
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.events import EVENTS, Event, TrainBatchStart, TrainEpochStart, module_hook
+from eventtrain.module.datamodule import LightningDataModule
 from eventtrain.module.hooks import MODULE_ONLY_HOOKS
-from eventtrain.module.module import LightningDataModule, LightningModule, overridden
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import overridden
 
 HOOKS = {module_hook(event_type): name for name, event_type in EVENTS.items()}
 """The signal's name by the module hook's name."""
@@ -20,11 +22,11 @@ class ConnectedHooks:
     """The connections of one module (and its datamodule) to a trainer's signals.
 
     Args:
-        module: The module whose hooks are to be connected, or a datamodule.
+        module: The module, or datamodule, whose hooks are connected.
         signals: The trainer's signals.
 
     Raises:
-        MisconfigurationError: A hook's name is nearly that of an event, or it takes other arguments.
+        MisconfigurationError: If a method is named almost like a hook, or if a hook takes other arguments.
     """
 
     def __init__(self, module: LightningModule | LightningDataModule, signals: Signals) -> None:
@@ -38,17 +40,17 @@ class ConnectedHooks:
                 self._connected.append((signal_name, listener))
 
     def disconnect(self) -> None:
-        """Undoes the connections."""
+        """Remove the connections."""
         for signal_name, listener in self._connected:
             self._signals[signal_name].disconnect(listener)
         self._connected.clear()
 
 
 def check_names(module: Any) -> None:
-    """Refuses methods whose names are nearly those of hooks; a module's other ``on_...`` are its own.
+    """Check that no method of a module is named almost like a hook; other names with ``on_`` are allowed.
 
     Raises:
-        MisconfigurationError: There is one.
+        MisconfigurationError: If a method is.
     """
     known = [*HOOKS, *MODULE_ONLY_HOOKS]
     library = {attribute for base in (LightningModule, LightningDataModule) for attribute in dir(base)}
@@ -64,18 +66,15 @@ def check_names(module: Any) -> None:
 
 
 def adapted(module: Any, hook_name: str, event_type: type[Event]) -> Callable[..., None]:
-    """A listener that calls a module's hook with the arguments of its Lightning signature.
+    """Return a listener that calls a module's hook with the arguments of its Lightning signature.
 
     Args:
         module: The module.
         hook_name: The hook's name.
         event_type: The event that it listens to.
 
-    Returns:
-        The listener.
-
     Raises:
-        MisconfigurationError: The hook needs more arguments than the event gives.
+        MisconfigurationError: If the hook needs more arguments than the event gives.
     """
     hook = getattr(module, hook_name)
     described = f"{type(module).__name__}.{hook_name}"
@@ -91,7 +90,19 @@ def adapted(module: Any, hook_name: str, event_type: type[Event]) -> Callable[..
         raise MisconfigurationError(
             f"{described}{inspect.signature(hook)} does not fit. Write `def {hook_name}({expected}):`."
         ) from None
+    listener = _listener(hook, event_type, fields)
+    listener.described = described  # type: ignore[attr-defined]
+    return listener
 
+
+def _listener(hook: Callable[..., Any], event_type: type[Event], fields: tuple[str, ...] | None) -> Callable[..., None]:
+    """Return a listener that calls a hook with the event, or with fields of it.
+
+    Args:
+        hook: The hook.
+        event_type: The event.
+        fields: The fields; None for the event itself.
+    """
     if fields is None:
 
         def listener(trainer: Any, event: Any) -> None:
@@ -100,7 +111,7 @@ def adapted(module: Any, hook_name: str, event_type: type[Event]) -> Callable[..
     elif event_type is TrainEpochStart:
 
         def listener(trainer: Any, event: Any) -> None:
-            if not event.batches_done:  # an epoch that goes on had its hook when it began
+            if not event.batches_done:  # the hook of a resumed epoch was called when the epoch began
                 hook()
 
     elif event_type is TrainBatchStart:
@@ -119,12 +130,11 @@ def adapted(module: Any, hook_name: str, event_type: type[Event]) -> Callable[..
         def listener(trainer: Any, event: Any) -> None:
             hook(*[getattr(event, field) for field in fields])
 
-    listener.described = described  # type: ignore[attr-defined]
     return listener
 
 
 def _positional(hook: Callable[..., Any], most: int) -> int:
-    """How many positional arguments a hook takes, ``most`` at the most."""
+    """Return how many positional arguments a hook takes, at most ``most``."""
     count = 0
     for parameter in inspect.signature(hook).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:

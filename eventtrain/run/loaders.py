@@ -1,4 +1,4 @@
-"""Where a run's batches come from: the loaders of each stage, and what moves a batch to the device."""
+"""The loaders of one run, stage by stage, and the passes over them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 import torch
 
 from eventtrain.core.signals import SignalTable
-from eventtrain.data.batches import Batches, Limit, as_loaders, known_length, limited_length, move_to_device
-from eventtrain.data.resumable import Source, generator_states, is_stateful, set_epoch, set_generator_states
+from eventtrain.data.batches import LoaderPass
+from eventtrain.data.device import move_to_device
+from eventtrain.data.generators import generator_states, set_generator_states
+from eventtrain.data.limits import Limit, as_loaders, known_length, limited_length
+from eventtrain.data.resumable import ResumableLoader, is_stateful, set_epoch
 from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import PrepareLoader, Stage
-from eventtrain.module.module import DataHooks, LightningDataModule, LightningModule, overridden
+from eventtrain.module.datamodule import DataHooks, LightningDataModule
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import overridden
 from eventtrain.run.arguments import limit_name
 
 LOADER_HOOKS: dict[Stage, str] = {
@@ -25,80 +30,81 @@ LOADER_HOOKS: dict[Stage, str] = {
 }
 
 
-KEPT_STAGES: tuple[Stage, ...] = ("train", "validation")  # whose loaders a run inside of fit reads
+FIT_STAGES: tuple[Stage, ...] = ("train", "validation")
+"""The stages whose loaders a fit reads."""
 
 
-class DataSources:
-    """The data of one run.
+class RunLoaders:
+    """The loaders of one run, by stage, and the transfer of their batches to the device.
 
     Args:
-        given: The loaders that the call was given, by stage.
-        module: The module, whose loaders and transfer hooks are used where the datamodule has none.
-        datamodule: The datamodule, None where there is none.
-        limits: How many batches of each stage are used.
-        signals: Where fetching is published.
-        device: Where batches go.
+        dataloaders: The loaders that the call was given, by stage.
+        module: The module, whose loaders and transfer hooks are used if the datamodule has none.
+        datamodule: The datamodule; None if there is none.
+        batch_limits: How many batches of each stage are used.
+        signals: The signals on which fetching is published.
+        device: The device of the batches.
         processes: The processes that share the data.
 
     Attributes:
-        seed: What loaders' workers are seeded from, besides stage, pass and batch.
+        seed: The number that loaders' workers are seeded from, together with stage, pass and batch.
     """
 
     def __init__(
         self,
-        given: dict[Stage, Any],
+        dataloaders: dict[Stage, Any],
         module: LightningModule,
         datamodule: LightningDataModule | None,
-        limits: dict[Stage, Limit],
+        batch_limits: dict[Stage, Limit],
         signals: SignalTable,
         device: torch.device,
         processes: Processes,
     ) -> None:
         self._module = module
         self._datamodule = datamodule
-        self._limits = limits
+        self._limits = batch_limits
         self._signals = signals
         self._device = device
         self._processes = processes
         self.seed = torch.initial_seed()
-        self._sources: dict[tuple[Stage, int], Source] = {}
-        self._passes: dict[str, int] = {}  # that the run has begun before, in another process for example
-        self._given = {stage: loader for stage, loader in given.items() if loader is not None}
+        self._opened: dict[tuple[Stage, int], ResumableLoader] = {}
+        self._passes: dict[str, int] = {}  # begun by the run before, in another process for example
+        self._dataloaders = {stage: loader for stage, loader in dataloaders.items() if loader is not None}
         self._loaders: dict[Stage, Any] = {}
 
     def loader(self, stage: Stage) -> Any:
-        """A stage's loader or loaders: those given to the call, else the datamodule's, else the module's; made
-        once a run. None where there is none."""
+        """Return a stage's loader or loaders: those of the call, else the datamodule's, else the module's; None if there is
+        none. They are made once a run."""
         if stage not in self._loaders:
-            given = self._given.get(stage)
-            if given is None:
+            loader = self._dataloaders.get(stage)
+            if loader is None:
                 hook = LOADER_HOOKS[stage]
-                given = getattr(self._owner(hook, LightningModule, LightningDataModule, DataHooks), hook)()
-            self._loaders[stage] = self._prepared(stage, given)
+                loader = getattr(self._owner(hook, LightningModule, LightningDataModule, DataHooks), hook)()
+            self._loaders[stage] = self._prepared(stage, loader)
         return self._loaders[stage]
 
-    def _prepared(self, stage: Stage, given: Any) -> Any:
-        """What listeners make of a stage's loader or loaders."""
-        if given is None or not self._signals.prepare_loader.listeners:
-            return given
-        loaders = [given] if stage == "train" else as_loaders(given)
+    def _prepared(self, stage: Stage, loader_or_loaders: Any) -> Any:
+        """Let listeners replace a stage's loader or loaders."""
+        if loader_or_loaders is None or not self._signals.prepare_loader.listeners:
+            return loader_or_loaders
+        loaders = [loader_or_loaders] if stage == "train" else as_loaders(loader_or_loaders)
         prepared = []
         for index, loader in enumerate(loaders):
             event = PrepareLoader(stage, index, loader)
             self._signals.prepare_loader.publish(event)
             prepared.append(event.loader)
-        return prepared[0] if len(loaders) == 1 and loaders[0] is given else prepared
+        return prepared[0] if len(loaders) == 1 and loaders[0] is loader_or_loaders else prepared
 
     def length(self, stage: Stage, loader: Any) -> int | None:
-        """How many batches of a loader are used; None for all of one whose length is unknown.
+        """Return how many batches of a loader are used; None for all of a loader without a length.
 
         Raises:
-            MisconfigurationError: The stage's limit does not fit the loader.
+            MisconfigurationError: If the stage's limit does not fit the loader.
         """
         length = limited_length(known_length(loader), self._limits[stage], limit_name(stage))
         if stage != "train" or length is None or self._processes.world_size == 1:
             return length
-        return min(self._processes.gather_for_all(length))  # no process trains on while others have nothing left
+        return min(self._processes.gather_for_all(length))  # no process trains on after others have nothing left
 
     def open(
         self,
@@ -109,30 +115,30 @@ class DataSources:
         position: Mapping[str, Any] | None = None,
         *,
         dataloader_idx: int = 0,
-    ) -> Batches:
-        """Begins a pass over a loader.
+    ) -> LoaderPass:
+        """Begin a pass over a loader.
 
         Args:
             stage: The stage.
             loader: The loader.
             limit: Batches at most; None for all.
             number: The pass's number, for the seeds of the loader's workers.
-            position: Where it goes on, see :meth:`Batches.position`; None for its beginning.
+            position: The position that it continues from, see :meth:`LoaderPass.position`; None for its beginning.
             dataloader_idx: The loader's index among those of the stage.
         """
         if stage == "train":
             set_epoch(loader, number)
-        source = self._sources.get((stage, dataloader_idx))
-        if source is None:
+        resumable = self._opened.get((stage, dataloader_idx))
+        if resumable is None:
             passes = self._passes.get(f"{stage}/{dataloader_idx}", 0)
             rank = self._processes.global_rank
             key = (self.seed, stage, dataloader_idx, *([rank] if rank else []))  # each process draws its own
-            source = self._sources[stage, dataloader_idx] = Source(loader, key, passes)
+            resumable = self._opened[stage, dataloader_idx] = ResumableLoader(loader, key, passes)
         agree = self._processes.any if stage == "train" and self._processes.world_size > 1 else None
-        return Batches(source, number, limit, stage, self._signals, self._transfer(dataloader_idx), position, agree)
+        return LoaderPass(resumable, number, limit, stage, self._signals, self._transfer(dataloader_idx), position, agree)
 
-    def passes(self, stage: Stage, *, most: int | None = None, number: int = 0) -> list[Callable[[], Batches]]:
-        """What begins a pass over each loader of an evaluation.
+    def passes(self, stage: Stage, *, most: int | None = None, number: int = 0) -> list[Callable[[], LoaderPass]]:
+        """Return for each loader of an evaluation a function that begins a pass over it.
 
         Args:
             stage: The stage.
@@ -149,50 +155,50 @@ class DataSources:
         pairs = zip(loaders, limits, strict=True)
         return [partial(self.open, stage, *pair, number, dataloader_idx=index) for index, pair in enumerate(pairs)]
 
-    def state_dict(self, inside_epoch: bool) -> dict[str, Any]:
-        """What a checkpoint keeps of the loaders, beside the position in the training epoch at hand.
+    def state_dict(self, in_epoch: bool) -> dict[str, Any]:
+        """Return the loaders' state for a checkpoint, beside the position in the current training epoch.
 
         Args:
-            inside_epoch: Whether there is one.
+            in_epoch: Whether there is such an epoch.
         """
         passes = self._passes_begun()
         train = self.loader("train")
-        between = is_stateful(train) and not inside_epoch and passes.get("train/0", 0) > 0
-        if inside_epoch:
+        between = is_stateful(train) and not in_epoch and passes.get("train/0", 0) > 0
+        if in_epoch:
             passes["train/0"] -= 1  # it is begun again
         return {
             "seed": self.seed,
             "passes": passes,
             "loader": train.state_dict() if between else None,
-            "generators": {stage: [generator_states(loader) for loader in self._all(stage)] for stage in KEPT_STAGES},
+            "generators": {stage: [generator_states(loader) for loader in self._all(stage)] for stage in FIT_STAGES},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave, but for the generators, which the run puts back when it goes on."""
+        """Load the state that :meth:`state_dict` returned, but for the generators, which the run restores when it continues."""
         self.seed, self._passes = state["seed"], state["passes"]
         if state["loader"] is not None and is_stateful(train := self.loader("train")):
             train.load_state_dict(state["loader"])
             iter(train)  # the pass that the state belongs to, which is over: the next begins anew
 
-    def put_generators_back(self, state: Mapping[str, Any]) -> None:
-        """Puts the loaders' generators into the states that :meth:`state_dict` kept."""
-        for stage in KEPT_STAGES:
-            for loader, kept in zip(self._all(stage), state["generators"][stage], strict=False):
-                set_generator_states(loader, kept)
+    def restore_generators(self, state: Mapping[str, Any]) -> None:
+        """Put the loaders' generators into the states of :meth:`state_dict`."""
+        for stage in FIT_STAGES:
+            for loader, states in zip(self._all(stage), state["generators"][stage], strict=False):
+                set_generator_states(loader, states)
 
     def release(self) -> None:
-        """Lets the loaders' workers go."""
+        """Let the loaders' workers go."""
         self._passes = self._passes_begun()
-        self._sources.clear()
+        self._opened.clear()
 
     def _passes_begun(self) -> dict[str, int]:
-        return self._passes | {f"{stage}/{index}": source.passes for (stage, index), source in self._sources.items()}
+        return self._passes | {f"{stage}/{index}": resumable.passes for (stage, index), resumable in self._opened.items()}
 
     def _all(self, stage: Stage) -> list[Any]:
         return [self.loader(stage)] if stage == "train" else as_loaders(self.loader(stage))
 
     def lengths(self, stage: Stage, *, most: int | None = None) -> list[int | None]:
-        """How many batches of each loader of an evaluation are used; None for all of one of unknown length."""
+        """Return how many batches of each loader of an evaluation are used; None for all of a loader without a length."""
         known = [self.length(stage, loader) for loader in as_loaders(self.loader(stage))]
         return known if most is None else [most if length is None else min(most, length) for length in known]
 
@@ -204,7 +210,7 @@ class DataSources:
         return lambda batch: after(move(before(batch, dataloader_idx), self._device, dataloader_idx), dataloader_idx)
 
     def _owner(self, hook: str, *bases: type) -> LightningModule | LightningDataModule:
-        """The datamodule where it overrides a hook, else the module."""
+        """Return the datamodule if it overrides a hook, else the module."""
         if self._datamodule is not None and overridden(self._datamodule, hook, *bases):
             return self._datamodule
         return self._module

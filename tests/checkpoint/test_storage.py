@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from eventtrain import MisconfigurationError
-from eventtrain.callbacks.checkpointing.staging import Snapshot
+from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.checkpoint import storage
 from tests.resuming import assert_same
 
@@ -83,7 +83,7 @@ def test_the_versions_in_a_state_dict_are_kept(tmp_path: Path) -> None:
     layer = torch.nn.BatchNorm1d(2)
     state = layer.state_dict()
     assert state._metadata[""]["version"] == 2  # type: ignore[attr-defined]
-    for content in ({"state_dict": state}, Snapshot().copy({"state_dict": state})):
+    for content in ({"state_dict": state}, Staging().copy({"state_dict": state})):
         storage.write(content, tmp_path / "a.ckpt")
         assert storage.read(tmp_path / "a.ckpt")["state_dict"]._metadata == state._metadata  # type: ignore[attr-defined]
 
@@ -237,7 +237,7 @@ def test_a_snapshot_does_not_change_with_its_source() -> None:
         "conjugate": torch.tensor([1 + 2j]).conj(),
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
-    snapshot = Snapshot()
+    snapshot = Staging()
     copied = snapshot.copy(content)
     for name, value in content.items():
         if name not in ("sparse", "parameter"):
@@ -257,7 +257,7 @@ def test_a_snapshot_does_not_change_with_its_source() -> None:
 
 
 def test_a_snapshot_uses_its_memory_again() -> None:
-    snapshot = Snapshot()
+    snapshot = Staging()
     weight = torch.ones(1000)
     first = snapshot.copy({"w": weight})["w"].data_ptr()
     weight.fill_(2)

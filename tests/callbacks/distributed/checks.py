@@ -1,6 +1,6 @@
-"""Runs in each of several processes: trains in many ways, and saves what came out for the test to compare.
+"""Train in many ways, in each of several processes, and save the results, which the tests compare.
 
-``torchrun --nproc-per-node 2 tests/callbacks/distributed/checks.py FOLDER [NAME ...]``
+``PYTHONPATH=. torchrun --nproc-per-node 2 tests/callbacks/distributed/checks.py FOLDER [NAME ...]``
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parts import SEED, TIMEOUT, Counting, Model, data, loader, resumable, state, trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as Wrapper
@@ -25,6 +24,7 @@ from torchmetrics import MeanMetric
 from eventtrain import LightningModule, MisconfigurationError
 from eventtrain.callbacks import (
     EarlyStopping,
+    ExponentialMovingAverage,
     GradientAccumulation,
     GradientClipping,
     LearningRateMonitor,
@@ -32,6 +32,19 @@ from eventtrain.callbacks import (
     Preemption,
 )
 from eventtrain.callbacks.distributed.distributed_data_parallel import DistributedDataParallel
+from tests.callbacks.distributed.parts import (
+    SEED,
+    TIMEOUT,
+    Counting,
+    Model,
+    Weighted,
+    data,
+    loader,
+    new_trainer,
+    resumable,
+    state,
+    weighted_batches,
+)
 
 CHECKS: dict[str, Callable[[Path], Any]] = {}
 
@@ -45,16 +58,16 @@ def check(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
 def automatic(folder: Path) -> Any:
     rates = []
     counting, module = Counting(), Model()
-    run = trainer(counting, GradientAccumulation(3), GradientClipping(0.5), LearningRateMonitor(), max_epochs=3)
-    run.signals.metrics_logged.connect(lambda trainer, event: rates.append(dict(event.metrics)), weak=False)
-    run.fit(module, loader(samples=19))
-    ours = state(module, run.optimizers), [each["lr-AdamW"] for each in rates if "lr-AdamW" in each]
+    trainer = new_trainer(counting, GradientAccumulation(3), GradientClipping(0.5), LearningRateMonitor(), max_epochs=3)
+    trainer.signals.metrics_logged.connect(lambda trainer, event: rates.append(dict(event.metrics)), weak=False)
+    trainer.fit(module, loader(samples=19))
+    ours = state(module, trainer.optimizers), [each["lr-AdamW"] for each in rates if "lr-AdamW" in each]
 
     torch.manual_seed(SEED)
     module = Model()
     torch.manual_seed(SEED)
     wrapper = Wrapper(module.net)
-    sampler = DistributedSampler(data(19), shuffle=True, seed=SEED)
+    sampler: DistributedSampler[Any] = DistributedSampler(data(19), shuffle=True, seed=SEED)
     batches = DataLoader(data(19), 2, sampler=sampler)
     (optimizer,), (config,) = module.configure_optimizers()
     lrs = []
@@ -66,10 +79,11 @@ def automatic(folder: Path) -> Any:
             loss = F.mse_loss(wrapper(x), y)
             if opens:
                 optimizer.zero_grad()
-            (loss / 3).backward()
+            torch.autograd.backward(loss / 3)
             if closes:
                 if index % 3 != 2:
                     for parameter in module.parameters():
+                        assert parameter.grad is not None
                         parameter.grad.mul_(3 / (index % 3 + 1))
                 torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
                 lrs.append(optimizer.param_groups[0]["lr"])
@@ -80,51 +94,27 @@ def automatic(folder: Path) -> Any:
         "ours": ours,
         "by hand": by_hand,
         "all-reduces": counting.reduced,
-        "updates": run.global_step,
-        "estimated": run.estimated_stepping_batches,
+        "updates": trainer.global_step,
+        "estimated": trainer.estimated_stepping_batches,
         "batches": len(batches),
     }
-
-
-class Weighted(LightningModule):
-    """The mean loss of each batch counts by the batch's weight, which is its third part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(SEED)
-        self.net = nn.Linear(3, 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y, weight = batch
-        return {"loss": F.mse_loss(self.net(x), y), "weight": weight}
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def weighted_batches() -> list[Any]:
-    """Sixteen batches of one to five samples, of which each weighs as much as the batch has samples."""
-    xs, ys = data(100).tensors
-    sizes = [1 + (5 * index) % 7 for index in range(16)]
-    starts = [sum(sizes[:index]) for index in range(16)]
-    return [(xs[at : at + size], ys[at : at + size], float(size)) for at, size in zip(starts, sizes, strict=True)]
 
 
 @check
 def weighted(folder: Path) -> Any:
     module = Weighted()
     processes = DistributedDataParallel(shares_data=False, timeout=TIMEOUT)
-    run = trainer(processes, GradientAccumulation(3), max_epochs=1)
-    run.fit(module, weighted_batches()[dist.get_rank() :: 2])
+    trainer = new_trainer(processes, GradientAccumulation(3), max_epochs=1)
+    trainer.fit(module, weighted_batches()[dist.get_rank() :: 2])
     return state(module)["module"]
 
 
 class Gan(LightningModule):
-    """Two optimizers. One part takes part on the last rank alone, one nowhere."""
+    """A module with two optimizers. One layer is only used on the last rank, and one on no rank."""
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(SEED + dist.get_rank())  # all are to begin with rank zero's
+        torch.manual_seed(SEED + dist.get_rank())  # all processes have to begin with rank zero's
         self.generator, self.critic = nn.Linear(3, 3), nn.Linear(3, 1)
         self.sometimes, self.never = nn.Linear(3, 3), nn.Linear(3, 3)
         self.automatic_optimization = False
@@ -145,8 +135,8 @@ class Gan(LightningModule):
         self.untoggle_optimizer(for_generator)
 
     def fake(self, real: Tensor) -> Tensor:
-        made = self.generator(torch.randn(len(real), 3))
-        return made + self.sometimes(made) if dist.get_rank() else made
+        fake: Tensor = self.generator(torch.randn(len(real), 3))
+        return fake + self.sometimes(fake) if dist.get_rank() else fake
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return F.softplus(self.critic(fake.detach()) - self.critic(real).mean()).mean()
@@ -162,15 +152,15 @@ class Gan(LightningModule):
 @check
 def manual(folder: Path) -> Any:
     module = Gan()
-    run = trainer()
-    run.fit(module, loader())
-    ours = state(module, run.optimizers)
+    trainer = new_trainer()
+    trainer.fit(module, loader())
+    ours = state(module, trainer.optimizers)
 
     module = Gan()
     torch.manual_seed(SEED)
     for parameter in module.parameters():
         dist.broadcast(parameter.detach(), 0)
-    sampler = DistributedSampler(data(), shuffle=True, seed=SEED)
+    sampler: DistributedSampler[Any] = DistributedSampler(data(), shuffle=True, seed=SEED)
     batches = DataLoader(data(), 2, sampler=sampler)
     for_generator, for_critic = optimizers = module.configure_optimizers()
 
@@ -185,11 +175,11 @@ def manual(folder: Path) -> Any:
         sampler.set_epoch(epoch)
         for real, _ in batches:
             for_critic.zero_grad()
-            module.critic_loss(real, module.fake(real)).backward()
+            torch.autograd.backward(module.critic_loss(real, module.fake(real)))
             average(module.critic.parameters())
             for_critic.step()
             for_generator.zero_grad()
-            module.generator_loss(module.fake(real)).backward()
+            torch.autograd.backward(module.generator_loss(module.fake(real)))
             average([*module.generator.parameters(), *module.sometimes.parameters()])
             torch.nn.utils.clip_grad_norm_([*module.generator.parameters(), *module.sometimes.parameters()], 0.1)
             for_generator.step()
@@ -197,7 +187,7 @@ def manual(folder: Path) -> Any:
 
 
 class Logging(LightningModule):
-    """Logs what differs between ranks: of three batches with values 0, 1, 2 on rank zero and 10, 11, 12 on the other."""
+    """A module that logs another value on each rank: for three batches 0, 1, 2 on rank zero and 10, 11, 12 on rank one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +204,7 @@ class Logging(LightningModule):
         return self.weight * 1.0
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        # Gets better on rank zero, and worse on average.
+        # It gets better on rank zero, but worse on average.
         self.log("val", self.current_epoch * (-1.0 if self.global_rank == 0 else 3.0))
 
     def configure_optimizers(self) -> Any:
@@ -226,11 +216,11 @@ class Logging(LightningModule):
 @check
 def logged(folder: Path) -> Any:
     module, stopping = Logging(), EarlyStopping("val", patience=3)
-    run = trainer(stopping, max_epochs=20)
+    trainer = new_trainer(stopping, max_epochs=20)
     values: list[Any] = []
-    run.signals.metrics_logged.connect(lambda trainer, event: values.append(plain(event.metrics)), weak=False)
-    run.fit(module, loader(12), loader(12, shuffle=False))
-    return {"values": values, "epochs": run.current_epoch, "lr": run.optimizers[0].param_groups[0]["lr"]}
+    trainer.signals.metrics_logged.connect(lambda trainer, event: values.append(plain(event.metrics)), weak=False)
+    trainer.fit(module, loader(12), loader(12, shuffle=False))
+    return {"values": values, "epochs": trainer.current_epoch, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
 
 
 def plain(values: Any) -> dict[str, float]:
@@ -238,7 +228,7 @@ def plain(values: Any) -> dict[str, float]:
 
 
 class Evaluated(Model):
-    """Keeps what it is evaluated on."""
+    """A module that remembers the samples that it is evaluated on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,13 +236,13 @@ class Evaluated(Model):
         self.metric = MeanMetric()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        x = batch[0].reshape(-1, 3)  # a sample alone where the loader makes no batches
+        x = batch[0].reshape(-1, 3)  # a single sample if the loader makes no batches
         self.seen += x[:, 0].tolist()
         self.log("samples", float(len(x)), reduce_fx="sum")
         self.log("mean", x[:, 0].mean())
         self.metric(x[:, 0])
         self.log("metric", self.metric)
-        self.log("statistics", self.net[1].running_mean.mean())
+        self.log("statistics", self.net[1].get_buffer("running_mean").mean())
 
     test_step = validation_step
 
@@ -263,42 +253,72 @@ class Evaluated(Model):
 @check
 def evaluation(folder: Path) -> Any:
     module = Evaluated()
-    run = trainer(max_epochs=1)
+    trainer = new_trainer(max_epochs=1)
     statistics: list[Any] = []
-    run.signals.validation_start.connect(lambda trainer, event: statistics.append(state(module.net[1])["module"]), weak=False)
-    run.fit(module, loader(), loader(7, shuffle=False))  # batches of 2, 2 on rank zero and of 2, 1 on the other
-    within_fit, seen = plain(run.callback_metrics), module.seen
+
+    def copy_statistics(trainer: Any, event: Any) -> None:
+        statistics.append(state(module.net[1])["module"])
+
+    trainer.signals.validation_epoch_start.connect(copy_statistics)
+    trainer.fit(module, loader(), loader(7, shuffle=False))  # batches of 2, 2 on rank zero and of 2, 1 on the other
+    within_fit, seen = plain(trainer.callback_metrics), module.seen
     module.seen = []
-    (validated,) = run.validate(module, loader(9))  # three batches on rank zero, two on the other
-    (tested,) = run.test(module, loader(5, batch_size=None))
-    predicted = run.predict(module, loader(9))
+    (validated,) = trainer.validate(module, loader(9))  # three batches on rank zero, two on the other
+    (tested,) = trainer.test(module, loader(5, batch_size=None))
+    predicted = trainer.predict(module, loader(9))
     return {
         "within fit": within_fit, "seen": seen, "statistics": statistics, "validated": validated, "tested": tested,
         "seen later": module.seen, "predicted": torch.cat(predicted).tolist(),
     }  # fmt: skip
 
 
+class Averaged(Model):
+    """A module that logs its loss and statistics in evaluation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.mse_loss(self.net(batch[0]), batch[1]))
+        self.log("statistics", self.net[1].get_buffer("running_mean").mean())
+
+    test_step = validation_step
+
+
+@check
+def averaged(folder: Path) -> Any:
+    """Evaluate the averages of weights and statistics, with the callback attached before and after the one that averages."""
+    results = []
+    for comes_first in (True, False):
+        averages, processes = ExponentialMovingAverage(0.9), DistributedDataParallel(timeout=TIMEOUT)
+        module = Averaged()
+        trainer = new_trainer(*([processes, averages] if comes_first else [averages, processes]))
+        trainer.fit(module, loader(), loader(8, shuffle=False))
+        within_fit = plain(trainer.callback_metrics)
+        statistics = averages.averages["net.1.running_mean"].mean()
+        results.append([within_fit, *trainer.test(module, loader(8, shuffle=False)), float(statistics)])
+    return results
+
+
 @check
 def resumed(folder: Path) -> Any:
-    rank, kept = dist.get_rank(), []
+    rank = dist.get_rank()
+    paths: list[Path] = []
 
-    def keep(trainer: Any, event: Any) -> None:
-        kept.append(folder / f"resume-{len(kept)}-rank-{rank}.ckpt")
-        trainer.save_checkpoint(kept[-1])
+    def save(trainer: Any, event: Any) -> None:
+        paths.append(folder / f"resume-{len(paths)}-rank-{rank}.ckpt")
+        trainer.save_checkpoint(paths[-1])
 
     module = Model()
-    run, batches = resumable()
-    run.signals.safe_point.connect(keep)
-    torch.rand(rank)  # from here on each rank draws its own
-    run.fit(module, batches)
-    undisturbed, results = state(module, run.optimizers), []
-    for path in kept:
+    trainer, batches = resumable()
+    trainer.signals.safe_point.connect(save)
+    torch.rand(rank)  # from here on each rank draws other numbers
+    trainer.fit(module, batches)
+    undisturbed, results = state(module, trainer.optimizers), []
+    for path in paths:
         module = Model()
-        run, batches = resumable()
+        trainer, batches = resumable()
         torch.manual_seed(99 + rank)
-        run.fit(module, batches, ckpt_path=path)
-        results.append(state(module, run.optimizers))
-    return {"undisturbed": undisturbed, "resumed": results, "written": [path.exists() for path in kept]}
+        trainer.fit(module, batches, ckpt_path=path)
+        results.append(state(module, trainer.optimizers))
+    return {"undisturbed": undisturbed, "resumed": results, "written": [path.exists() for path in paths]}
 
 
 @check
@@ -308,17 +328,16 @@ def overflow(folder: Path) -> Any:
             factor = 1e5 if batch_idx == 1 and self.global_rank == 1 else 1.0
             return self.net(batch[0]).pow(2).mean() * factor
 
-    module = Overflowing()
+    module, scaler = Overflowing(), torch.amp.GradScaler("cpu", init_scale=1024.0)
     skipped: list[str] = []
-    run = trainer(MixedPrecision("fp16", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0)), max_epochs=1)
-    run.signals.optimizer_step_skipped.connect(lambda trainer, event: skipped.append(event.reason), weak=False)
-    run.fit(module, loader(12))
-    scale = run.callback(MixedPrecision).scaler.get_scale()
-    return {"state": state(module)["module"], "skipped": skipped, "scale": scale, "updates": run.global_step}
+    trainer = new_trainer(MixedPrecision("fp16", scaler=scaler), max_epochs=1)
+    trainer.signals.optimizer_step_skipped.connect(lambda trainer, event: skipped.append(event.reason), weak=False)
+    trainer.fit(module, loader(12))
+    return {"state": state(module)["module"], "skipped": skipped, "scale": scaler.get_scale(), "updates": trainer.global_step}
 
 
 class Endless:
-    """Batches of a loader without a length."""
+    """A loader without a length."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
@@ -333,30 +352,30 @@ def unequal(folder: Path) -> Any:
     for kind in (list, Endless):
         module = Weighted()
         counting = Counting(shares_data=False)
-        run = trainer(counting, GradientAccumulation(2))
-        run.fit(module, kind(weighted_batches()[: 5 + 2 * dist.get_rank()]))
-        results.append({"state": state(module)["module"], "updates": run.global_step, "all-reduces": counting.reduced})
+        trainer = new_trainer(counting, GradientAccumulation(2))
+        trainer.fit(module, kind(weighted_batches()[: 5 + 2 * dist.get_rank()]))
+        results.append({"state": state(module)["module"], "updates": trainer.global_step, "all-reduces": counting.reduced})
     return results
 
 
 @check
 def skipped(folder: Path) -> Any:
-    """The batch that closes the window is skipped: by rank one alone, so by all."""
+    """Skip the batch that closes the window: only rank one asks for it, and both skip."""
     module = Weighted()
-    run = trainer(DistributedDataParallel(shares_data=False, timeout=TIMEOUT), GradientAccumulation(2), max_epochs=1)
+    trainer = new_trainer(DistributedDataParallel(shares_data=False, timeout=TIMEOUT), GradientAccumulation(2), max_epochs=1)
 
     def skip(trainer: Any, event: Any) -> None:
         if event.batch_idx == 1 and trainer.global_rank == 1:
             event.skip_batch()
 
-    run.signals.train_batch_start.connect(skip)
-    run.fit(module, weighted_batches()[dist.get_rank() : 4 : 2])
+    trainer.signals.train_batch_start.connect(skip)
+    trainer.fit(module, weighted_batches()[dist.get_rank() : 4 : 2])
     return state(module)["module"]
 
 
 @check
 def thawed(folder: Path) -> Any:
-    """A layer is frozen until the second epoch, and rank one begins with other weights."""
+    """Freeze a layer until the second epoch, and begin with other weights on rank one."""
 
     class Thawing(Model):
         def on_train_epoch_start(self) -> None:
@@ -365,18 +384,22 @@ def thawed(folder: Path) -> Any:
     module = Thawing()
     module.net[0].requires_grad_(False)
     with torch.no_grad():
-        module.net[0].weight.add_(dist.get_rank())
-    run = trainer()
+        module.net[0].get_parameter("weight").add_(dist.get_rank())
+    trainer = new_trainer()
     firsts: list[Any] = []
-    run.signals.train_epoch_end.connect(lambda trainer, event: firsts.append(module.net[0].weight.detach().clone()), weak=False)
-    run.fit(module, loader())
-    wrapper = run.callback(DistributedDataParallel)._wrapper
+
+    def copy_first_layer(trainer: Any, event: Any) -> None:
+        firsts.append(module.net[0].get_parameter("weight").detach().clone())
+
+    trainer.signals.train_epoch_end.connect(copy_first_layer)
+    trainer.fit(module, loader())
+    wrapper = trainer.callback(DistributedDataParallel)._wrapper
     return {"weights": [each.detach() for each in module.net.parameters()], "firsts": firsts, "released": wrapper is None}
 
 
 @check
 def refused(folder: Path) -> Any:
-    """What would have the processes wait for each other, or go apart."""
+    """Collect the errors for runs in which the processes would wait for each other forever, or have different weights."""
 
     class LineSearching(Model):
         def configure_optimizers(self) -> Any:
@@ -400,7 +423,7 @@ def refused(folder: Path) -> Any:
     pairs = ((LineSearching(), loader()), (Model(), [next(iter(loader()))]), (Sparse(), loader()))
     for module, batches in pairs:
         try:
-            trainer().fit(module, batches)
+            new_trainer().fit(module, batches)
         except MisconfigurationError as error:
             messages.append(str(error))
     return messages
@@ -408,38 +431,38 @@ def refused(folder: Path) -> Any:
 
 @check
 def preempted(folder: Path) -> Any:
-    """A signal comes to rank one alone."""
+    """Send a signal to rank one."""
 
     def signal_myself(trainer: Any, event: Any) -> None:
         if trainer.global_rank == 1 and event.batch_idx == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    run = trainer(Preemption(("SIGUSR1",)), default_root_dir=folder)
-    run.signals.after_forward.connect(signal_myself)
-    with contextlib.suppress(SystemExit):  # which is how it ends
-        run.fit(Model(), loader())
-    return {"batches": run.total_batch_idx, "kept": (folder / "checkpoints" / "interrupted.ckpt").exists()}
+    trainer = new_trainer(Preemption(("SIGUSR1",)), default_root_dir=folder)
+    trainer.signals.after_forward.connect(signal_myself)
+    with contextlib.suppress(SystemExit):  # by which Preemption ends the process
+        trainer.fit(Model(), loader())
+    return {"batches": trainer.total_batch_idx, "saved": (folder / "checkpoints" / "interrupted.ckpt").exists()}
 
 
 @check
 def stopped(folder: Path) -> Any:
-    """Rank one alone has had enough."""
+    """Have only rank one ask for the end."""
     results = []
     for ask in ("stop", "end_epoch", "gate"):
 
         def after(trainer: Any, event: Any, ask: str = ask) -> None:
             if trainer.global_rank == 1 and (trainer.current_epoch, event.batch_idx) == (1, 2) and ask != "gate":
-                getattr(trainer, ask)("one rank has had enough")
+                getattr(trainer, ask)("one rank asks for it")
 
         def before(trainer: Any, event: Any, ask: str = ask) -> None:
             if trainer.global_rank == 1 and (trainer.current_epoch, event.batch_idx) == (1, 3) and ask == "gate":
                 event.end_epoch()
 
-        run = trainer(max_epochs=3)
-        run.signals.train_batch_end.connect(after)
-        run.signals.train_batch_start.connect(before)
-        run.fit(Model(), loader())
-        results.append((run.current_epoch, run.global_step))
+        trainer = new_trainer(max_epochs=3)
+        trainer.signals.train_batch_end.connect(after)
+        trainer.signals.train_batch_start.connect(before)
+        trainer.fit(Model(), loader())
+        results.append((trainer.current_epoch, trainer.global_step))
     return results
 
 

@@ -1,6 +1,6 @@
-"""Trains in each of several processes, one of which kills itself once: torchrun starts all anew, and they go on.
+"""Train in each of several processes, of which one kills itself once: torchrun starts all of them again, and they resume.
 
-``torchrun --nproc-per-node 2 --max-restarts 1 tests/callbacks/distributed/elastic.py FOLDER``
+``PYTHONPATH=. torchrun --nproc-per-node 2 --max-restarts 1 tests/callbacks/distributed/elastic.py FOLDER``
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parts import Model, resumable, state
 
 from eventtrain import Callback
 from eventtrain.callbacks import ModelCheckpoint
+from tests.callbacks.distributed.parts import Model, resumable, state
 
 
 class AtEachBatch(ModelCheckpoint):
-    """Writes a checkpoint at each safe point."""
+    """A callback that writes a checkpoint at each safe point."""
 
     def is_due(self, trainer: Any, event: Any) -> bool:
         return True
 
 
 class Dying(Callback):
-    """Dies in the second batch of the second epoch, after the first of a window of three."""
+    """A callback that kills one process in the second batch of the second epoch, in an open window."""
 
     def on_after_forward(self, trainer: Any, event: Any) -> None:
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and trainer.total_batch_idx == 6 and trainer.global_rank == 1:
@@ -35,14 +35,14 @@ class Dying(Callback):
 
 
 def main() -> None:
-    """Trains, from the last checkpoint if there is one."""
+    """Train, from the last checkpoint if there is one."""
     folder, module = Path(sys.argv[1]), Model()
-    run, batches = resumable(AtEachBatch(folder / "checkpoints"), Dying())
+    trainer, batches = resumable(AtEachBatch(folder / "checkpoints"), Dying())
     trained: list[int] = []
-    run.signals.train_batch_end.connect(lambda trainer, event: trained.append(trainer.total_batch_idx), weak=False)
+    trainer.signals.train_batch_end.connect(lambda trainer, event: trained.append(trainer.total_batch_idx), weak=False)
     torch.rand(int(os.environ["RANK"]))
-    run.fit(module, batches, ckpt_path="last")
-    torch.save({"state": state(module, run.optimizers), "trained": trained}, folder / f"{dist.get_rank()}.pt")
+    trainer.fit(module, batches, ckpt_path="last")
+    torch.save({"state": state(module, trainer.optimizers), "trained": trained}, folder / f"{dist.get_rank()}.pt")
 
 
 if __name__ == "__main__":

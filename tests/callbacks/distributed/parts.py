@@ -1,4 +1,4 @@
-"""What the scripts share that the tests start in several processes: a model, data, and a trainer that says nothing."""
+"""A model, data and a quiet trainer, for the scripts that the tests start in several processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def data(samples: int = 23) -> TensorDataset:
     return TensorDataset(torch.randn(samples, 3, generator=generator), torch.randn(samples, 1, generator=generator))
 
 
-def loader(samples: int = 23, batch_size: int = 2, **options: Any) -> DataLoader[Any]:
+def loader(samples: int = 23, batch_size: int | None = 2, **options: Any) -> DataLoader[Any]:
     return DataLoader(data(samples), batch_size, **{"shuffle": True, **options})
 
 
@@ -34,7 +34,7 @@ def net() -> nn.Sequential:
 
 
 class Model(LightningModule):
-    """Draws for dropout, keeps statistics for batch norm, and steps a schedule."""
+    """A module with dropout, batch norm and a schedule."""
 
     def __init__(self, steps: int = 50) -> None:
         super().__init__()
@@ -50,8 +50,32 @@ class Model(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+class Weighted(LightningModule):
+    """A module whose batches have a weight, their third part, by which their mean loss counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.net = nn.Linear(3, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y, weight = batch
+        return {"loss": F.mse_loss(self.net(x), y), "weight": weight}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def weighted_batches() -> list[Any]:
+    """Return sixteen batches of one to seven samples. The weight of a batch is the number of its samples."""
+    xs, ys = data(100).tensors
+    sizes = [1 + (5 * index) % 7 for index in range(16)]
+    starts = [sum(sizes[:index]) for index in range(16)]
+    return [(xs[at : at + size], ys[at : at + size], float(size)) for at, size in zip(starts, sizes, strict=True)]
+
+
 class Counting(DistributedDataParallel):
-    """Counts all-reduces: the wrapper hands each of its buckets to a communication hook."""
+    """A callback that counts all-reduces: the wrapper gives each of its buckets to a communication hook."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(timeout=TIMEOUT, **options)
@@ -64,10 +88,12 @@ class Counting(DistributedDataParallel):
 
     def count(self, bucket: Any) -> Any:
         self.reduced += bucket.is_last()
-        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        return allreduce_hook(group, bucket)
 
 
-def trainer(*callbacks: Any, **options: Any) -> Trainer:
+def new_trainer(*callbacks: Any, **options: Any) -> Trainer:
     torch.manual_seed(SEED)
     if not any(isinstance(each, DistributedDataParallel) for each in callbacks):
         callbacks = (DistributedDataParallel(timeout=TIMEOUT), *callbacks)
@@ -76,11 +102,10 @@ def trainer(*callbacks: Any, **options: Any) -> Trainer:
 
 
 def resumable(*callbacks: Any) -> tuple[Trainer, DataLoader[Any]]:
-    """A run of two epochs of five batches, in windows of three."""
-    return trainer(GradientAccumulation(3), GradientClipping(0.5), *callbacks), loader(20)
+    """Return a trainer for two epochs of five batches, in windows of three, and the loader."""
+    return new_trainer(GradientAccumulation(3), GradientClipping(0.5), *callbacks), loader(20)
 
 
 def state(module: nn.Module, optimizers: Any = ()) -> dict[str, Any]:
-    """Weights, buffers and optimizer states, as they are now."""
-    kept = {"module": module.state_dict(), "optimizers": [each.state_dict() for each in optimizers]}
-    return copy.deepcopy(kept)
+    """Return a copy of the weights, buffers and optimizer states."""
+    return copy.deepcopy({"module": module.state_dict(), "optimizers": [each.state_dict() for each in optimizers]})

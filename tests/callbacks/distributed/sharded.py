@@ -1,6 +1,6 @@
-"""Runs in each of several processes: trains modules that they hold in parts, and saves what came out for the test to compare.
+"""Train sharded modules, in each of several processes, and save the results, which the tests compare.
 
-``torchrun --nproc-per-node 2 tests/callbacks/distributed/sharded.py FOLDER [NAME ...]``
+``PYTHONPATH=. torchrun --nproc-per-node 2 tests/callbacks/distributed/sharded.py FOLDER [NAME ...]``
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parts import SEED, TIMEOUT, data, loader
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -34,6 +33,7 @@ from eventtrain.callbacks import (
 )
 from eventtrain.callbacks.distributed.distributed_data_parallel import DistributedDataParallel
 from eventtrain.callbacks.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
+from tests.callbacks.distributed.parts import SEED, TIMEOUT, data, loader
 
 RANK = int(os.environ.get("RANK", "0"))
 CHECKS: dict[str, Callable[[Path], Any]] = {}
@@ -45,7 +45,7 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Block(nn.Module):
-    """A residual block; its width is no multiple of the number of processes."""
+    """A residual block. The number of processes does not divide its width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,16 +56,17 @@ class Block(nn.Module):
 
 
 class Model(LightningModule):
-    """Weights in blocks, outside of them, and of its own; a buffer; a schedule. Its step calls no forward of its own."""
+    """A module with weights in blocks, in other layers and directly; with a buffer and a schedule, but without a forward."""
 
     def __init__(self) -> None:
         super().__init__()
         self.save_hyperparameters()
-        torch.manual_seed(SEED + RANK)  # all are to begin with rank zero's
+        torch.manual_seed(SEED + RANK)  # all processes have to begin with rank zero's
         self.head = nn.Linear(3, 7)
         self.blocks = nn.ModuleList([Block(), Block()])
         self.tail = nn.Linear(7, 1)
         self.gain = nn.Parameter(torch.ones(1))
+        self.seen: Tensor
         self.register_buffer("seen", torch.zeros(()))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -79,7 +80,8 @@ class Model(LightningModule):
         x = self.head(x)
         for block in self.blocks:
             x = block(x)
-        return self.tail(x) * self.gain
+        y: Tensor = self.tail(x)
+        return y * self.gain
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         self.log("val", F.mse_loss(self.out(batch[0]), batch[1]))
@@ -95,7 +97,7 @@ class Model(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def trainer(*callbacks: Any, processes: Any = None, **options: Any) -> Trainer:
+def new_trainer(*callbacks: Any, processes: Any = None, **options: Any) -> Trainer:
     torch.manual_seed(SEED)
     if not any(isinstance(each, FullyShardedDataParallel) for each in callbacks):
         callbacks = (processes or FullyShardedDataParallel(units=(Block,), timeout=TIMEOUT), *callbacks)
@@ -104,7 +106,7 @@ def trainer(*callbacks: Any, processes: Any = None, **options: Any) -> Trainer:
 
 
 def whole(value: Any) -> Any:
-    """A copy of nested values with all tensors whole."""
+    """Return a copy of nested values with whole tensors."""
     if isinstance(value, DTensor):
         return value.full_tensor().clone()
     if isinstance(value, Tensor):
@@ -115,8 +117,9 @@ def whole(value: Any) -> Any:
 
 
 def state(module: nn.Module, optimizers: Any = ()) -> dict[str, Any]:
-    """Weights, buffers and optimizer states, as they are now."""
-    return whole({"module": dict(module.state_dict()), "optimizers": [each.state_dict() for each in optimizers]})
+    """Return a copy of the weights, buffers and optimizer states, with whole tensors."""
+    optimizer_states = whole([each.state_dict() for each in optimizers])
+    return {"module": whole(dict(module.state_dict())), "optimizers": optimizer_states}
 
 
 def sharded_by_hand(module: nn.Module, units: list[nn.Module]) -> Any:
@@ -130,7 +133,7 @@ def sharded_by_hand(module: nn.Module, units: list[nn.Module]) -> Any:
 
 
 class Stepping(nn.Module):
-    """What fully_shard knows of the model: a forward."""
+    """A module whose forward is the model's, because ``fully_shard`` only knows forwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ class Stepping(nn.Module):
 
 
 class ReduceScatters:
-    """Counts."""
+    """A context that counts calls of reduce-scatter."""
 
     name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
@@ -165,20 +168,20 @@ class ReduceScatters:
 def automatic(folder: Path) -> Any:
     norms: list[Any] = []
     module = Model()
-    run = trainer(GradientAccumulation(3), GradientClipping(0.5), GradientNormMonitor(per_layer=True), max_epochs=3)
-    run.signals.metrics_logged.connect(
+    trainer = new_trainer(GradientAccumulation(3), GradientClipping(0.5), GradientNormMonitor(per_layer=True), max_epochs=3)
+    trainer.signals.metrics_logged.connect(
         lambda trainer, event: norms.append({k: float(v) for k, v in event.metrics.items()}), weak=False
     )
     with ReduceScatters() as scatters:
-        run.fit(module, loader(samples=19))
-    ours = state(module, run.optimizers)
+        trainer.fit(module, loader(samples=19))
+    ours = state(module, trainer.optimizers)
 
     torch.manual_seed(SEED)
-    by_hand = Stepping()
-    model = by_hand.model
-    sharded_by_hand(by_hand, [*model.blocks])
+    forward = Stepping()
+    model = forward.model
+    by_hand: Any = sharded_by_hand(forward, [*model.blocks])
     torch.manual_seed(SEED)
-    sampler = DistributedSampler(data(19), shuffle=True, seed=SEED)
+    sampler: DistributedSampler[Any] = DistributedSampler(data(19), shuffle=True, seed=SEED)
     batches = DataLoader(data(19), 2, sampler=sampler)
     (optimizer,), (config,) = model.configure_optimizers()
     expected = []
@@ -191,20 +194,23 @@ def automatic(folder: Path) -> Any:
             loss = F.mse_loss(by_hand(x), y)
             if opens:
                 optimizer.zero_grad()
-            (loss / 3).backward()
+            torch.autograd.backward(loss / 3)
             if closes:
                 if index % 3 != 2:
                     for parameter in model.parameters():
+                        assert parameter.grad is not None
                         parameter.grad.mul_(3 / (index % 3 + 1))
-                expected.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).full_tensor()))
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                assert isinstance(norm, DTensor)
+                expected.append(float(norm.full_tensor()))
                 optimizer.step()
                 config["scheduler"].step()
-    parts = sum(parameter.to_local().numel() for parameter in module.parameters())
+    parts = sum(parameter.to_local().numel() for parameter in module.parameters() if isinstance(parameter, DTensor))
     return {
         "ours": ours,
         "by hand": state(model, [optimizer]),
         "scatters": scatters.count,
-        "updates": run.global_step,
+        "updates": trainer.global_step,
         "norms": [each["grad_norm"] for each in norms if "grad_norm" in each],
         "layers": [each for each in norms if "grad_norm" in each],
         "expected norms": expected,
@@ -216,7 +222,7 @@ def automatic(folder: Path) -> Any:
 
 
 class Gan(LightningModule):
-    """Two optimizers, toggled; its parts are called by themselves, twice before a backward, and in two backwards a batch."""
+    """A module with two optimizers. Its parts are called directly: twice before a backward, and for two backwards a batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,16 +262,16 @@ class Gan(LightningModule):
 @check
 def manual(folder: Path) -> Any:
     module = Gan()
-    run = trainer(processes=FullyShardedDataParallel(timeout=TIMEOUT))
-    run.fit(module, loader())
-    ours = state(module, run.optimizers)
+    trainer = new_trainer(processes=FullyShardedDataParallel(timeout=TIMEOUT))
+    trainer.fit(module, loader())
+    ours = state(module, trainer.optimizers)
 
     # Not sharded: gradients are averaged by hand.
     module = Gan()
     for parameter in module.parameters():
         dist.broadcast(parameter.detach(), 0)
     torch.manual_seed(SEED)
-    sampler = DistributedSampler(data(), shuffle=True, seed=SEED)
+    sampler: DistributedSampler[Any] = DistributedSampler(data(), shuffle=True, seed=SEED)
     batches = DataLoader(data(), 2, sampler=sampler)
     for_generator, for_critic = optimizers = module.configure_optimizers()
 
@@ -293,27 +299,28 @@ def manual(folder: Path) -> Any:
 # ------------------------------------------------------------------ checkpoints
 
 
-def resumable(kind: str, root: Path) -> tuple[Any, Trainer, Any]:
-    """A module, a trainer and a loader of two epochs of five batches."""
+def resumable(kind: str, root: Path, max_epochs: int = 2) -> tuple[Any, Trainer, Any]:
+    """Return a module, a trainer for epochs of five batches, and their loader."""
+    arguments: dict[str, Any] = {"max_epochs": max_epochs, "default_root_dir": root}
     if kind == "manual":
-        run = trainer(processes=FullyShardedDataParallel(timeout=TIMEOUT), default_root_dir=root)
-        return Gan(), run, loader(20)
+        trainer = new_trainer(processes=FullyShardedDataParallel(timeout=TIMEOUT), **arguments)
+        return Gan(), trainer, loader(20)
     options: dict[str, Any] = {}
     if kind == "mixed":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     processes = FullyShardedDataParallel(units=(Block,), timeout=TIMEOUT, **options)
     averages = ExponentialMovingAverage(0.9)
-    run = trainer(GradientAccumulation(3), GradientClipping(0.5), averages, processes=processes, default_root_dir=root)
-    return Model(), run, loader(20)
+    trainer = new_trainer(GradientAccumulation(3), GradientClipping(0.5), averages, processes=processes, **arguments)
+    return Model(), trainer, loader(20)
 
 
-def outcome(module: Any, run: Trainer) -> Any:
-    averages = [each.averages for each in run.callbacks if isinstance(each, ExponentialMovingAverage)]
-    return {**state(module, run.optimizers), "averages": whole(averages)}
+def outcome(module: Any, trainer: Trainer) -> Any:
+    averages = [each.averages for each in trainer.callbacks if isinstance(each, ExponentialMovingAverage)]
+    return {**state(module, trainer.optimizers), "averages": whole(averages)}
 
 
 POINTS: dict[str, Any] = {"automatic": (0, 4, 6), "mixed": (1,), "manual": (4,)}
-"""After which batches a run is resumed: in a window, and at the end of an epoch."""
+"""The batches after which a run is resumed: in a window, and at the end of an epoch."""
 
 
 @check
@@ -321,57 +328,57 @@ def resumed(folder: Path, points_of: dict[str, Any] = POINTS) -> Any:
     results = {}
     for kind, points in points_of.items():
         written: list[Path] = []
-        module, run, batches = resumable(kind, folder / kind)
+        module, trainer, batches = resumable(kind, folder / kind)
 
-        def keep(trainer: Any, event: Any, written: list[Path] = written, kind: str = kind) -> None:
+        def save(trainer: Any, event: Any, written: list[Path] = written, kind: str = kind) -> None:
             written.append(folder / kind / f"{len(written)}.ckpt")
             trainer.save_checkpoint(written[-1])
             if event.epoch_end and trainer.current_epoch == 0:
                 torch.save(outcome(trainer.module, trainer), folder / kind / f"epoch-{RANK}.pt")
 
-        run.signals.safe_point.connect(keep)
-        torch.rand(RANK)  # from here on each rank draws its own
-        run.fit(module, batches)
-        undisturbed, resumptions = outcome(module, run), []
+        trainer.signals.safe_point.connect(save)
+        torch.rand(RANK)  # from here on each rank draws other numbers
+        trainer.fit(module, batches)
+        undisturbed, resumptions = outcome(module, trainer), []
         for point in points:
-            module, run, batches = resumable(kind, folder / kind)
+            module, trainer, batches = resumable(kind, folder / kind)
             torch.manual_seed(99 + RANK)
-            run.fit(module, batches, ckpt_path=written[point])
-            resumptions.append(outcome(module, run))
+            trainer.fit(module, batches, ckpt_path=written[point])
+            resumptions.append(outcome(module, trainer))
         results[kind] = {"undisturbed": undisturbed, "resumed": resumptions}
     return results
 
 
 @check
-def kept(folder: Path) -> Any:
-    """What a ModelCheckpoint keeps, in a run that goes on from it."""
+def checkpointed(folder: Path) -> Any:
+    """Resume a run from its last checkpoint, and list the folders of sharded tensors before and after."""
 
-    def run(max_epochs: int, **options: Any) -> tuple[Any, Trainer]:
+    def fit(max_epochs: int) -> tuple[Any, Trainer]:
         module = Model()
-        keeping = ModelCheckpoint(every_n_steps=2, save_top_k=1)
-        run = trainer(keeping, max_epochs=max_epochs, default_root_dir=root, **options)
-        run.fit(module, loader(20), ckpt_path="last")
-        return module, run
+        checkpointing = ModelCheckpoint(every_n_steps=2, save_top_k=1)
+        trainer = new_trainer(checkpointing, max_epochs=max_epochs, default_root_dir=root)
+        trainer.fit(module, loader(20), ckpt_path="last")
+        return module, trainer
 
-    root = folder / "kept"
-    run(1)
+    root = folder / "checkpointed"
+    fit(1)
     dist.barrier()
     first = names(root)
     dist.barrier()
     orphan = root / "checkpoints" / "shards" / "step=1-of-a-run-that-was-killed"
     if RANK == 0:
         orphan.mkdir()
-    module, resumed = run(2)
+    module, resumed = fit(2)
     resumed_state = state(module, resumed.optimizers)
     dist.barrier()
     second = names(root)
     root = folder / "undisturbed"
-    module, undisturbed = run(2)
+    module, undisturbed = fit(2)
     return {"first": first, "second": second, "resumed": resumed_state, "undisturbed": state(module, undisturbed.optimizers)}
 
 
 def names(root: Path) -> Any:
-    """The folders of sharded tensors, and those that checkpoints refer to."""
+    """Return the names of the folders of sharded tensors, and the names that checkpoints refer to."""
     files = (root / "checkpoints").glob("*.ckpt")
     referred = {torch.load(file, weights_only=True)["shards"]["name"] for file in files}
     return {each.name for each in (root / "checkpoints" / "shards").iterdir()}, referred
@@ -379,25 +386,75 @@ def names(root: Path) -> Any:
 
 @check
 def from_whole(folder: Path) -> Any:
-    """A run that does not shard goes on as one that does: between two epochs, and in an open window."""
+    """Resume a run that does not shard as a run that shards: between two epochs, and in an open window."""
     results = {}
+
+    class Whole(DistributedDataParallel):
+        state_key = "processes"  # so that both callbacks shuffle by the same seed
+
+    class Sharded(FullyShardedDataParallel):
+        state_key = "processes"
+
     for name, batches_done in (("epoch", 5), ("window", 2)):
         path = folder / f"whole-{name}.ckpt"
 
-        def keep(trainer: Any, event: Any, path: Path = path, batches_done: int = batches_done) -> None:
+        def save(trainer: Any, event: Any, path: Path = path, batches_done: int = batches_done) -> None:
             if trainer.total_batch_idx + 1 == batches_done:
                 trainer.save_checkpoint(path)
 
-        ends = []
-        for processes in (DistributedDataParallel(timeout=TIMEOUT), FullyShardedDataParallel(timeout=TIMEOUT)):
+        ends: list[Any] = []
+        for processes in (Whole(timeout=TIMEOUT), Sharded(timeout=TIMEOUT)):
             module = Model()
-            run = trainer(GradientAccumulation(3), ExponentialMovingAverage(0.9), processes=processes)
-            run.callback(type(processes)).__class__.state_key = "processes"  # one goes on with what the other shuffled by
-            run.signals.safe_point.connect(keep)
-            run.fit(module, loader(20), ckpt_path=None if not ends else path)
-            ends.append(outcome(module, run))
+            trainer = new_trainer(GradientAccumulation(3), ExponentialMovingAverage(0.9), processes=processes)
+            trainer.signals.safe_point.connect(save)
+            trainer.fit(module, loader(20), ckpt_path=None if not ends else path)
+            ends.append(outcome(module, trainer))
         results[name] = ends
     return results
+
+
+class Counted(Model):
+    """A module whose buffer differs between ranks, and which logs it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.seen += RANK
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        super().validation_step(batch, batch_idx)
+        self.log("seen", self.seen)
+
+
+@check
+def order(folder: Path) -> Any:
+    """Attach the callback before and after a callback that reads checkpoints and changes the weights for evaluation."""
+    results = []
+    for comes_first in (True, False):
+        root = folder / f"order-{comes_first}"
+        ends, metrics = [], []
+        for resumes in (False, True):
+            averages, processes = ExponentialMovingAverage(0.9), FullyShardedDataParallel(units=(Block,), timeout=TIMEOUT)
+            callbacks = [processes, averages] if comes_first else [averages, processes]
+            trainer = new_trainer(*callbacks, GradientAccumulation(3), default_root_dir=root)
+
+            def save(trainer: Any, event: Any, root: Path = root) -> None:
+                if trainer.total_batch_idx in (4, 6):
+                    trainer.save_checkpoint(root / f"{trainer.total_batch_idx}.ckpt")
+
+            trainer.signals.safe_point.connect(save)
+            module = Counted()
+            trainer.fit(module, loader(20), loader(7, shuffle=False), ckpt_path=root / "6.ckpt" if resumes else None)
+            metrics.append(plain(trainer.callback_metrics))
+            ends.append(outcome(module, trainer))
+        metrics += trainer.validate(module, loader(7, shuffle=False))
+        metrics += trainer.validate(Counted(), loader(7, shuffle=False), ckpt_path=root / "4.ckpt")
+        results.append({"ends": ends, "metrics": metrics})
+    return results
+
+
+def plain(values: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
 
 
 # ------------------------------------------------------------------ windows that end in another way
@@ -405,7 +462,7 @@ def from_whole(folder: Path) -> Any:
 
 @check
 def windows(folder: Path) -> Any:
-    """One that is never closed, one whose last batch is skipped, one of batches with weights, as with the other wrapper."""
+    """Compare both callbacks in windows that are never closed, whose last batch is skipped, or whose batches have weights."""
 
     class Weighted(Model):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -416,15 +473,15 @@ def windows(folder: Path) -> Any:
         ends = []
         for processes in (DistributedDataParallel(timeout=TIMEOUT), FullyShardedDataParallel(timeout=TIMEOUT)):
             module = Weighted() if kind == "weights" else Model()
-            run = trainer(GradientAccumulation(3, remainder="drop"), processes=processes)
+            trainer = new_trainer(GradientAccumulation(3, remainder="drop"), processes=processes)
 
             def skip(trainer: Any, event: Any, kind: str = kind) -> None:
                 if kind == "skip" and event.batch_idx == 2 and trainer.global_rank == 1:
                     event.skip_batch()
 
-            run.signals.train_batch_start.connect(skip)
-            run.fit(module, loader(20))
-            ends.append(state(module, run.optimizers))
+            trainer.signals.train_batch_start.connect(skip)
+            trainer.fit(module, loader(20))
+            ends.append(state(module, trainer.optimizers))
         results[kind] = ends
     return results
 
@@ -433,10 +490,14 @@ def windows(folder: Path) -> Any:
 
 
 class Evaluated(Model):
-    """Keeps what it is evaluated on."""
+    """A module that remembers the samples that it is evaluated on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples: list[Tensor] = []
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        self.kept.append(batch[0][:, 0].clone())
+        self.samples.append(batch[0][:, 0].clone())
         super().validation_step(batch, batch_idx)
 
     test_step = validation_step
@@ -444,33 +505,32 @@ class Evaluated(Model):
 
 @check
 def evaluation(folder: Path) -> Any:
-    """Validation, in a fit and before it, leaves training as it is."""
+    """Train with and without a validation, in the fit and before it."""
     ends, metrics = [], []
     for validates in (False, True):
         module = Evaluated()
-        module.kept = []
-        run = trainer(ExponentialMovingAverage(0.9), num_sanity_val_steps=2)
+        trainer = new_trainer(ExponentialMovingAverage(0.9), num_sanity_val_steps=2)
         if validates:
-            metrics += run.validate(module, loader(7, shuffle=False))
-            predicted = torch.cat(run.predict(module, loader(7, shuffle=False)))
+            metrics += trainer.validate(module, loader(7, shuffle=False))
+            predicted = torch.cat(trainer.predict(module, loader(7, shuffle=False)))
         torch.manual_seed(SEED)
-        run.fit(module, loader(20), loader(7, shuffle=False) if validates else None)
-        ends.append(outcome(module, run))
-    metrics += run.test(module, loader(7, shuffle=False))
-    run.callback(ExponentialMovingAverage).copy_into(module)
+        trainer.fit(module, loader(20), loader(7, shuffle=False) if validates else None)
+        ends.append(outcome(module, trainer))
+    metrics += trainer.test(module, loader(7, shuffle=False))
+    trainer.callback(ExponentialMovingAverage).copy_into(module)
     by_hand = [F.mse_loss(evaluated(module, x), y) for x, y in share(7)]
     return {
         "ends": ends,
         "metrics": metrics,
-        "seen": [each.tolist() for each in module.kept],
+        "seen": [each.tolist() for each in module.samples],
         "predicted": predicted,
         "test by hand": by_hand,
     }
 
 
 def share(samples: int) -> Any:
-    """This rank's batches of two, in as many as the other's."""
-    sampler = DistributedSampler(data(samples), shuffle=False)
+    """Return this rank's batches of two, as many as the other rank has."""
+    sampler: DistributedSampler[Any] = DistributedSampler(data(samples), shuffle=False)
     return DataLoader(data(samples), 2, sampler=sampler)
 
 
@@ -478,14 +538,15 @@ def evaluated(module: Any, x: Tensor) -> Tensor:
     plain = Model().eval()
     plain.load_state_dict(whole(dict(module.state_dict())))
     with torch.no_grad():
-        return plain.out(x)
+        y: Tensor = plain.out(x)
+    return y
 
 
 # ------------------------------------------------------------------ other models
 
 
 class Tied(LightningModule):
-    """Two layers share a weight."""
+    """A module with two layers that share a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -505,14 +566,14 @@ def tied(folder: Path) -> Any:
     ends = []
     for processes in (DistributedDataParallel(timeout=TIMEOUT), FullyShardedDataParallel(timeout=TIMEOUT)):
         module = Tied()
-        trainer(processes=processes).fit(module, loader())
+        new_trainer(processes=processes).fit(module, loader())
         ends.append(state(module)["module"])
     return {"ends": ends, "apart": [name for name, part in module.named_children() if isinstance(part, FSDPModule)]}
 
 
 @check
 def failed(folder: Path) -> Any:
-    """After an error in the middle of a forward, and of a window, the same module can be trained."""
+    """Train the same module again after an error in a forward, in an open window."""
 
     class Failing(Model):
         fails = True
@@ -523,43 +584,44 @@ def failed(folder: Path) -> Any:
                 if self.fails and index == 1 and self.seen > 2:
                     raise ArithmeticError("in the second batch")
                 x = block(x)
-            return self.tail(x) * self.gain
+            y: Tensor = self.tail(x)
+            return y * self.gain
 
     ends = []
     for fails in (True, False):
         module = Failing()
         module.fails = fails
-        run = trainer(GradientAccumulation(3))
+        trainer = new_trainer(GradientAccumulation(3))
         if fails:
             try:
-                run.fit(module, loader(20))
+                trainer.fit(module, loader(20))
             except ArithmeticError:
                 module.fails, module.seen = False, torch.zeros(())
         torch.manual_seed(SEED)
-        run.fit(module, loader(20))
+        trainer.fit(module, loader(20))
         ends.append(state(module))
     return ends
 
 
 @check
 def norms(folder: Path) -> Any:
-    """The norm of all gradients together, before clipping, is that of one process over the samples of both."""
+    """Clip gradients in both processes, and in one process over the samples of both."""
     results = []
     for order in (1.0, 2.0, float("inf")):
         totals: list[float] = []
         module = Tied()
         clipping = GradientClipping(0.1, norm_type=order)
-        run = trainer(clipping, processes=FullyShardedDataParallel(timeout=TIMEOUT), max_epochs=1)
-        run.signals.after_gradient_clipping.connect(
+        trainer = new_trainer(clipping, processes=FullyShardedDataParallel(timeout=TIMEOUT), max_epochs=1)
+        trainer.signals.after_gradient_clipping.connect(
             lambda trainer, event, totals=totals: totals.append(float(event.total_norm)), weak=False
         )
-        run.fit(module, loader(4, shuffle=False))
+        trainer.fit(module, loader(4, shuffle=False))
         alone = Tied()
         xs = data(4).tensors[0]
         alone.training_step([xs], 0).backward()
-        results.append((totals, float(torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.1, order)), state(module)["module"]))
+        expected = float(torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.1, order))
         torch.optim.SGD(alone.parameters(), lr=0.1).step()
-        results[-1] += (state(alone)["module"],)
+        results.append((totals, expected, state(module)["module"], state(alone)["module"]))
     return results
 
 
@@ -574,38 +636,36 @@ def refused(folder: Path) -> Any:
         (LineSearching(), ()),
         (Model(), (MixedPrecision("fp16"),)),
         (Model(), (ModelCheckpoint(save_on_exception=True),)),
-        (Model(), (ExponentialMovingAverage(), FullyShardedDataParallel())),
     ):
         try:
-            trainer(*callbacks, default_root_dir=folder / "refused").fit(module, loader())
+            new_trainer(*callbacks, default_root_dir=folder / "refused").fit(module, loader())
         except MisconfigurationError as error:
             messages.append(str(error))
     return messages
 
 
-# ------------------------------------------------------------------ another number of processes, not among the others
+# ------------------------------------------------------------------ checks that their tests start by name
 
 
 def elsewhere(folder: Path) -> Any:
-    """Goes on from what two processes wrote: at the end of an epoch, with what they had there, and trains the next."""
+    """Resume, in another number of processes, the runs of two: at the end of an epoch, and train the next."""
     results: dict[str, Any] = {}
     for kind in POINTS:
         path = folder / kind / "4.ckpt"
         for epochs in (1, 2):
-            module, run, batches = resumable(kind, folder / kind)
-            run.extent.max_epochs = epochs
-            run.fit(module, batches, ckpt_path=path)
-            results[f"{kind} {epochs}"] = outcome(module, run)
-    module, run, batches = resumable("automatic", folder / "another folder")
-    results["validated"] = run.validate(module, batches, ckpt_path=folder / "automatic" / "4.ckpt")
-    run.callback(ExponentialMovingAverage).copy_into(module)
+            module, trainer, batches = resumable(kind, folder / kind, epochs)
+            trainer.fit(module, batches, ckpt_path=path)
+            results[f"{kind} {epochs}"] = outcome(module, trainer)
+    module, trainer, batches = resumable("automatic", folder / "another folder")
+    results["validated"] = trainer.validate(module, batches, ckpt_path=folder / "automatic" / "4.ckpt")
+    trainer.callback(ExponentialMovingAverage).copy_into(module)
     results["validated by hand"] = torch.stack([F.mse_loss(evaluated(module, x), y) for x, y in batches]).mean()
     results["refused"] = []
     for path in (folder / "automatic" / "0.ckpt", folder / "gone.ckpt", folder / "damaged.ckpt"):
         if path.exists():
-            module, run, batches = resumable("automatic", folder / "automatic")
+            module, trainer, batches = resumable("automatic", folder / "automatic")
             try:
-                run.fit(module, batches, ckpt_path=path)
+                trainer.fit(module, batches, ckpt_path=path)
             except MisconfigurationError as error:
                 results["refused"].append(str(error))
     if (folder / "converted.ckpt").exists():
@@ -614,34 +674,34 @@ def elsewhere(folder: Path) -> Any:
 
 
 def everywhere(folder: Path) -> Any:
-    """Resumes after each batch."""
+    """Resume after each batch."""
     return resumed(folder / "everywhere", dict.fromkeys(POINTS, range(10)))
 
 
 def hybrid(folder: Path) -> Any:
-    """Parts that several processes have alike."""
+    """Train four processes, of which two hold the same parts."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     ends = []
     for path in (None, folder / "hybrid.ckpt"):
         module = Model()
         processes = FullyShardedDataParallel(mesh=mesh, timeout=TIMEOUT)
-        run = trainer(GradientAccumulation(2), processes=processes, default_root_dir=folder)
+        trainer = new_trainer(GradientAccumulation(2), processes=processes, default_root_dir=folder)
 
-        def keep(trainer: Any, event: Any) -> None:
+        def save(trainer: Any, event: Any) -> None:
             if trainer.total_batch_idx == 2:
                 trainer.save_checkpoint(folder / "hybrid.ckpt")
 
-        run.signals.safe_point.connect(keep)
-        run.fit(module, loader(40), ckpt_path=path)
-        ends.append(state(module, run.optimizers))
+        trainer.signals.safe_point.connect(save)
+        trainer.fit(module, loader(40), ckpt_path=path)
+        ends.append(state(module, trainer.optimizers))
     return ends
 
 
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     results = {name: globals()[name](folder) for name in names or CHECKS}
-    torch.save(results, folder / f"{dist.get_rank() if dist.is_initialized() else 'alone'}.pt")
+    torch.save(results, folder / f"{dist.get_rank() if dist.is_initialized() else 'single'}.pt")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The lines are what the run logged: each whole, each step once, valid JSON."""
+"""JSONLinesLogger writes each logged record once, as a whole line of valid JSON."""
 
 from __future__ import annotations
 
@@ -6,69 +6,42 @@ import json
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from eventtrain import LightningModule, MisconfigurationError, Trainer
-from eventtrain.callbacks.loggers import run_files as runs
+from eventtrain import MisconfigurationError, Trainer
 from eventtrain.callbacks.loggers.json_lines_logger import JSONLinesLogger, number
+from tests.callbacks.loggers.logged import run
+from tests.kit import Line, On, new_trainer
 
 BATCHES = [torch.full((2, 1), float(x)) for x in (1, 2, 3, 4)]
 
 
-class Model(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = torch.nn.Linear(1, 1)
-        self.kept: list[float] = []
+class Model(Line):
+    """Records its losses, and logs the mean of each validation batch."""
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.layer(batch).square().mean()
-        self.kept.append(float(loss.detach()))
-        self.log("loss", loss, on_step=True, on_epoch=True)
+    def __init__(self) -> None:
+        super().__init__(lr=0.01, on_step=True, on_epoch=True)
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(float(loss.detach()))
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val", batch.mean())
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
-
-class Crash(RuntimeError):
-    pass
-
-
-def fit(
-    root: Path, *callbacks: Any, fails_at: int | None = None, logger: Any = None, ckpt_path: Any = None, **options: Any
-) -> Any:
-    """A fit in which each epoch leaves a checkpoint ``epoch_<n>.ckpt`` in the root."""
+def fit(root: Path, *callbacks: Any, logger: JSONLinesLogger | None = None, **options: Any) -> Any:
+    """Train with a JSONLinesLogger, which writes every step if none is given; return it, the module and the trainer."""
     logger = logger or JSONLinesLogger(log_every_n_steps=1)
-    options = {"max_epochs": 2, "num_sanity_val_steps": 0, **options}
-    trainer = Trainer(device="cpu", default_callbacks=False, callbacks=[logger, *callbacks], default_root_dir=root, **options)
+    torch.manual_seed(0)
     model = Model()
-
-    def fail(trainer: Trainer, event: Any) -> None:
-        if event.global_step == fails_at:
-            raise Crash("at the worst moment")
-
-    def save(trainer: Trainer, event: Any) -> None:
-        if event.epoch_end and not trainer.fast_dev_run:
-            trainer.save_checkpoint(root / f"epoch_{trainer.current_epoch}.ckpt")
-
-    trainer.signals.after_update.connect(fail)
-    trainer.signals.safe_point.connect(save)
-    if fails_at is None:
-        trainer.fit(model, BATCHES, BATCHES[:1], ckpt_path=ckpt_path)
-    else:
-        with pytest.raises(Crash):
-            trainer.fit(model, BATCHES, BATCHES[:1], ckpt_path=ckpt_path)
-    return logger, model, trainer
+    return logger, model, run(root, model, BATCHES, logger, *callbacks, **options)
 
 
 def refuse_constant(name: str) -> None:
@@ -89,14 +62,14 @@ def steps(path: Path) -> list[int]:
     return [line["step"] for line in lines(path) if line["scope"] == "step"]
 
 
-def test_the_lines_are_what_the_run_logged(tmp_path: Path) -> None:
+def test_there_is_a_line_for_each_logged_record(tmp_path: Path) -> None:
     before = time.time()
     logger, model, _ = fit(tmp_path, max_epochs=1)
     assert logger.run_path == tmp_path / "metrics.jsonl"
     train = {"stage": "train", "epoch": 0}
-    means = {"loss_epoch": pytest.approx(sum(model.kept) / 4)}
+    means = {"loss_epoch": pytest.approx(sum(model.losses) / 4)}
     assert untimed(logger.run_path) == [
-        *({**train, "scope": "step", "step": i, "loss_step": loss} for i, loss in enumerate(model.kept, 1)),
+        *({**train, "scope": "step", "step": i, "loss_step": loss} for i, loss in enumerate(model.losses, 1)),
         {"stage": "validation", "scope": "epoch", "step": 4, "epoch": 0, "val": 1.0},
         {**train, "scope": "epoch", "step": 4, **means},
     ]
@@ -120,12 +93,11 @@ def test_the_cadence_can_be_overridden(tmp_path: Path) -> None:
     assert steps(logger.run_path) == [1, 2, 4, 8]
 
 
-def test_what_other_callbacks_log_is_written_under_its_name_or_one_that_is_free(tmp_path: Path) -> None:
-    class Monitors:
-        def on_train_start(self, trainer: Trainer, event: Any) -> None:
-            trainer.log_now({"step": torch.tensor(7), "bad": float("nan"), "worse": torch.tensor(-torch.inf)})
+def test_values_that_other_callbacks_log_are_written_under_free_names(tmp_path: Path) -> None:
+    def log(trainer: Trainer, event: Any) -> None:
+        trainer.log_now({"step": torch.tensor(7), "bad": float("nan"), "worse": torch.tensor(-torch.inf)})
 
-    logger, _, _ = fit(tmp_path, Monitors())
+    logger, _, _ = fit(tmp_path, On(train_start=log))
     expected = {"stage": "train", "scope": "monitor", "step": 0, "epoch": 0, "logged/step": 7.0, "bad": "nan", "worse": "-inf"}
     assert untimed(logger.run_path)[0] == expected
 
@@ -136,20 +108,18 @@ def test_numbers_come_back(value: Any) -> None:
     assert back == float(value) or (back != back and value != value)
 
 
-def test_each_line_is_there_as_a_whole_when_it_is_logged(tmp_path: Path) -> None:
-    """What ``tail -f`` sees, between any two batches."""
+def test_each_line_is_written_at_once_and_as_a_whole(tmp_path: Path) -> None:
+    """``tail -f`` sees whole lines between any two batches."""
     seen: list[int] = []
-    reader = SimpleNamespace(
-        on_train_batch_start=lambda trainer, event: seen.append(len(lines(trainer.callbacks[0].run_path))),
-    )
+    reader = On(train_batch_start=lambda trainer, event: seen.append(len(lines(trainer.callbacks[0].run_path))))
     fit(tmp_path, reader, max_epochs=1)
     assert seen == [0, 1, 2, 3]
 
 
-# ------------------------------------------------------------------ one file a run
+# ------------------------------------------------------------------ one file for each run
 
 
-def test_each_run_has_a_file_of_its_own(tmp_path: Path) -> None:
+def test_each_run_has_a_new_file(tmp_path: Path) -> None:
     logger, _, trainer = fit(tmp_path)
     first = logger.run_path.read_bytes()
     trainer.fit(Model(), BATCHES)
@@ -158,17 +128,15 @@ def test_each_run_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == first
 
 
-def test_an_evaluation_goes_on_in_the_fits_file_or_has_one_of_its_own(tmp_path: Path) -> None:
+def test_an_evaluation_continues_the_file_of_the_fit_or_has_a_new_one(tmp_path: Path) -> None:
     logger, model, trainer = fit(tmp_path, max_epochs=1)
     before = untimed(logger.run_path)
     trainer.validate(model, BATCHES[1:2])
     added = {"stage": "validation", "scope": "epoch", "step": 4, "epoch": 1, "val": 2.0}
     assert untimed(tmp_path / "metrics.jsonl") == [*before, added]
-    alone = JSONLinesLogger()
-    Trainer(max_epochs=1, device="cpu", default_callbacks=False, callbacks=[alone], default_root_dir=tmp_path).validate(
-        Model(), BATCHES[:1]
-    )
-    assert alone.run_path == tmp_path / "metrics-1.jsonl" and lines(alone.run_path)[0]["val"] == 1.0
+    other = JSONLinesLogger()
+    new_trainer(other, default_root_dir=tmp_path).validate(Model(), BATCHES[:1])
+    assert other.run_path == tmp_path / "metrics-1.jsonl" and lines(other.run_path)[0]["val"] == 1.0
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
@@ -183,7 +151,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     assert untimed(after.run_path) == untimed(whole.run_path)
 
 
-def test_a_tree_that_was_moved_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_can_be_resumed_in_a_tree_that_was_moved(tmp_path: Path) -> None:
     fit(tmp_path / "here", fails_at=7)
     shutil.move(tmp_path / "here", tmp_path / "there")
     logger, _, _ = fit(tmp_path / "there", ckpt_path=tmp_path / "there" / "epoch_0.ckpt")
@@ -191,14 +159,14 @@ def test_a_tree_that_was_moved_is_gone_on_with(tmp_path: Path) -> None:
     assert not (tmp_path / "here").exists() and logger.run_path.parent == tmp_path / "there"
 
 
-def test_a_file_that_has_gone_is_begun_anew(tmp_path: Path) -> None:
+def test_a_resumed_run_begins_a_new_file_if_the_old_one_is_gone(tmp_path: Path) -> None:
     logger, _, _ = fit(tmp_path, fails_at=7)
     logger.run_path.unlink()
     logger, _, _ = fit(tmp_path, ckpt_path=tmp_path / "epoch_0.ckpt")
     assert steps(logger.run_path) == [5, 6, 7, 8]
 
 
-def test_a_file_shorter_than_the_checkpoint_says_is_gone_on_with_at_its_end(tmp_path: Path) -> None:
+def test_a_file_shorter_than_at_the_checkpoint_is_continued_at_its_end(tmp_path: Path) -> None:
     logger, _, _ = fit(tmp_path, fails_at=7)
     first = logger.run_path.read_text().splitlines(keepends=True)[0]
     logger.run_path.write_text(first)
@@ -206,24 +174,21 @@ def test_a_file_shorter_than_the_checkpoint_says_is_gone_on_with_at_its_end(tmp_
     assert steps(logger.run_path) == [1, 5, 6, 7, 8]
 
 
-# ------------------------------------------------------------------ what goes wrong
+# ------------------------------------------------------------------ failures
 
 
 def test_a_full_disk_costs_one_warning_and_leaves_whole_lines(tmp_path: Path) -> None:
-    """The disk is full in the middle of a line: of a file whose size is limited, so that nobody has to mount anything."""
+    """The disk is full in the middle of a line. A limit on the size of files stands in for it, so that no mount is needed."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "metrics.jsonl"
 
-    class Limits:
-        def on_train_start(self, trainer: Trainer, event: Any) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (250, before[1]))
-
-        def on_train_end(self, trainer: Trainer, event: Any) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
+    limits = On(
+        train_start=lambda trainer, event: resource.setrlimit(resource.RLIMIT_FSIZE, (250, before[1])),
+        train_end=lambda trainer, event: resource.setrlimit(resource.RLIMIT_FSIZE, before),
+    )
     logger = JSONLinesLogger(path, log_every_n_steps=1)
-    trainer = Trainer(max_epochs=5, device="cpu", default_callbacks=False, callbacks=[logger, Limits()])
+    trainer = new_trainer(logger, limits, max_epochs=5)
     model = Model()
     try:
         with pytest.warns(UserWarning, match=r"JSONLinesLogger has stopped writing: .*metrics\.jsonl") as caught:
@@ -235,17 +200,14 @@ def test_a_full_disk_costs_one_warning_and_leaves_whole_lines(tmp_path: Path) ->
 
     trainer.validate(model, BATCHES[:1])
     written = lines(path)
-    assert [line["step"] for line in written] == [1, 2, 20], "what was torn is gone before the next line comes"
-    assert [line["loss_step"] for line in written[:2]] == model.kept[:2]
+    assert [line["step"] for line in written] == [1, 2, 20], "the torn line is cut off before the next one"
+    assert [line["loss_step"] for line in written[:2]] == model.losses[:2]
 
 
 def test_a_file_that_vanishes_costs_one_warning(tmp_path: Path) -> None:
-    class Removes:
-        def on_train_epoch_start(self, trainer: Trainer, event: Any) -> None:
-            (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
-
-    with pytest.warns(UserWarning, match="JSONLinesLogger has stopped writing: .* The run goes on") as caught:
-        _, _, trainer = fit(tmp_path, Removes())
+    remove = On(train_epoch_start=lambda trainer, event: (tmp_path / "metrics.jsonl").unlink(missing_ok=True))
+    with pytest.warns(UserWarning, match="JSONLinesLogger has stopped writing: .* The run continues") as caught:
+        _, _, trainer = fit(tmp_path, remove)
     assert len(caught) == 1 and trainer.global_step == 8
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -253,17 +215,17 @@ def test_a_file_that_vanishes_costs_one_warning(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_made_is_an_error_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     logger = JSONLinesLogger(tmp_path / "file" / "metrics.jsonl")
-    trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False, callbacks=[logger])
+    trainer = new_trainer(logger)
     model = Model()
-    for run in (trainer.fit, trainer.validate):
+    for stage in (trainer.fit, trainer.validate):
         with pytest.raises(MisconfigurationError, match=r"JSONLinesLogger cannot write to .* Give a path that can be"):
-            run(model, BATCHES)
-    assert model.kept == []
+            stage(model, BATCHES)
+    assert model.losses == []
 
 
-def test_an_error_leaves_what_was_logged_and_no_open_file(tmp_path: Path) -> None:
+def test_an_error_leaves_the_logged_lines_and_no_open_file(tmp_path: Path) -> None:
     logger, model, _ = fit(tmp_path, fails_at=3)
-    assert [line["loss_step"] for line in lines(logger.run_path)] == model.kept[:2]
+    assert [line["loss_step"] for line in lines(logger.run_path)] == model.losses[:2]
     assert logger._file is None
 
 
@@ -276,31 +238,3 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_a_bad_cadence_is_refused(cadence: Any) -> None:
     with pytest.raises(MisconfigurationError, match=r"JSONLinesLogger\(log_every_n_steps="):
         JSONLinesLogger(log_every_n_steps=cadence)
-
-
-# ------------------------------------------------------------------ the files beneath
-
-
-def test_new_files_are_numbered(tmp_path: Path) -> None:
-    made = [runs.new_file(tmp_path / "deep" / "name.tar.gz").name for _ in range(3)]
-    assert made == ["name.tar.gz", "name.tar-1.gz", "name.tar-2.gz"]
-
-
-@pytest.mark.parametrize(("position", "left"), [(None, b"abcdef+"), (0, b"+"), (4, b"abcd+"), (99, b"abcdef+")])
-def test_a_run_file_goes_on_at_a_position(tmp_path: Path, position: int | None, left: bytes) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"abcdef")
-    file = runs.RunFile(path, "test", position)
-    assert file.position == len(left) - 1
-    file.write(b"+")
-    file.close()
-    file.close()
-    assert path.read_bytes() == left and file.position == len(left)
-
-
-def test_a_path_is_kept_relative_to_the_root_it_lies_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert runs.portable(tmp_path / "a" / "b", ".") == "a/b"
-    assert runs.portable(Path("a/b"), "a") == "b"
-    assert runs.portable(Path("a"), str(tmp_path / "elsewhere")) == (tmp_path / "a").as_posix()
-    assert runs.portable(None, ".") is None

@@ -1,4 +1,4 @@
-"""The logged rate is the one that the update used, under a name of its own."""
+"""LearningRateMonitor logs the rate that the update used, under a distinct name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import LightningModule, LightningOptimizer, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, TensorBoardLogger
-from eventtrain.callbacks.monitoring.learning_rate_monitor import LearningRateMonitor, numbered
+from eventtrain.callbacks.monitoring.learning_rate_monitor import LearningRateMonitor
+from eventtrain.callbacks.monitoring.numbered import numbered
+from tests.kit import On, Recorder, train
 
 BATCHES = list(torch.ones(6, 2, 2))
 Logged = list[dict[str, Any]]
@@ -32,7 +34,7 @@ class Model(LightningModule):
         self.configure = configure
         self.automatic_optimization = not manual
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         return (self.first + self.second).sum()
 
     def configure_optimizers(self) -> Any:
@@ -43,23 +45,19 @@ def sgd(parameters: Any, lr: float = 0.5, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, lr=lr, **options)
 
 
-def fit(model: LightningModule, monitor: LearningRateMonitor, *callbacks: Any, **options: Any) -> tuple[Logged, Trainer]:
-    """What loggers are given at each update."""
-    options = {"max_epochs": 1, **options}
-    trainer = Trainer(device="cpu", default_callbacks=False, callbacks=[LRSchedulerStepping(), monitor, *callbacks], **options)
-    logged: Logged = []
+def fit(model: LightningModule, monitor: LearningRateMonitor, *callbacks: Any) -> tuple[Logged, Trainer]:
+    """Train for an epoch; return the values that loggers get at each update, and the trainer."""
+    recorder = Recorder("metrics_logged")
+    trainer = train(model, BATCHES, LRSchedulerStepping(), monitor, *callbacks, recorder)
+    return updates(recorder), trainer
 
-    def keep(trainer: Trainer, event: Any) -> None:
-        if event.scope == "step":
-            logged.append(dict(event.metrics))
 
-    trainer.signals.metrics_logged.connect(keep)
-    trainer.fit(model, BATCHES)
-    return logged, trainer
+def updates(recorder: Recorder) -> Logged:
+    return [dict(event.metrics) for event in recorder.events if event.scope == "step"]
 
 
 class Moves:
-    """Notes at each update how far it moved the first weight: the rate that it used."""
+    """Record how far each update moved the first weight, which is the rate that it used."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -82,13 +80,13 @@ def one_cycle(model: Model) -> Any:
     return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-def test_a_scheduler_steps_after_the_rate_was_used() -> None:
+def test_the_rate_is_logged_before_the_scheduler_steps() -> None:
     model = Model(one_cycle)
     moves = Moves(model)
     logged, _ = fit(model, LearningRateMonitor(), moves)
     rates = [values["lr-SGD"] for values in logged]
     assert rates == pytest.approx(moves.rates, abs=1e-6)
-    assert len(set(rates)) == 6, "each update used another"
+    assert len(set(rates)) == 6, "each update used another rate"
 
 
 def test_with_accumulation_there_is_one_value_per_update() -> None:
@@ -99,9 +97,11 @@ def test_with_accumulation_there_is_one_value_per_update() -> None:
     assert len(logged) == 3
 
 
-def test_a_warm_up_in_the_optimizer_step_hook_is_seen() -> None:
+def test_a_warm_up_in_the_optimizer_step_hook_is_logged() -> None:
     class WarmsUp(Model):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(
+            self, epoch: int, batch_idx: int, optimizer: LightningOptimizer, optimizer_closure: Any = None
+        ) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = 0.125 * (self.trainer.global_step + 1)
             optimizer.step(closure=optimizer_closure)
@@ -110,10 +110,9 @@ def test_a_warm_up_in_the_optimizer_step_hook_is_seen() -> None:
     assert logged == [{"lr-SGD": 0.125 * step} for step in range(1, 7)]
 
 
-class Vetoes:
-    def on_before_optimizer_step(self, trainer: Trainer, event: Any) -> None:
-        if trainer.batch_idx % 2:
-            event.skip("every other")
+def veto_every_other(trainer: Trainer, event: Any) -> None:
+    if trainer.batch_idx % 2:
+        event.skip("every other")
 
 
 def test_a_skipped_step_logs_nothing() -> None:
@@ -121,13 +120,13 @@ def test_a_skipped_step_logs_nothing() -> None:
         optimizer = sgd(model.parameters())
         return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.5), "interval": "step"}]
 
-    logged, trainer = fit(Model(decaying), LearningRateMonitor(), Vetoes())
+    logged, trainer = fit(Model(decaying), LearningRateMonitor(), On(before_optimizer_step=veto_every_other))
     assert logged == [{"lr-SGD": 0.5}, {"lr-SGD": 0.25}, {"lr-SGD": 0.125}]
     assert trainer.global_step == 3
 
 
-def test_a_rate_that_is_a_tensor_is_kept_as_it_was_used() -> None:
-    """Capturable optimizers have one, and schedulers change it in place."""
+def test_a_rate_that_is_a_tensor_is_copied_before_it_changes() -> None:
+    """An optimizer has such a rate if it is capturable, and schedulers change it in place."""
 
     class Doubles(Model):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -142,28 +141,23 @@ def test_a_rate_that_is_a_tensor_is_kept_as_it_was_used() -> None:
 def test_no_value_is_read_out_of_a_tensor() -> None:
     reads: list[str] = []
 
-    class Reads(TorchDispatchMode):
+    class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func.name() == "aten::_local_scalar_dense":
                 reads.append(func.name())
             return func(*args, **(kwargs or {}))
 
-    monitor = LearningRateMonitor(momentum=True, weight_decay=True)
-    with Reads():
+    class Watched(LearningRateMonitor):
+        def on_after_optimizer_step(self, trainer: Trainer, event: Any) -> None:
+            with Reads():  # type: ignore[no-untyped-call]
+                super().on_after_optimizer_step(trainer, event)
+
+    with Reads():  # type: ignore[no-untyped-call]
         assert float(torch.ones(())) == 1.0
     assert len(reads) == 1, "it sees a read"
     reads.clear()
     model = Model(lambda model: torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1), foreach=False))
-    trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False, callbacks=[monitor])
-    handler = trainer.signals.after_optimizer_step.attached()[0]
-
-    def watched_handler(sender: Trainer, event: Any) -> None:
-        with Reads():
-            handler(sender, event=event)
-
-    trainer.signals.after_optimizer_step.disconnect(handler)
-    trainer.signals.after_optimizer_step.connect(watched_handler)
-    trainer.fit(model, BATCHES)
+    trainer = train(model, BATCHES, Watched(momentum=True, weight_decay=True))
     assert reads == [] and isinstance(trainer.logged_metrics["lr-Adam"], Tensor)
 
 
@@ -180,37 +174,37 @@ def groups(*options: dict[str, Any]) -> Callable[[Model], Any]:
     return lambda model: sgd([{"params": [p], **each} for p, each in zip((model.first, model.second), options, strict=True)])
 
 
-def test_groups_are_numbered() -> None:
+def test_parameter_groups_are_numbered() -> None:
     assert names_of(groups({"lr": 0.25}, {})) == {"lr-SGD/group_0": 0.25, "lr-SGD/group_1": 0.5}
 
 
-def test_groups_have_their_own_names() -> None:
+def test_a_parameter_group_is_logged_under_its_name() -> None:
     configure = groups({"lr": 0.25, "name": "backbone"}, {})
     assert names_of(configure) == {"lr-SGD/backbone": 0.25, "lr-SGD/group_1": 0.5}
 
 
-def test_groups_of_one_name_are_told_apart() -> None:
+def test_parameter_groups_with_the_same_name_are_numbered() -> None:
     configure = groups({"lr": 0.25, "name": "head"}, {"name": "head"})
     assert names_of(configure) == {"lr-SGD/head-0": 0.25, "lr-SGD/head-1": 0.5}
 
 
-def test_one_group_needs_no_name() -> None:
+def test_a_single_group_is_logged_without_its_name() -> None:
     assert names_of(lambda model: sgd([{"params": [model.first], "name": "backbone"}])) == {"lr-SGD": 0.5}
 
 
-def test_momentum_and_weight_decay_are_logged_where_they_are_asked_for() -> None:
+def test_momentum_and_weight_decay_are_logged_on_request() -> None:
     both = LearningRateMonitor(momentum=True, weight_decay=True)
     values = names_of(lambda model: sgd(model.parameters(), momentum=0.75, weight_decay=0.25), both)
     assert values == {"lr-SGD": 0.5, "lr-SGD-momentum": 0.75, "lr-SGD-weight_decay": 0.25}
 
 
-def test_the_first_beta_is_momentum() -> None:
+def test_the_first_beta_is_logged_as_momentum() -> None:
     values = names_of(lambda model: torch.optim.Adam(model.parameters(), 0.5, (0.75, 0.9)), LearningRateMonitor(momentum=True))
     assert values == {"lr-Adam": 0.5, "lr-Adam-momentum": 0.75}
 
 
-def test_what_an_optimizer_does_not_have_is_left_out() -> None:
-    class FindsItsOwnRate(torch.optim.SGD):
+def test_values_that_an_optimizer_does_not_have_are_left_out() -> None:
+    class ChoosesItsRate(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             self.param_groups[0]["lr"] = 0.5
             try:
@@ -219,17 +213,17 @@ def test_what_an_optimizer_does_not_have_is_left_out() -> None:
                 self.param_groups[0]["lr"] = None
 
     def configure(model: Model) -> Any:
-        optimizer = FindsItsOwnRate(model.parameters(), lr=0.5)
+        optimizer = ChoosesItsRate(model.parameters(), lr=0.5)
         optimizer.param_groups[0]["lr"] = None
         return optimizer
 
-    assert names_of(configure, LearningRateMonitor(weight_decay=True)) == {"lr-FindsItsOwnRate-weight_decay": 0}
+    assert names_of(configure, LearningRateMonitor(weight_decay=True)) == {"lr-ChoosesItsRate-weight_decay": 0}
     model = Model(lambda model: torch.optim.Adagrad(model.parameters(), lr=0.5))
     logged, _ = fit(model, LearningRateMonitor(momentum=True))
     assert logged[0] == {"lr-Adagrad": 0.5}
 
 
-def test_a_group_that_is_added_during_the_run_is_logged_from_then_on() -> None:
+def test_a_group_that_is_added_during_the_run_is_logged_from_that_batch_on() -> None:
     class Unfreezes(Model):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if batch_idx == 3:
@@ -240,7 +234,7 @@ def test_a_group_that_is_added_during_the_run_is_logged_from_then_on() -> None:
     assert logged[3:] == [{"lr-SGD/group_0": 0.5, "lr-SGD/late": 0.25}] * 3
 
 
-def test_names_are_numbered_where_several_are_alike() -> None:
+def test_equal_names_are_numbered() -> None:
     assert numbered(["SGD", "Adam", "SGD"]) == ["SGD-0", "Adam", "SGD-1"]
     assert numbered([]) == []
 
@@ -249,9 +243,9 @@ def test_names_are_numbered_where_several_are_alike() -> None:
 
 
 class TwoOptimizers(Model):
-    """The first optimizer steps in each batch, the second in every other, and both schedulers with them."""
+    """The first optimizer steps in each batch and the second in every other batch, each with its scheduler."""
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
         for index, (optimizer, scheduler) in enumerate(zip(self.optimizers(), self.lr_schedulers(), strict=True)):
             if batch_idx % (index + 1) == 0:
                 optimizer.zero_grad()
@@ -265,7 +259,7 @@ def two(model: Model, second: Any = torch.optim.SGD) -> Any:
     return optimizers, [ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
 
 
-def test_each_of_several_optimizers_is_logged_where_it_steps() -> None:
+def test_each_of_several_optimizers_is_logged_when_it_steps() -> None:
     logged, _ = fit(TwoOptimizers(two, manual=True), LearningRateMonitor())
     assert [values["lr-SGD-0"] for values in logged] == [0.5 / 2**i for i in range(6)]
     assert [values.get("lr-SGD-1") for values in logged] == [0.25, None, 0.125, None, 0.0625, None]
@@ -289,7 +283,7 @@ def test_a_step_on_the_wrapped_optimizer_logs_nothing() -> None:
 # ------------------------------------------------------------------ loggers, runs
 
 
-def test_a_logger_writes_it_at_its_cadence(tmp_path: Any) -> None:
+def test_a_logger_writes_the_rate_at_its_cadence(tmp_path: Any) -> None:
     model = Model(one_cycle)
     moves = Moves(model)
     logger = TensorBoardLogger(tmp_path, log_every_n_steps=2)
@@ -299,15 +293,16 @@ def test_a_logger_writes_it_at_its_cadence(tmp_path: Any) -> None:
     assert [event.value for event in events] == pytest.approx(moves.rates[1::2], abs=1e-6)
 
 
-def test_the_next_run_has_names_of_its_own() -> None:
-    monitor = LearningRateMonitor()
-    logged, trainer = fit(Model(groups({}, {})), monitor)
+def test_the_next_run_has_new_names() -> None:
+    recorder = Recorder("metrics_logged")
+    trainer = train(Model(groups({}, {})), BATCHES, LearningRateMonitor(), recorder)
+    logged = updates(recorder)
     assert logged[0].keys() == {"lr-SGD/group_0", "lr-SGD/group_1"}
     trainer.fit(Model(lambda model: sgd(model.parameters(), 0.25)), BATCHES)
-    assert logged[-1] == {"lr-SGD": 0.25}
+    assert updates(recorder)[-1] == {"lr-SGD": 0.25}
 
 
-def test_the_optimizers_of_a_run_are_let_go() -> None:
+def test_the_optimizers_of_a_run_are_released() -> None:
     _, trainer = fit(Model(groups({}, {})), LearningRateMonitor())
     first = weakref.ref(trainer.optimizers[0])
     trainer.fit(Model(lambda model: sgd(model.parameters())), BATCHES)

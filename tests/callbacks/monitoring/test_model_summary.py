@@ -1,4 +1,4 @@
-"""What a module is made of, counted and measured."""
+"""ModelSummary counts the parameters of a module's parts and measures their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from eventtrain import LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import ProgressBar
-from eventtrain.callbacks.monitoring.model_summary import Counts, ModelSummary, summarize
+from eventtrain.callbacks.monitoring.model_summary import Counts, ModelSummary, Summary, summarize
+from eventtrain.distributed import SingleProcess
+from tests.kit import new_trainer, train
 
 
 class Net(LightningModule):
-    """Parts, parts of parts, a frozen part, one without parameters, and a parameter of its own."""
+    """Has parts in parts, a frozen part, a part without parameters, and a direct parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,31 +27,33 @@ class Net(LightningModule):
         self.temperature = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x)) * self.temperature
+        output: Tensor = self.head(self.body(x)) * self.temperature
+        return output
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self(batch).mean()
+        loss: Tensor = self(batch).mean()
+        return loss
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def cells(summary: Any) -> dict[str, tuple[int, int, int]]:
-    """Parameters, trainable ones and buffers, by the row's name."""
+def cells(summary: Summary) -> dict[str, tuple[int, int, int]]:
+    """Return the counts of parameters, trainable parameters and buffers, by the row's name."""
     return {row.name: (row.counts.parameters, row.counts.trainable, row.counts.buffers) for row in summary.rows}
 
 
 # ------------------------------------------------------------------ counts
 
 
-def test_rows_are_the_modules_own_parts_and_what_it_holds_itself() -> None:
+def test_there_is_a_row_for_each_direct_part_and_for_direct_parameters() -> None:
     summary = summarize(Net())
     assert cells(summary) == {"(itself)": (1, 1, 0), "body": (21, 21, 7), "head": (8, 0, 0)}
     assert [row.kind for row in summary.rows] == ["Net", "Sequential", "Linear"]
     assert (summary.total.parameters, summary.total.trainable, summary.total.frozen) == (30, 22, 8)
 
 
-def test_all_parts() -> None:
+def test_a_depth_of_minus_one_shows_all_parts() -> None:
     assert cells(summarize(Net(), -1)) == {
         "(itself)": (1, 1, 0),
         "body": (21, 21, 7),
@@ -61,17 +65,17 @@ def test_all_parts() -> None:
     assert cells(summarize(Net(), 2)) == cells(summarize(Net(), -1))
 
 
-def test_the_totals_alone() -> None:
+def test_a_depth_of_zero_shows_only_the_totals() -> None:
     summary = summarize(Net(), 0)
     assert summary.rows == [] and summary.total == summarize(Net(), -1).total
     assert str(summary).splitlines()[:2] == ["Net", "30 parameters, 22 trainable and 8 frozen"]
 
 
-def test_a_module_that_holds_nothing_itself_has_no_row_for_it() -> None:
+def test_a_module_without_direct_parameters_has_no_row_for_itself() -> None:
     assert list(cells(summarize(nn.Sequential(nn.Linear(1, 1))))) == ["0"]
 
 
-def test_a_buffer_of_the_module_itself() -> None:
+def test_a_direct_buffer_has_a_row() -> None:
     module = nn.Sequential(nn.Linear(1, 1))
     module.register_buffer("steps", torch.zeros(5, dtype=torch.int64))
     summary = summarize(module)
@@ -79,13 +83,13 @@ def test_a_buffer_of_the_module_itself() -> None:
     assert summary.total.buffer_bytes == 40
 
 
-def test_a_module_without_parts_or_parameters() -> None:
+def test_a_module_without_parts_or_parameters_has_no_rows() -> None:
     summary = summarize(nn.ReLU())
     assert (summary.rows, summary.total) == ([], Counts())
     assert "0 parameters" in str(summary)
 
 
-def test_sizes_follow_the_type_of_the_numbers() -> None:
+def test_memory_depends_on_the_type_of_the_numbers() -> None:
     module = nn.ModuleDict(
         {
             "in_double": nn.Linear(10, 10, bias=False, dtype=torch.float64),
@@ -100,7 +104,7 @@ def test_sizes_follow_the_type_of_the_numbers() -> None:
     assert "0.001 MB of parameters, 0.001 MB of their gradients, 0.000 MB of buffers" in str(summary)
 
 
-# ------------------------------------------------------------------ what is shared
+# ------------------------------------------------------------------ shared parameters
 
 
 def test_tied_parameters_count_once_in_the_totals_and_in_the_row_of_each_part() -> None:
@@ -113,7 +117,7 @@ def test_tied_parameters_count_once_in_the_totals_and_in_the_row_of_each_part() 
     assert "40*" in str(summary) and "*: shared" in str(summary)
 
 
-def test_what_is_tied_inside_of_one_part_counts_once_there_and_is_not_shared_with_others() -> None:
+def test_parameters_tied_within_one_part_count_once_there_and_are_not_shared_with_others() -> None:
     tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     tied[1].weight = tied[0].weight
     summary = summarize(nn.Sequential(tied, nn.Linear(1, 1)), -1)
@@ -123,7 +127,7 @@ def test_what_is_tied_inside_of_one_part_counts_once_there_and_is_not_shared_wit
     assert "*" not in str(summarize(nn.Sequential(tied)))
 
 
-def test_a_part_that_is_there_twice_has_two_rows() -> None:
+def test_a_part_with_two_names_has_two_rows() -> None:
     layer = nn.Linear(2, 2)
     summary = summarize(nn.Sequential(layer, nn.ReLU(), layer), example_input=torch.ones(1, 2))
     assert cells(summary) == {"0": (6, 6, 0), "1": (0, 0, 0), "2": (6, 6, 0)}
@@ -131,7 +135,7 @@ def test_a_part_that_is_there_twice_has_two_rows() -> None:
     assert [row.sizes for row in summary.rows] == [("[1, 2]", "[1, 2]")] * 3
 
 
-def test_a_parameter_that_the_module_itself_holds_too() -> None:
+def test_a_parameter_of_a_part_may_also_be_a_direct_one() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     module.weight = module[0].weight
     summary = summarize(module)
@@ -142,27 +146,28 @@ def test_a_parameter_that_the_module_itself_holds_too() -> None:
 # ------------------------------------------------------------------ lazy and compiled modules
 
 
-def test_lazy_modules_are_shown_as_such_and_stay_so() -> None:
+def test_lazy_modules_are_shown_with_a_question_mark_and_stay_lazy() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3), nn.Sequential(nn.LazyBatchNorm1d(), nn.Linear(1, 1)))
     summary = summarize(module, -1, example_input=torch.ones(2, 4))
     assert cells(summary)["1"] == (0, 0, 0) and cells(summary)["2"] == (2, 2, 1)
     assert summary.total.parameters == 22 and summary.total.uninitialized == 6
     assert summary.sizes is None, "a forward would initialize them"
-    assert module[1].has_uninitialized_params()
+    lazy = module[1]
+    assert isinstance(lazy, nn.LazyLinear) and lazy.has_uninitialized_params()
     text = str(summary)
     assert [line.split()[2] for line in text.splitlines() if line.startswith(("1 ", "2.0 "))] == ["?", "?"]
     assert "2 + ?" in text and "?: lazy modules; 6 tensors" in text
 
 
-def test_lazy_modules_once_initialized_are_like_any_other() -> None:
+def test_lazy_modules_that_are_initialized_are_like_any_other() -> None:
     module = nn.Sequential(nn.LazyLinear(3))
     module(torch.ones(1, 4))
     assert cells(summarize(module)) == {"0": (15, 15, 0)} and "?" not in str(summarize(module))
 
 
-def test_compiled_modules_stand_for_what_is_inside_of_them() -> None:
-    inner = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), backend="eager")
-    module = torch.compile(nn.Sequential(nn.Linear(2, 2), inner), backend="eager")
+def test_compiled_modules_are_shown_as_the_original_ones() -> None:
+    inner: Any = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), backend="eager")
+    module: Any = torch.compile(nn.Sequential(nn.Linear(2, 2), inner), backend="eager")
     summary = summarize(module, -1, example_input=torch.ones(3, 2))
     assert summary.kind == "Sequential (compiled)" and summary.total.parameters == 16
     assert [(row.name, row.kind) for row in summary.rows] == [
@@ -209,7 +214,7 @@ def test_a_compiled_module_is_run_without_being_compiled_and_compiles_afterwards
 # ------------------------------------------------------------------ sizes of inputs and outputs
 
 
-def test_sizes_of_inputs_and_outputs() -> None:
+def test_each_part_has_the_sizes_of_its_inputs_and_outputs() -> None:
     summary = summarize(Net(), -1, example_input=torch.ones(5, 4))
     assert summary.sizes == ("[5, 4]", "[5, 2]")
     assert {row.name: row.sizes for row in summary.rows} == {
@@ -223,7 +228,7 @@ def test_sizes_of_inputs_and_outputs() -> None:
 
 
 class Several(nn.Module):
-    """Takes and gives several tensors, and has a part that it does not run."""
+    """Takes and returns several tensors, and has a part that it does not run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +248,7 @@ class Pair(nn.Module):
 @pytest.mark.parametrize(
     "example", [(torch.ones(1, 2), torch.ones(3)), {"left": torch.ones(1, 2), "right": torch.ones(3), "scale": 2.0}]
 )
-def test_several_inputs_and_outputs(example: Any) -> None:
+def test_sizes_of_several_inputs_and_outputs_are_listed(example: Any) -> None:
     summary = summarize(Several(), example_input=example)
     assert summary.sizes == ("[1, 2], [3]", "[1, 2], [3]")
     assert {row.name: row.sizes for row in summary.rows} == {"pair": ("[1, 2], [3]", "[1, 2], [3]"), "unused": None}
@@ -256,13 +261,14 @@ def test_a_part_that_runs_several_times_shows_its_first_run() -> None:
             self.part = nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.part(self.part(x)[:1])
+            output: Tensor = self.part(self.part(x)[:1])
+            return output
 
     assert summarize(Twice(), example_input=torch.ones(3)).rows[0].sizes == ("[3]", "[3]")
 
 
 class Touchy(nn.Module):
-    """Would show any trace of a forward: draws numbers, changes its buffers in place and by assignment."""
+    """Shows any trace of a forward: draws random numbers, and changes its buffers in place and by assignment."""
 
     def __init__(self, *, fails: bool = False) -> None:
         super().__init__()
@@ -281,7 +287,7 @@ class Touchy(nn.Module):
         self.calls += 1
         self.last = x[0]
         random.random()
-        y = self.frozen(self.dropout(self.norm(x * self.weight))) + torch.rand(2)
+        y: Tensor = self.frozen(self.dropout(self.norm(x * self.weight))) + torch.rand(2)
         self.graphs.append(y.requires_grad or self.norm.training)
         if self.fails:
             raise ValueError("no")
@@ -316,7 +322,7 @@ def test_a_forward_leaves_no_trace(fails: bool) -> None:
 # ------------------------------------------------------------------ the table
 
 
-def test_the_table() -> None:
+def test_the_text_is_an_aligned_table() -> None:
     assert str(summarize(Net(), example_input=torch.ones(5, 4))) == (
         "Net: [5, 4] -> [5, 2]\n"
         "name      type        parameters  trainable  buffers     MB  in      out\n"
@@ -330,7 +336,7 @@ def test_the_table() -> None:
     )
 
 
-def test_large_numbers_are_readable() -> None:
+def test_large_numbers_have_separators() -> None:
     text = str(summarize(nn.Sequential(nn.Linear(1000, 2000, device="meta"))))
     assert "2,002,000" in text and "8.008 MB of parameters, 8.008 MB of their gradients" in text
 
@@ -338,15 +344,12 @@ def test_large_numbers_are_readable() -> None:
 # ------------------------------------------------------------------ the callback
 
 
-def fit(module: LightningModule, *callbacks: Any, **options: Any) -> None:
-    Trainer(max_epochs=1, device="cpu", default_callbacks=False, callbacks=callbacks, **options).fit(
-        module, [torch.ones(5, 4)] * 2
-    )
+DATA = [torch.ones(5, 4)] * 2
 
 
 def test_it_prints_at_the_start_of_a_fit(capsys: pytest.CaptureFixture[str]) -> None:
     module = Net()
-    fit(module, ModelSummary())
+    train(module, DATA, ModelSummary())
     assert capsys.readouterr().out == f"{summarize(module)}\n"
 
 
@@ -357,7 +360,7 @@ def test_it_measures_the_example_of_the_module_and_changes_nothing_of_the_run(ca
         module = Net()
         module.body.append(nn.Dropout())
         module.example_input_array = torch.ones(5, 4)
-        fit(module, *callbacks)
+        train(module, DATA, *callbacks)
         weights.append(torch.cat([each.flatten() for each in module.state_dict().values()]))
     assert torch.equal(*weights)
     out = capsys.readouterr().out
@@ -373,24 +376,21 @@ def test_the_example_is_moved_to_the_device_of_the_run() -> None:
 
 
 def test_other_ranks_measure_too_and_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    class Other:
-        world_size, global_rank, local_rank = 1, 1, 1
-
-        def reduce(self, value: Any, reduction: str) -> Any:
-            return value
+    class Other(SingleProcess):
+        global_rank, local_rank = 1, 1
 
     measured: list[Any] = []
     module = Net()
     module.example_input_array = torch.ones(5, 4)
     module.body.register_forward_hook(lambda *args: measured.append(args))
-    trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False, callbacks=[ModelSummary()], limit_train_batches=0)
-    trainer.processes = Other()  # type: ignore[assignment]
+    trainer = new_trainer(ModelSummary(), limit_train_batches=0)
+    trainer.processes = Other()
     trainer.fit(module, [torch.ones(5, 4)])
     assert capsys.readouterr().out == "" and len(measured) == 1, "a sharded module's forward needs all ranks"
 
 
 def test_it_is_printed_beside_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(Net(), ProgressBar(), ModelSummary())
+    train(Net(), DATA, ProgressBar(), ModelSummary())
     assert "30 parameters" in capsys.readouterr().out
 
 
@@ -398,25 +398,25 @@ def test_an_evaluation_prints_nothing(capsys: pytest.CaptureFixture[str]) -> Non
     class Validated(Net):
         def validation_step(self, batch: Tensor, batch_idx: int) -> None: ...
 
-    Trainer(max_epochs=1, device="cpu", callbacks=[ModelSummary()]).validate(Validated(), [torch.ones(5, 4)])
+    new_trainer(ModelSummary()).validate(Validated(), [torch.ones(5, 4)])
     assert capsys.readouterr().out == ""
 
 
-def test_a_failing_example_ends_the_run_and_says_where_it_comes_from() -> None:
+def test_a_failing_example_ends_the_run_and_names_the_summary() -> None:
     module = Net()
     module.example_input_array = torch.ones(5, 3)
     with pytest.raises(RuntimeError, match="shapes") as raised:
-        fit(module, ModelSummary())
+        train(module, DATA, ModelSummary())
     assert [note.split()[2] for note in raised.value.__notes__] == ["a", "ModelSummary.on_fit_start"]
 
 
-def test_another_policy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_policy_can_be_overridden(capsys: pytest.CaptureFixture[str]) -> None:
     class OfTheBody(ModelSummary):
-        def summary(self, trainer: Trainer) -> Any:
+        def summary(self, trainer: Trainer) -> Summary:
             assert isinstance(trainer.module, Net)
             return summarize(trainer.module.body)
 
-    fit(Net(), OfTheBody())
+    train(Net(), DATA, OfTheBody())
     assert capsys.readouterr().out.startswith("Sequential\n")
 
 

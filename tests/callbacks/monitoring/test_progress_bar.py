@@ -1,4 +1,4 @@
-"""What the progress bar shows: in a terminal a bar, in a log file lines."""
+"""ProgressBar shows a bar in a terminal, and lines in a log file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import ProgressBar
 from eventtrain.callbacks.monitoring import progress_bar as module_of_the_bar
 from eventtrain.distributed import SingleProcess
+from tests.kit import On, new_trainer, train
 
 BATCHES = list(torch.ones(5, 2, 2))
 
@@ -29,18 +31,18 @@ class Model(LightningModule):
         super().__init__()
         self.layer = nn.Linear(2, 1)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         self.log("shown", float(batch_idx), prog_bar=True)
         self.log("hidden", 1.0)
         return self.layer(batch).mean() * 0 + 0.125
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("val_loss", 0.25, prog_bar=True)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
         return None
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Any:
         return batch
 
     def configure_optimizers(self) -> Any:
@@ -59,14 +61,14 @@ def loader(batches: int) -> DataLoader[Any]:
 
 
 class Terminal(io.StringIO):
-    """A terminal's text; :attr:`screen` is what one would see."""
+    """The text that a terminal gets; :attr:`screen` has the lines that it shows."""
 
     def isatty(self) -> bool:
         return True
 
     @property
     def screen(self) -> list[str]:
-        """The lines on the screen, without those that are blank at its end."""
+        """Return the lines on the screen, without blank lines at its end."""
         lines, row, column = [""], 0, 0
         for part in re.findall(r"\x1b\[A|[\r\n]|[^\r\n\x1b]+", self.getvalue()):
             if part == "\x1b[A":
@@ -93,7 +95,7 @@ class Terminal(io.StringIO):
 
 
 class Clock:
-    """A clock that stands still until it is moved on; in place of the module ``time``."""
+    """A clock that stands still until a test moves it, used instead of the module ``time``."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -110,16 +112,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, bar: ProgressBar, run: Any = None, **options: Any) -> str:
+    """Run a fit, or ``run(trainer)`` if it is given, and return the text that the stream got."""
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", "200")
     callbacks = [bar, *options.pop("callbacks", [])]
-    trainer = Trainer(device="cpu", callbacks=callbacks, **{"max_epochs": 2, **options})
+    trainer = new_trainer(*callbacks, **{"max_epochs": 2, "num_sanity_val_steps": 2, **options})
     (run or (lambda trainer: trainer.fit(Model(), BATCHES, BATCHES[:2])))(trainer)
     return stream.getvalue()
 
 
 class Drawn(ProgressBar):
-    """Notes the batches at which it reads values."""
+    """Record the batches at which it reads values."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -142,19 +145,19 @@ def test_a_terminal_gets_a_bar_per_epoch_with_loss_metrics_and_throughput(monkey
     assert "hidden" not in text
 
 
-def test_each_epoch_begins_at_nothing_and_counts_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_epoch_begins_at_zero_and_counts_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, Terminal(), ProgressBar(interval=0.0))
     for epoch in ("epoch 1/2", "epoch 2/2"):
         counts = [int(count) for count in re.findall(rf"{epoch}: [^/]* (\d)/5 \[", text)]
         assert sorted(set(counts)) == [0, 1, 2, 3, 4, 5] and counts == sorted(counts)
 
 
-def test_validation_has_a_bar_of_its_own_below(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_has_a_separate_bar_below(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, Terminal(), ProgressBar(interval=0.0), num_sanity_val_steps=0)
     assert "validation: 100%" in text and "2/2" in text
 
 
-def test_what_stays_on_the_screen_is_a_line_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_per_epoch_stays_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     shown(monkeypatch, stream, ProgressBar(interval=0.0))
     assert [line[:15] for line in stream.screen] == ["epoch 1/2: 100%", "epoch 2/2: 100%"]
@@ -216,11 +219,11 @@ def test_the_loss_is_read_at_a_redraw_and_not_per_batch(monkeypatch: pytest.Monk
     assert bar.at == [0, 4], "at the first batch and at the epoch's end"
 
 
-# ------------------------------------------------------------------ a validation inside of an epoch
+# ------------------------------------------------------------------ a validation during an epoch
 
 
 class Screens(Callback):
-    """Takes a picture of the screen at some events."""
+    """Record the screen at some events."""
 
     def __init__(self, stream: Terminal) -> None:
         self.stream = stream
@@ -240,8 +243,10 @@ class Screens(Callback):
 
 
 @pytest.mark.parametrize("interval", [0.0, 1e9])
-def test_a_validation_inside_of_an_epoch(interval: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the cadence: the training bar shows what was trained before, and the line below is gone afterwards."""
+def test_a_validation_during_an_epoch_has_a_line_below_the_training_bar(
+    interval: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any cadence, the training bar shows the batches trained so far, and the line below disappears afterwards."""
     stream = Terminal()
     pictures = Screens(stream)
     options: dict[str, Any] = {"val_check_interval": 3, "num_sanity_val_steps": 0, "max_epochs": 1}
@@ -255,7 +260,7 @@ def test_a_validation_inside_of_an_epoch(interval: float, monkeypatch: pytest.Mo
     assert len(stream.screen) == 1 and "epoch 1/1: 100%" in stream.screen[0] and "val_loss=0.25" in stream.screen[0]
 
 
-def test_the_bars_throughput_is_that_of_the_training_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_throughput_of_a_bar_leaves_out_validation(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
     stream = Terminal()
     options: dict[str, Any] = {"val_check_interval": 2, "num_sanity_val_steps": 0, "max_epochs": 1}
@@ -280,22 +285,22 @@ def test_a_log_file_of_a_loader_without_a_length(monkeypatch: pytest.MonkeyPatch
 
 
 class Slow(Model):
-    """Its steps take a second each."""
+    """Each of its steps takes a second."""
 
     def __init__(self, clock: Clock, *, step: float = 1.0) -> None:
         super().__init__()
         self.clock = clock
         self.step = step
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         self.clock.now += self.step
         return super().training_step(batch, batch_idx)
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.clock.now += self.step
         super().validation_step(batch, batch_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self.clock.now += self.step
 
 
@@ -315,9 +320,7 @@ def test_a_last_line_is_not_printed_twice(clock: Clock, monkeypatch: pytest.Monk
     assert text == "test: 3/3 batches, 1.0 it/s\n"
 
 
-def test_a_long_validation_inside_of_a_fit_prints_lines_at_the_cadence_alone(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_validation_during_a_fit_prints_lines_only_at_the_cadence(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(trainer: Trainer) -> None:
         trainer.fit(Slow(clock), BATCHES, BATCHES[:4])
 
@@ -325,7 +328,7 @@ def test_a_long_validation_inside_of_a_fit_prints_lines_at_the_cadence_alone(
     assert text.splitlines() == [
         "epoch 1/1: 3/5 batches, 1.0 it/s, loss=0.125, shown=2",
         "validation: 3/4 batches, 1.0 it/s",
-        "epoch 1/1: 5/5 batches, 1.0 it/s, loss=0.125, shown=4, val_loss=0.25",  # of the training alone
+        "epoch 1/1: 5/5 batches, 1.0 it/s, loss=0.125, shown=4, val_loss=0.25",  # the throughput of training
     ]
 
 
@@ -333,7 +336,7 @@ def test_a_long_validation_inside_of_a_fit_prints_lines_at_the_cadence_alone(
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
-def test_every_batch_is_drawn_that_takes_longer_than_the_interval(
+def test_a_batch_that_takes_longer_than_the_interval_is_drawn(
     stream: io.StringIO, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bar = Drawn(interval=0.5, line_interval=0.5)
@@ -357,22 +360,20 @@ def test_fast_batches_are_drawn_at_the_interval(stream: io.StringIO, clock: Cloc
     assert bar.at == first
 
 
-def test_a_run_that_becomes_slow_is_drawn_at_once_and_not_by_its_former_speed(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_becomes_slow_is_drawn_by_its_new_speed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     class Slower(Slow):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             self.step = 0.01 if batch_idx < 15 else 10.0
             return super().training_step(batch, batch_idx)
 
     bar = Drawn(interval=1.0)
     shown(monkeypatch, Terminal(), bar, lambda trainer: trainer.fit(Slower(clock), BATCHES * 4), max_epochs=1)
-    assert bar.at == [0, 16, 17, 18, 19, 19]  # what batch 15 would take could not be known
+    assert bar.at == [0, 16, 17, 18, 19, 19]  # the duration of batch 15 was not known before it
 
 
 def test_an_evaluation_that_becomes_slow_is_drawn_at_each_batch(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     class Slower(Slow):
-        def test_step(self, batch: Any, batch_idx: int) -> None:
+        def test_step(self, batch: Tensor, batch_idx: int) -> None:
             self.step = 0.01 if batch_idx < 40 else 10.0
             super().test_step(batch, batch_idx)
 
@@ -386,11 +387,11 @@ def test_a_validation_between_two_batches_does_not_draw_the_next_too_early(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Validating(Slow):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             self.step = 0.01
             return super().training_step(batch, batch_idx)
 
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.step = 0.5
             super().validation_step(batch, batch_idx)
 
@@ -400,27 +401,20 @@ def test_a_validation_between_two_batches_does_not_draw_the_next_too_early(
     assert bar.at == [0, 4, 4]  # batch 2 ends after 0.53 seconds
 
 
-# ------------------------------------------------------------------ how an epoch may go
+# ------------------------------------------------------------------ the ends of an epoch
 
 
 def last_line(monkeypatch: pytest.MonkeyPatch, module: Model, data: Any = BATCHES, **options: Any) -> str:
-    """The first epoch's line without its throughput; only a line at the epoch's end is due."""
+    """Return the first epoch's line without its throughput. Only the line at the epoch's end is due."""
     text = shown(
         monkeypatch, io.StringIO(), ProgressBar(line_interval=1e9), lambda trainer: trainer.fit(module, data), **options
     )
     return re.sub(r" batches, \S+ it/s", "", text.splitlines()[0])
 
 
-class At(Callback):
-    """Does something at an event of the batch with index 2."""
-
-    def __init__(self, event: str, action: Callable[[Trainer, Any], Any]) -> None:
-        self.action = action
-        setattr(self, f"on_{event}", self.handle)
-
-    def handle(self, trainer: Trainer, event: Any) -> None:
-        if trainer.batch_idx == 2:
-            self.action(trainer, event)
+def in_third_batch(event: str, action: Callable[[Trainer, Any], Any]) -> On:
+    """Return a callback that does something at an event of the batch with index 2."""
+    return On(**{event: lambda trainer, event: action(trainer, event) if trainer.batch_idx == 2 else None})
 
 
 ENDS: dict[str, tuple[str, Callable[[Trainer, Any], Any], int]] = {
@@ -439,40 +433,42 @@ def test_the_last_count_is_right_however_an_epoch_ends(way: str, terminal: bool,
     event, action, count = ENDS[way]
     stream: Any = Terminal() if terminal else io.StringIO()
     bar = ProgressBar(interval=1e9, line_interval=1e9)
-    text = shown(monkeypatch, stream, bar, lambda t: t.fit(Model(), BATCHES), callbacks=[At(event, action)], max_epochs=1)
+    text = shown(
+        monkeypatch, stream, bar, lambda t: t.fit(Model(), BATCHES), callbacks=[in_third_batch(event, action)], max_epochs=1
+    )
     if terminal:
         assert len(stream.screen) == 1 and f" {count}/5 [" in stream.screen[0]
     else:
         assert re.match(rf"epoch 1/1: {count}/5 batches, ", text) and len(text.splitlines()) == 1
 
 
-def test_a_module_that_ends_the_epoch_before_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_may_end_the_epoch_before_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ending(Model):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
             return -1 if batch_idx == 3 else None
 
     text = shown(monkeypatch, io.StringIO(), ProgressBar(line_interval=1e9), lambda t: t.fit(Ending(), BATCHES))
     assert [line.split(",")[0] for line in text.splitlines()] == ["epoch 1/2: 3/5 batches", "epoch 2/2: 3/5 batches"]
 
 
-def test_max_steps_inside_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_steps_may_end_the_run_in_the_middle_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert last_line(monkeypatch, Model(), max_steps=2, max_epochs=None).startswith("epoch 1: 2/5")
 
 
-def test_a_loader_that_becomes_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_without_a_batch_is_counted_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     used_up = iter(BATCHES)
     with pytest.warns(UserWarning, match="gave no batch"):
         text = shown(monkeypatch, io.StringIO(), ProgressBar(line_interval=1e9), lambda t: t.fit(Model(), used_up))
     assert [line.split(",")[0] for line in text.splitlines()] == ["epoch 1/2: 5 batches", "epoch 2/2: 0 batches"]
 
 
-def test_manual_optimization(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manual_optimization_shows_the_loss_of_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     class Manual(Model):
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
 
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             optimizer = self.optimizers()
             optimizer.zero_grad()
             loss = self.layer(batch).mean()
@@ -483,9 +479,9 @@ def test_manual_optimization(monkeypatch: pytest.MonkeyPatch) -> None:
     assert last_line(monkeypatch, Manual()) == "epoch 1/2: 5/5, loss=4"
 
 
-def test_a_run_without_an_optimizer_and_without_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_optimizer_and_loss_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     class Idle(Model):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
             return None
 
         def configure_optimizers(self) -> None:
@@ -495,51 +491,56 @@ def test_a_run_without_an_optimizer_and_without_a_loss(monkeypatch: pytest.Monke
         assert last_line(monkeypatch, Idle()) == "epoch 1/2: 5/5"
 
 
-def test_a_run_without_limits_of_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_max_epochs_the_title_has_no_total(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, io.StringIO(), ProgressBar(), lambda t: t.fit(Model(), BATCHES), max_epochs=-1, max_steps=10)
     assert [line.split(",")[0] for line in text.splitlines()] == ["epoch 1: 5/5 batches", "epoch 2: 5/5 batches"]
 
 
-class Resumed(Callback):
-    """What a run does that goes on with an epoch of which three batches were trained."""
+def resumed(monkeypatch: pytest.MonkeyPatch, folder: Path, stream: io.StringIO, bar: ProgressBar, module: Model) -> str:
+    """Resume a run from a checkpoint after three batches of its first epoch; return the text that the stream got."""
+    path = folder / "third_batch.ckpt"
 
-    def on_train_epoch_start(self, trainer: Trainer, event: Any) -> None:
-        trainer.extent.batches_per_epoch = 5  # of the whole epoch
-        if event.epoch == 0:
-            trainer.progress.batch_idx = 2
+    def save(trainer: Trainer, event: Any) -> None:
+        if not path.exists() and trainer.total_batch_idx == 2:
+            trainer.save_checkpoint(path)
 
-    def on_before_forward(self, trainer: Trainer, event: Any) -> None:
-        if trainer.current_epoch == 0:
-            trainer.progress.batch_idx = event.batch_idx + 3
-
-
-def resumed(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, bar: ProgressBar, module: Model) -> str:
+    train(Model(), BATCHES, On(take_checkpoint=save), max_epochs=2)
     monkeypatch.setattr(sys, "stderr", stream)
-    trainer = Trainer(max_epochs=2, device="cpu", callbacks=[Resumed(), bar])
-    passes = iter([BATCHES[3:], BATCHES])
-    loader = type("Loader", (), {"__iter__": lambda self: iter(next(passes))})()
-    trainer.fit(module, loader)
+    new_trainer(bar, max_epochs=2).fit(module, BATCHES, ckpt_path=path)
     return stream.getvalue()
 
 
-def test_an_epoch_that_is_resumed_starts_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_epoch_begins_at_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
-    text = resumed(monkeypatch, stream, ProgressBar(interval=0.0), Model())
+    text = resumed(monkeypatch, tmp_path, stream, ProgressBar(interval=0.0), Model())
     counts = [int(count) for count in re.findall(r"epoch 1/2: [^/]* (\d)/5 \[", text)]
     assert counts[0] == 3 and sorted(set(counts)) == [3, 4, 5]
     assert [line[:15] for line in stream.screen] == ["epoch 1/2: 100%", "epoch 2/2: 100%"]
     assert "epoch 2/2:   0%|          | 0/5" in text
 
 
-def test_a_resumed_epochs_throughput_is_that_of_its_own_batches(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = resumed(monkeypatch, io.StringIO(), ProgressBar(line_interval=1e9), Slow(clock))
+def test_the_throughput_of_a_resumed_epoch_counts_only_its_batches(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = resumed(monkeypatch, tmp_path, io.StringIO(), ProgressBar(line_interval=1e9), Slow(clock))
     assert [", ".join(line.split(", ")[:2]) for line in text.splitlines()] == [
         "epoch 1/2: 5/5 batches, 1.0 it/s",
         "epoch 2/2: 5/5 batches, 1.0 it/s",
     ]
 
 
-# ------------------------------------------------------------------ where it goes
+def test_a_log_file_has_one_line_for_an_epoch_with_a_slow_last_batch(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowAtLast(Slow):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.step = 100.0 if batch_idx == 4 else 0.01
+            return super().training_step(batch, batch_idx) * 0 + batch_idx
+
+    bar = ProgressBar(line_interval=10.0)
+    text = shown(monkeypatch, io.StringIO(), bar, lambda t: t.fit(SlowAtLast(clock), BATCHES), max_epochs=1)
+    assert re.fullmatch(r"epoch 1/1: 5/5 batches, [\d.]+ it/s, loss=4, shown=4\n", text)
+
+
+# ------------------------------------------------------------------ the output
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
@@ -549,38 +550,36 @@ def test_other_ranks_show_nothing_and_read_nothing(
     class Other(SingleProcess):
         world_size, global_rank, local_rank = 2, 1, 1
 
-    connected: list[Any] = []
+    listeners: list[Any] = []
 
-    class Look(Callback):
-        def on_safe_point(self, trainer: Any, event: Any) -> None:
-            connected.extend(trainer.signals.train_batch_end.attached())
+    def look(trainer: Trainer, event: Any) -> None:
+        listeners.extend(trainer.signals.train_batch_end.listeners)
 
     class Printing(Model):
         def on_train_epoch_end(self) -> None:
             self.print("printed")
 
     def run(trainer: Trainer) -> None:
-        trainer.processes = Other()  # type: ignore[assignment]
+        trainer.processes = Other()
         trainer.fit(Printing(), BATCHES, BATCHES[:2])
         trainer.test(Printing(), BATCHES)
 
     bar = Drawn(interval=0.0, line_interval=0.0)
-    assert shown(monkeypatch, stream, bar, run, callbacks=[Look()]) == ""
+    assert shown(monkeypatch, stream, bar, run, callbacks=[On(safe_point=look, after_update=look, train_data_end=look)]) == ""
     assert capsys.readouterr().out == ""
-    assert bar.at == [] and connected == []
+    assert bar.at == [] and listeners == []
 
 
 def test_a_process_without_a_console_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
-    trainer = Trainer(max_epochs=1, device="cpu", callbacks=[ProgressBar(interval=0.0, line_interval=0.0)])
-    trainer.fit(Model(), BATCHES, BATCHES)
+    trainer = train(Model(), BATCHES, ProgressBar(interval=0.0, line_interval=0.0), val=BATCHES, num_sanity_val_steps=2)
     assert trainer.global_step == 5
 
 
 def notebook(monkeypatch: pytest.MonkeyPatch, *, widgets: bool) -> None:
     class ZMQInteractiveShell: ...
 
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=ZMQInteractiveShell))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=ZMQInteractiveShell))
     monkeypatch.setattr(module_of_the_bar, "find_spec", lambda name: object() if widgets and name == "ipywidgets" else None)
 
 
@@ -596,8 +595,8 @@ def test_a_notebook_with_widgets_gets_bars(monkeypatch: pytest.MonkeyPatch) -> N
     assert "epoch 2/2: 100%|##########| 5/5" in text
 
 
-def test_an_interactive_shell_that_is_no_notebook_is_like_any_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))  # type: ignore[arg-type]
+def test_an_interactive_shell_that_is_not_a_notebook_is_like_any_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
     assert len(shown(monkeypatch, io.StringIO(), ProgressBar(line_interval=1e9)).splitlines()) == 2
 
 
@@ -606,7 +605,7 @@ def test_an_interactive_shell_that_is_no_notebook_is_like_any_terminal(monkeypat
 
 def test_print_goes_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     class Printing(Model):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             if batch_idx == 2:
                 self.print("half", "of", "it", sep="-")
             return super().training_step(batch, batch_idx)
@@ -631,7 +630,7 @@ def test_print_above_two_bars_and_into_a_file(monkeypatch: pytest.MonkeyPatch) -
     elsewhere = io.StringIO()
 
     class Printing(Model):
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.print("a validation batch")
             self.print("for the file", file=elsewhere)
 
@@ -646,7 +645,7 @@ def test_print_above_two_bars_and_into_a_file(monkeypatch: pytest.MonkeyPatch) -
     assert elsewhere.getvalue() == "for the file\n" * 2
 
 
-def test_the_users_own_bar_around_several_fits_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_of_the_user_around_several_fits_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
 
     def run(trainer: Trainer) -> None:
@@ -674,7 +673,7 @@ def test_two_fits_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tqdm, "monitor", None)  # a bar of another test may have started tqdm's own
+    monkeypatch.setattr(tqdm, "monitor", None)  # a bar of another test may have started tqdm's monitor
     module_of_the_bar.bar_class.cache_clear()
     before = threading.active_count()
     shown(monkeypatch, Terminal(), ProgressBar(interval=0.0))
@@ -685,7 +684,7 @@ def test_it_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Failing(Model):
-    """Fails in a step of a stage."""
+    """Fail in a step of a stage."""
 
     def __init__(self, stage: str, error: type[BaseException]) -> None:
         super().__init__()
@@ -695,12 +694,12 @@ class Failing(Model):
         if stage == self.stage:
             raise self.error("no")
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         if batch_idx == 2:
             self.fail("train")
         return super().training_step(batch, batch_idx)
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.fail("validation")
 
     def on_train_epoch_end(self) -> None:
@@ -709,7 +708,7 @@ class Failing(Model):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize(("stage", "count"), [("train", 2), ("validation", 5), ("end", 5)])
-def test_an_error_leaves_the_terminal_on_a_line_of_its_own(
+def test_an_error_leaves_the_cursor_on_a_blank_line(
     stage: str, count: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream, bar = Terminal(), ProgressBar(interval=0.0)
@@ -717,7 +716,7 @@ def test_an_error_leaves_the_terminal_on_a_line_of_its_own(
     def run(trainer: Trainer) -> None:
         with pytest.raises(error, match="no"):
             trainer.fit(Failing(stage, error), BATCHES, BATCHES[:2])
-        assert trainer.signals.train_batch_end.attached() == []
+        assert trainer.signals.train_batch_end.listeners == ()
 
     shown(monkeypatch, stream, bar, run, num_sanity_val_steps=0)
     assert len(stream.screen) == 1 and stream.screen[0].startswith("epoch 1/2:") and f" {count}/5 [" in stream.screen[0]
@@ -725,7 +724,7 @@ def test_an_error_leaves_the_terminal_on_a_line_of_its_own(
     assert stream.getvalue().endswith("\n")
 
 
-def test_an_error_in_a_validation_says_in_a_log_file_how_far_the_epoch_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_error_in_a_validation_the_log_file_has_the_count_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(trainer: Trainer) -> None:
         with pytest.raises(ValueError, match="no"):
             trainer.fit(Failing("validation", ValueError), BATCHES, BATCHES[:2])
@@ -735,7 +734,7 @@ def test_an_error_in_a_validation_says_in_a_log_file_how_far_the_epoch_was(monke
     assert re.fullmatch(r"epoch 1/2: 5/5 batches, [\d.]+ it/s\n", text)
 
 
-def test_a_run_after_an_error_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_after_an_error_begins_with_new_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(trainer: Trainer) -> None:
         with pytest.raises(ValueError, match="no"):
             trainer.fit(Failing("train", ValueError), BATCHES)
@@ -743,7 +742,7 @@ def test_a_run_after_an_error_begins_anew(monkeypatch: pytest.MonkeyPatch) -> No
 
     stream = Terminal()
     shown(monkeypatch, stream, ProgressBar(interval=0.0), run)
-    assert [re.search(r" (\d)/5 ", line)[1] for line in stream.screen] == ["2", "5", "5"]  # type: ignore[index]
+    assert [re.findall(r" (\d)/5 ", line) for line in stream.screen] == [["2"], ["5"], ["5"]]
 
 
 @pytest.mark.parametrize("argument", ["interval", "line_interval"])

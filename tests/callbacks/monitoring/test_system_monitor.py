@@ -1,4 +1,4 @@
-"""What a run takes of its machine is sampled beside it, and the monitor never outlives the run."""
+"""SystemMonitor samples the machine beside the run, and never outlives the run."""
 
 from __future__ import annotations
 
@@ -15,44 +15,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader, Dataset
 
-from eventtrain import LightningModule, MisconfigurationError, Trainer
+from eventtrain import MisconfigurationError, Trainer
 from eventtrain.callbacks import TensorBoardLogger
 from eventtrain.callbacks.monitoring import system_monitor as implementation
 from eventtrain.callbacks.monitoring.system_monitor import Gpu, Sampler, SamplingThread, SystemMonitor, rates
+from tests.kit import Line, On, new_trainer
 
-LONG = 1e9  # seconds: nothing between the first sample and the last
-WAIT = 60.0  # seconds after which a test that waits for another thread has failed
-
-
-class Model(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.layer(batch).sum()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.layer(batch)
-
-    test_step = predict_step = validation_step
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+LONG = 1e9  # seconds: no sample between the first and the last
+WAIT = 60.0  # seconds that a test waits for another thread before it fails
 
 
 BATCHES = list(torch.ones(3, 1, 1))
 
 
 class Counts:
-    """A sampler whose samples are their number."""
+    """A sampler that counts its samples and returns the count."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.samples = 0
@@ -84,18 +67,19 @@ Written = list[tuple[str, Any]]
 
 
 def trainer_of(monitor: SystemMonitor, *callbacks: Any, **options: Any) -> tuple[Trainer, Written]:
-    """A trainer, and what loggers will be given: the event under way, and the values."""
+    """Return a trainer, and the list of the stages and values that loggers will get."""
     written: Written = []
-    options = {"max_epochs": 1, "device": "cpu", **options}
-    trainer = Trainer(default_callbacks=False, callbacks=[monitor, *callbacks], **options)
 
-    def keep(trainer: Trainer, event: Any) -> None:
+    def note(trainer: Trainer, event: Any) -> None:
         if event.scope == "monitor":
             assert threading.current_thread() is threading.main_thread()
             written.append((event.stage, dict(event.metrics)))
 
-    trainer.signals.metrics_logged.connect(keep)
-    return trainer, written
+    return new_trainer(monitor, *callbacks, On(metrics_logged=note), **options), written
+
+
+def connections(trainer: Trainer) -> dict[str, Any]:
+    return {signal.name: (signal.attached(), signal.listeners) for signal in trainer.signals}
 
 
 @pytest.fixture(autouse=True)
@@ -108,10 +92,10 @@ def _no_thread_is_left() -> Iterator[None]:
 # ------------------------------------------------------------------ in a run
 
 RUNS: dict[str, Callable[[Trainer], Any]] = {
-    "train": lambda trainer: trainer.fit(Model(), BATCHES),
-    "validation": lambda trainer: trainer.validate(Model(), BATCHES),
-    "test": lambda trainer: trainer.test(Model(), BATCHES),
-    "predict": lambda trainer: trainer.predict(Model(), BATCHES),
+    "train": lambda trainer: trainer.fit(Line(), BATCHES),
+    "validation": lambda trainer: trainer.validate(Line(), BATCHES),
+    "test": lambda trainer: trainer.test(Line(), BATCHES),
+    "predict": lambda trainer: trainer.predict(Line(), BATCHES),
 }
 
 
@@ -119,15 +103,15 @@ RUNS: dict[str, Callable[[Trainer], Any]] = {
 def test_there_is_a_sample_at_the_start_and_one_at_the_end_of_every_kind_of_run(stage: str) -> None:
     counts = Counts()
     trainer, written = trainer_of(Monitor(counts))
-    before = {signal.name: signal.attached() for signal in trainer.signals}
+    before = connections(trainer)
     RUNS[stage](trainer)
     assert [values for _, values in written] == [{"sample": 1.0}, {"sample": 2.0}]
     assert counts.closed == 1
     assert threading.main_thread() not in counts.threads and len(counts.threads) == 1
-    assert {signal.name: signal.attached() for signal in trainer.signals} == before
+    assert connections(trainer) == before
 
 
-def test_the_next_run_has_samples_of_its_own() -> None:
+def test_the_next_run_has_new_samples() -> None:
     counts = Counts()
     trainer, written = trainer_of(Monitor(counts))
     for run in RUNS.values():
@@ -136,14 +120,14 @@ def test_the_next_run_has_samples_of_its_own() -> None:
     assert len(counts.threads) == 4
 
 
-def test_a_run_without_a_batch_has_both() -> None:
+def test_a_run_without_a_batch_has_both_samples() -> None:
     trainer, written = trainer_of(Monitor(Counts()), max_epochs=0)
     RUNS["train"](trainer)
     assert [values["sample"] for _, values in written] == [1.0, 2.0]
 
 
 class WaitsForSamples:
-    """Keeps a batch from ending until so many samples have been taken; notes what was written when the next began."""
+    """Hold up the first batch until a number of samples has been taken; fail if they do not come."""
 
     def __init__(self, counts: Counts, samples: int) -> None:
         self.counts, self.samples = counts, samples
@@ -151,7 +135,7 @@ class WaitsForSamples:
     def wait(self) -> None:
         ticks = threading.Event()
         for _ in range(int(WAIT * 1000)):
-            if self.counts.samples > self.samples:  # the last of them has been put down
+            if self.counts.samples > self.samples:  # the last one that is waited for has been reported
                 return
             ticks.wait(0.001)
         raise AssertionError("no samples came")
@@ -161,19 +145,16 @@ class WaitsForSamples:
             self.wait()
 
 
-def test_what_was_sampled_meanwhile_is_written_at_the_end_of_a_batch() -> None:
+def test_new_samples_are_written_at_the_end_of_a_batch() -> None:
     counts = Counts()
     monitor = Monitor(counts, interval=0.001)
-    trainer, written = trainer_of(monitor, WaitsForSamples(counts, 3))
     at_second_batch: list[int] = []
 
-    class Looks:
-        def on_train_batch_start(self, trainer: Trainer, event: Any) -> None:
-            if event.batch_idx == 1:
-                at_second_batch.append(len(written))
+    def look(trainer: Trainer, event: Any) -> None:
+        if event.batch_idx == 1:
+            at_second_batch.append(len(written))
 
-    looks = Looks()
-    trainer.signals.train_batch_start.connect(looks.on_train_batch_start)
+    trainer, written = trainer_of(monitor, WaitsForSamples(counts, 3), On(train_batch_start=look))
     RUNS["train"](trainer)
     assert at_second_batch[0] >= 3
     samples = [values["sample"] for _, values in written]
@@ -183,7 +164,6 @@ def test_what_was_sampled_meanwhile_is_written_at_the_end_of_a_batch() -> None:
 @pytest.mark.parametrize("stage", ["validation", "test", "predict"])
 def test_evaluations_write_at_the_end_of_a_batch_too(stage: str) -> None:
     counts = Counts()
-    trainer, written = trainer_of(Monitor(counts, interval=0.001))
     during: list[int] = []
 
     def wait(trainer: Trainer, event: Any) -> None:
@@ -192,14 +172,13 @@ def test_evaluations_write_at_the_end_of_a_batch_too(stage: str) -> None:
         else:
             during.append(len(written))
 
-    trainer.signals[f"{stage}_batch_start"].connect(wait)
+    trainer, written = trainer_of(Monitor(counts, interval=0.001), On(**{f"{stage}_batch_start": wait}))
     RUNS[stage](trainer)
     assert during[0] >= 1 and {at for at, _ in written} == {stage}
 
 
 def test_a_sanity_check_logs_nothing() -> None:
     counts = Counts()
-    trainer, written = trainer_of(Monitor(counts, interval=0.001))
     during: list[int] = []
 
     def look(trainer: Trainer, event: Any) -> None:
@@ -207,50 +186,43 @@ def test_a_sanity_check_logs_nothing() -> None:
             WaitsForSamples(counts, 1).wait()
             during.append(len(written))
 
-    trainer.signals.validation_batch_start.connect(look)
-    trainer.fit(Model(), BATCHES, BATCHES)
+    monitor = Monitor(counts, interval=0.001)
+    trainer, written = trainer_of(monitor, On(validation_batch_start=look), num_sanity_val_steps=2)
+    trainer.fit(Line(), BATCHES, BATCHES)
     assert during == [0, 0]
     assert [values["sample"] for _, values in written][:2] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_run_that_fails_has_its_last_sample(error: type[BaseException]) -> None:
-    class Fails:
-        def on_after_update(self, trainer: Trainer, event: Any) -> None:
-            raise error
-
     counts = Counts()
-    trainer, written = trainer_of(Monitor(counts), Fails())
-    before = {signal.name: signal.attached() for signal in trainer.signals}
+    trainer, written = trainer_of(Monitor(counts), On(after_update=refuse(error())))
+    before = connections(trainer)
     with pytest.raises(error):
         RUNS["train"](trainer)
     assert [values["sample"] for _, values in written] == [1.0, 2.0] and counts.closed == 1
-    assert {signal.name: signal.attached() for signal in trainer.signals} == before
+    assert connections(trainer) == before
 
 
-def test_a_run_that_fails_before_anything_leaves_no_thread() -> None:
-    class Fails:
-        def on_setup(self, trainer: Trainer, event: Any) -> None:
-            raise RuntimeError("at once")
-
-    trainer, written = trainer_of(Monitor(Counts()), Fails())
+def test_a_run_that_fails_in_setup_leaves_no_thread() -> None:
+    trainer, written = trainer_of(Monitor(Counts()), On(setup=refuse(RuntimeError("at once"))))
     with pytest.raises(RuntimeError, match="at once"):
         RUNS["train"](trainer)
     assert [values["sample"] for _, values in written] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
-def test_an_error_in_the_thread_is_one_warning_and_the_run_goes_on(fails_at: int) -> None:
+def test_an_error_in_the_thread_is_one_warning_and_the_run_continues(fails_at: int) -> None:
     counts = Counts(fails_at)
     trainer, written = trainer_of(Monitor(counts), max_epochs=2)
-    message = "SystemMonitor has stopped, and the run goes on unwatched: OSError: the sensor is gone"
+    message = "SystemMonitor has stopped, and the run continues without it: OSError: the sensor is gone"
     with pytest.warns(UserWarning, match=message) as caught:
         RUNS["train"](trainer)
     assert len(caught) == 1 and trainer.global_step == 6
     assert len(written) == fails_at - 1 and counts.closed == 1
 
 
-def test_a_sensor_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sensor_that_hangs_does_not_hold_up_the_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "PATIENCE", 0.01)
     released = threading.Event()
 
@@ -271,26 +243,24 @@ def test_a_sensor_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.Monkey
         if isinstance(thread, SamplingThread):
             thread.join(WAIT)
 
-    class FailsBeforeSetup(Model):
+    class FailsBeforeSetup(Line):
         def setup(self, stage: str) -> None:
             raise RuntimeError("before the monitor begins")
 
     with pytest.raises(RuntimeError, match="before the monitor begins"):
         trainer.fit(FailsBeforeSetup(), BATCHES)
-    assert written == [], "a sample that comes after its run belongs to no other"
+    assert written == [], "a sample that comes after its run is dropped"
 
 
 def test_other_ranks_than_zero_are_not_sampled() -> None:
     counts = Counts()
     trainer, written = trainer_of(Monitor(counts))
-    trainer.processes = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=1, world_size=1, any=lambda flag: flag, reduce=lambda value, how: value
-    )
+    trainer.processes = SimpleNamespace(global_rank=1, world_size=1, any=lambda flag: flag, reduce=lambda value, how: value)
     RUNS["train"](trainer)
     assert counts.samples == 0 and written == []
 
 
-def test_loggers_write_it_whatever_their_cadence(tmp_path: Path) -> None:
+def test_loggers_write_the_samples_at_any_cadence(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, log_every_n_steps=1000)
     trainer, _ = trainer_of(Monitor(Counts()), logger)
     RUNS["train"](trainer)
@@ -306,7 +276,7 @@ def test_an_interval_may_be_infinite() -> None:
 
 @pytest.mark.parametrize("interval", [0, -1.0, True, math.nan, "5"])
 def test_an_interval_has_to_be_positive(interval: Any) -> None:
-    with pytest.raises(MisconfigurationError, match=r"SystemMonitor\(interval=.*positive number of seconds"):
+    with pytest.raises(MisconfigurationError, match=r"SystemMonitor\(interval=.*\): give a number above 0, in seconds\."):
         SystemMonitor(interval)
 
 
@@ -348,7 +318,7 @@ def test_rates_are_taken_over_the_time_since_the_last_sample() -> None:
 
 
 class Processes(Dataset[Any]):
-    """Waits, as each item, until the process that loads it has been sampled."""
+    """Each item waits until the process that loads it has been sampled."""
 
     def __init__(self, sampled: Any) -> None:
         self.sampled = sampled
@@ -362,7 +332,7 @@ class Processes(Dataset[Any]):
 
 
 def is_resource_tracker(process: psutil.Process) -> bool:
-    """Whether a process is Python's own, which ends with the one that it belongs to."""
+    """Return whether a process is Python's resource tracker, which ends with its parent."""
     try:
         return "resource_tracker" in " ".join(process.cmdline())
     except psutil.Error:
@@ -371,13 +341,13 @@ def is_resource_tracker(process: psutil.Process) -> bool:
 
 def test_dataloader_workers_count() -> None:
     gc.collect()
-    # What other tests left behind: workers that are collected as garbage take five seconds to end.
+    # Workers of other tests that are collected as garbage take five seconds to end.
     left_behind = [child for child in psutil.Process().children() if not is_resource_tracker(child)]
     psutil.wait_procs(left_behind, timeout=10)
     context = torch.multiprocessing.get_context()
     sampled = context.Event()
     taken: list[dict[str, float]] = []
-    beyond: dict[str, float] = {}  # at most, of what the process itself has
+    beyond: dict[str, float] = {}  # the largest differences to the values of the process without its children
     me = psutil.Process()
     left = {child.pid for child in me.children(recursive=True)}
 
@@ -400,9 +370,9 @@ def test_dataloader_workers_count() -> None:
 
     trainer, written = trainer_of(Watched(interval=0.01))
     with warnings.catch_warnings():
-        # Newer Pythons say of every fork in a process with threads, of which torch starts some, that it may deadlock.
+        # Newer Pythons warn of a deadlock at every fork in a process with threads, and torch starts threads.
         warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
-        trainer.fit(Model(), DataLoader(Processes(sampled), num_workers=1))
+        trainer.fit(Line(), DataLoader(Processes(sampled), num_workers=1))
     assert beyond.keys() == {"process_rss_bytes", "process_threads", "process_open_files", "child_processes"}
     assert min(beyond.values()) > 0
     assert [values for _, values in written] == taken
@@ -436,7 +406,7 @@ def script(step: str = "", before: str = "") -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(SCRIPT).format(step=step or "pass", before=before)]
 
 
-def test_a_process_that_exits_inside_of_a_run_exits() -> None:
+def test_a_process_that_exits_during_a_run_exits() -> None:
     result = subprocess.run(script("sys.exit(3)"), capture_output=True, text=True, timeout=WAIT, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (3, "", "")
 
@@ -450,8 +420,7 @@ def test_a_process_that_is_killed_is_gone() -> None:
         assert process.wait(WAIT) != 0
 
 
-def test_a_thread_that_nobody_ends_does_not_keep_the_process() -> None:
-    """Also not one that hangs in a sample."""
+def test_a_thread_that_hangs_in_a_sample_does_not_keep_the_process() -> None:
     before = "import threading; forever = threading.Event(); SystemMonitor.sampler = lambda self, trainer: Hangs()\n"
     before += "class Hangs:\n    def sample(self): forever.wait()\n    def close(self): pass\n"
     before += "import eventtrain.callbacks.monitoring.system_monitor as m; m.PATIENCE = 0.01"
@@ -464,7 +433,7 @@ def test_a_thread_that_nobody_ends_does_not_keep_the_process() -> None:
 
 
 class Denied(Exception):
-    """What the fake library's errors are."""
+    """The base of the fake library's errors."""
 
 
 class FakeProcess:
@@ -492,7 +461,7 @@ class FakeProcess:
         return 3
 
 
-def refuse(error: Exception) -> Callable[..., Any]:
+def refuse(error: BaseException) -> Callable[..., Any]:
     def method(*args: Any, **kwargs: Any) -> Any:
         raise error
 
@@ -501,9 +470,9 @@ def refuse(error: Exception) -> Callable[..., Any]:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A psutil that tests set up."""
+    """A psutil whose numbers a test sets."""
     process = FakeProcess(num_fds=lambda: 7)
-    fake = SimpleNamespace(
+    fake: Any = SimpleNamespace(
         Error=Denied,
         process=process,
         Process=lambda: fake.process,
@@ -530,7 +499,7 @@ MINIMUM = {
 }  # fmt: skip
 
 
-def test_units_are_those_that_the_names_say(machine: Any) -> None:
+def test_values_have_the_units_in_their_names(machine: Any) -> None:
     sample = sampled(machine)
     assert sample() == MINIMUM
     machine.now += 4.0
@@ -548,7 +517,7 @@ def test_units_are_those_that_the_names_say(machine: Any) -> None:
     }
 
 
-def test_a_sample_that_comes_too_soon_leaves_its_time_to_the_next(machine: Any) -> None:
+def test_a_sample_that_comes_too_soon_leaves_its_time_to_the_next_one(machine: Any) -> None:
     sample = sampled(machine)
     sample()
     machine.now += 0.05
@@ -559,7 +528,7 @@ def test_a_sample_that_comes_too_soon_leaves_its_time_to_the_next(machine: Any) 
     assert sample()["process_cpu_percent"] == pytest.approx(50.0)
 
 
-def test_children_are_added_up_even_where_they_vanish_or_belong_to_somebody_else(machine: Any) -> None:
+def test_children_that_vanish_or_belong_to_another_user_are_counted_as_far_as_possible(machine: Any) -> None:
     vanished = FakeProcess(memory_info=refuse(Denied()), cpu_times=refuse(Denied()), num_threads=refuse(Denied()))
     vanished.num_fds = refuse(Denied())  # type: ignore[attr-defined]
     foreign = FakeProcess(memory=20, num_fds=refuse(Denied()))
@@ -570,12 +539,12 @@ def test_children_are_added_up_even_where_they_vanish_or_belong_to_somebody_else
     }  # fmt: skip
 
 
-def test_children_may_not_be_listed(machine: Any) -> None:
+def test_without_a_list_of_children_the_process_is_sampled(machine: Any) -> None:
     machine.process.family = Denied()
     assert sampled(machine)() == MINIMUM
 
 
-def test_a_workers_time_passes_over_to_its_parent(machine: Any) -> None:
+def test_the_time_of_a_worker_that_ended_is_not_counted_twice(machine: Any) -> None:
     worker = FakeProcess(seconds=5.0, num_fds=lambda: 1)
     machine.process.family = [worker]
     sample = sampled(machine)
@@ -589,7 +558,7 @@ def test_a_workers_time_passes_over_to_its_parent(machine: Any) -> None:
     assert sample()["process_cpu_percent"] == 0.0
 
 
-def test_handles_are_counted_where_there_are_no_descriptors(machine: Any) -> None:
+def test_handles_are_counted_if_there_are_no_descriptors(machine: Any) -> None:
     machine.process = FakeProcess(num_handles=lambda: 9)
     assert sampled(machine)()["process_open_files"] == 9.0
 
@@ -612,7 +581,7 @@ def test_a_counter_without_a_past_has_no_rate() -> None:
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A pynvml that tests set up, and a GPU for torch."""
+    """A pynvml whose numbers a test sets, and a GPU for torch."""
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 + device.index)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 + device.index)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"uuid-of-{device.index}"))
@@ -663,29 +632,29 @@ def read_twice() -> dict[str, float]:
 
 def test_a_gpu_is_sampled_by_nvml(nvml: Any) -> None:
     assert read_twice() == {**BY_TORCH, **BY_NVML}
-    assert nvml.opened == 0, "NVML is let go as often as it was opened"
+    assert nvml.opened == 0, "NVML is released as often as it was opened"
 
 
-def test_without_nvml_there_is_what_torch_knows(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvml_there_are_the_numbers_of_torch(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it is an ImportError
     assert read_twice() == BY_TORCH
 
 
 @pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetHandleByUUID"])
-def test_without_a_driver_or_a_device_of_nvmls_there_is_what_torch_knows(nvml: Any, function: str) -> None:
+def test_without_a_driver_or_device_for_nvml_there_are_the_numbers_of_torch(nvml: Any, function: str) -> None:
     setattr(nvml, function, refuse(nvml.NVMLError()))
     assert read_twice() == BY_TORCH
     assert nvml.opened == 0
 
 
-def test_what_a_device_does_not_measure_is_left_out(nvml: Any) -> None:
+def test_values_that_a_device_does_not_measure_are_left_out(nvml: Any) -> None:
     nvml.nvmlDeviceGetUtilizationRates = refuse(nvml.NVMLError())
     expected = {**BY_TORCH, **BY_NVML}
     del expected["gpu_utilisation_percent"]
     assert read_twice() == expected
 
 
-def test_a_sample_has_the_gpus_numbers(nvml: Any, machine: Any) -> None:
+def test_a_sample_has_the_numbers_of_the_gpu(nvml: Any, machine: Any) -> None:
     sample = sampled(machine, "cuda:1")()
     assert sample == {**MINIMUM, **BY_TORCH, **BY_NVML}
 

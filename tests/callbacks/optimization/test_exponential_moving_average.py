@@ -1,4 +1,4 @@
-"""Averages have the bits of torch's own and count only real updates, and evaluation never leaves them in the module."""
+"""Averages have the bits of those of torch and count only real updates, and evaluation never leaves them in the module."""
 
 from __future__ import annotations
 

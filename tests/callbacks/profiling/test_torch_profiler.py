@@ -1,4 +1,4 @@
-"""What torch's profiler records of a run: that it is bounded, that the phases are in it, and that nothing is left."""
+"""The traces of torch's profiler are bounded and hold the phases, and after them nothing is observed."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
-from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, TensorBoardLogger
-from eventtrain.callbacks.profiling.profiler import Profiler
-from eventtrain.callbacks.profiling.torch_profiler import Cycle, TorchProfiler
+from eventtrain import Callback, MisconfigurationError, Trainer
+from eventtrain._torch import is_profiling
+from eventtrain.callbacks import (
+    GradientAccumulation,
+    GradientClipping,
+    LRSchedulerStepping,
+    Profiler,
+    TensorBoardLogger,
+    TorchProfiler,
+)
+from eventtrain.callbacks.profiling.torch_profiler import Cycle
+from eventtrain.distributed import SingleProcess
+from tests.kit import Line, new_trainer
 
 
-class Model(LightningModule):
+class Model(Line):
+    """Learns with a scheduler."""
+
     def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 1)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.layer(batch).square().mean()
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.layer(batch).mean())
+        super().__init__(4, 1)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.layer(batch)
-
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.layer(batch)
+        self(batch)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        optimizer = super().configure_optimizers()
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -49,8 +50,7 @@ def batches(number: int) -> list[Tensor]:
 
 
 def trainer_of(profiler: TorchProfiler, root: Path, *callbacks: Any, **options: Any) -> Trainer:
-    options = {"max_epochs": 1, "default_callbacks": False, "device": "cpu", "num_sanity_val_steps": 0, **options}
-    return Trainer(callbacks=[profiler, *callbacks, LRSchedulerStepping()], default_root_dir=root, **options)
+    return new_trainer(profiler, *callbacks, LRSchedulerStepping(), default_root_dir=root, **options)
 
 
 def quiet(**options: Any) -> TorchProfiler:
@@ -58,7 +58,7 @@ def quiet(**options: Any) -> TorchProfiler:
 
 
 def ranges(trace: Path) -> Counter[str]:
-    """The named ranges of a trace, and how often each is there."""
+    """Return how often each named range is in a trace."""
     events = json.loads(trace.read_text())["traceEvents"]
     names = [event["name"] for event in events if event.get("cat") == "user_annotation" and event["ph"] == "X"]
     return Counter(name for name in names if name.startswith(("eventtrain/", "ProfilerStep#")))
@@ -68,13 +68,27 @@ def steps(trace: Path) -> int:
     return sum(name.startswith("ProfilerStep#") for name in ranges(trace))
 
 
+def counting(trainer: Trainer, profiler: TorchProfiler) -> list[str]:
+    """Return the signals that call the profiler at the end of a batch."""
+    handlers = {
+        "safe_point": profiler.on_safe_point,
+        "validation_batch_end": profiler.on_validation_batch_end,
+        "test_batch_end": profiler.on_test_batch_end,
+        "predict_batch_end": profiler.on_predict_batch_end,
+    }
+    for name, handler in handlers.items():
+        assert handler in trainer.signals[name].attached()
+    reached = {name: [getattr(each, "listener", each) for each in trainer.signals[name].listeners] for name in handlers}
+    return [name for name, handler in handlers.items() if handler in reached[name]]
+
+
 def assert_nothing_is_left(trainer: Trainer, profiler: TorchProfiler) -> None:
-    assert not torch.autograd._profiler_enabled()
+    assert not is_profiling()
     assert [signal.name for signal in trainer.signals if signal._observers] == []
-    assert [signal.name for signal in trainer.signals if profiler.count in signal.attached()] == []
+    assert counting(trainer, profiler) == []
 
 
-# ------------------------------------------------------------------ what is in the trace
+# ------------------------------------------------------------------ the trace
 
 
 def test_the_phases_and_the_callbacks_are_named_ranges(tmp_path: Path) -> None:
@@ -82,10 +96,10 @@ def test_the_phases_and_the_callbacks_are_named_ranges(tmp_path: Path) -> None:
     trainer = trainer_of(profiler, tmp_path, GradientAccumulation(2), GradientClipping(1.0))
     trainer.fit(Model(), batches(20))
     (trace,) = profiler.traces
-    found = ranges(trace)
+    counts = ranges(trace)
     assert trace.parent == tmp_path / "profiles"
     assert steps(trace) == 4
-    assert {name: count for name, count in found.items() if name.startswith("eventtrain/") and "callback" not in name} == {
+    assert {name: count for name, count in counts.items() if name.startswith("eventtrain/") and "callback" not in name} == {
         "eventtrain/fetch": 4,
         "eventtrain/transfer": 4,
         "eventtrain/forward": 4,
@@ -95,13 +109,13 @@ def test_the_phases_and_the_callbacks_are_named_ranges(tmp_path: Path) -> None:
         "eventtrain/clipping": 2,
         "eventtrain/scheduler": 2,
     }
-    assert found["eventtrain/callback/GradientClipping.on_before_gradient_clipping"] == 2
-    assert found["eventtrain/callback/LRSchedulerStepping.on_after_update"] == 2
-    assert not [name for name in found if "TorchProfiler" in name]
+    assert counts["eventtrain/callback/GradientClipping.on_before_gradient_clipping"] == 2
+    assert counts["eventtrain/callback/LRSchedulerStepping.on_after_update"] == 2
+    assert not [name for name in counts if "TorchProfiler" in name]
     assert_nothing_is_left(trainer, profiler)
 
 
-def test_operators_lie_inside_of_their_phase(tmp_path: Path) -> None:
+def test_operators_lie_in_their_phase(tmp_path: Path) -> None:
     profiler = quiet(wait=1, warmup=1, active=2)
     trainer_of(profiler, tmp_path).fit(Model(), batches(8))
     events = json.loads(profiler.traces[0].read_text())["traceEvents"]
@@ -112,23 +126,44 @@ def test_operators_lie_inside_of_their_phase(tmp_path: Path) -> None:
         assert forward["ts"] <= linear["ts"] and linear["ts"] + linear["dur"] <= forward["ts"] + forward["dur"]
 
 
-def test_a_validation_is_a_range_with_its_own_phases_inside(tmp_path: Path) -> None:
+def test_a_validation_is_a_range_that_holds_its_phases(tmp_path: Path) -> None:
     profiler = quiet(wait=0, warmup=1, active=3)
     trainer = trainer_of(profiler, tmp_path, val_check_interval=2)
     trainer.fit(Model(), batches(8), batches(5))
-    found = ranges(profiler.traces[0])
-    assert found["eventtrain/validation"] == 2  # of batches 2 and 4
-    assert found["eventtrain/forward"] == 3 + 2 * 5
-    assert found["eventtrain/fetch"] == 3 + 2 * 5
+    counts = ranges(profiler.traces[0])
+    assert counts["eventtrain/validation"] == 2  # of batches 2 and 4
+    assert counts["eventtrain/forward"] == 3 + 2 * 5
+    assert counts["eventtrain/fetch"] == 3 + 2 * 5
 
 
-def test_manual_optimization_is_in_it_too(tmp_path: Path) -> None:
+def test_a_batch_ends_after_its_checkpoint(tmp_path: Path) -> None:
+    class Saves(Callback):
+        def on_take_checkpoint(self, trainer: Trainer, event: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "run.ckpt")
+
+        def on_request_stop(self, trainer: Trainer, event: Any) -> None:
+            if trainer.batch_idx == 2:
+                trainer.keep_checkpoint("a test")  # publishes take_checkpoint too, and does not end a batch
+
+    profiler = quiet(wait=1, warmup=1, active=3)
+    trainer_of(profiler, tmp_path, Saves()).fit(Model(), batches(8))
+    events = [event for event in json.loads(profiler.traces[0].read_text())["traceEvents"] if event["ph"] == "X"]
+    forwards, checkpoints = (
+        sorted(event["ts"] for event in events if event["name"] == name)
+        for name in ("eventtrain/forward", "eventtrain/callback/Saves.on_take_checkpoint")
+    )
+    assert steps(profiler.traces[0]) == len(forwards) == 3
+    assert len(checkpoints) == 3 + 1
+    assert forwards[0] < checkpoints[0] < checkpoints[1] < forwards[1] < checkpoints[2] < forwards[2] < checkpoints[3]
+
+
+def test_the_phases_of_manual_optimization_are_ranges(tmp_path: Path) -> None:
     class Manual(Model):
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
 
-        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             optimizer = self.optimizers()
             for _ in range(2):
                 optimizer.zero_grad()
@@ -137,8 +172,8 @@ def test_manual_optimization_is_in_it_too(tmp_path: Path) -> None:
 
     profiler = quiet(wait=0, warmup=1, active=3)
     trainer_of(profiler, tmp_path).fit(Manual(), batches(8))
-    found = ranges(profiler.traces[0])
-    assert {name: found[f"eventtrain/{name}"] for name in ("forward", "zero_grad", "backward", "update")} == {
+    counts = ranges(profiler.traces[0])
+    assert {name: counts[f"eventtrain/{name}"] for name in ("forward", "zero_grad", "backward", "update")} == {
         "forward": 3,
         "zero_grad": 6,
         "backward": 6,
@@ -146,7 +181,7 @@ def test_manual_optimization_is_in_it_too(tmp_path: Path) -> None:
     }
 
 
-def test_a_veto_ends_the_ranges_that_it_leaves(tmp_path: Path) -> None:
+def test_a_veto_ends_the_open_ranges(tmp_path: Path) -> None:
     class Veto(Callback):
         def on_before_optimizer_step(self, trainer: Trainer, event: Any) -> None:
             event.skip("a test")
@@ -160,14 +195,14 @@ def test_a_veto_ends_the_ranges_that_it_leaves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_every_range_that_is_entered_is_left(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also that of a clipping that clips nothing, whose end never comes, and those that an error leaves."""
+    """Also the range of a clipping that does not clip, whose end never comes, and the ranges that an error leaves."""
     entered: list[str] = []
     left: list[str] = []
 
     class Recorded(torch.profiler.record_function):
         def __enter__(self) -> Any:
             entered.append(self.name)
-            return super().__enter__()
+            return super().__enter__()  # type: ignore[no-untyped-call]
 
         def __exit__(self, *error: Any) -> None:
             left.append(self.name)
@@ -187,7 +222,7 @@ def test_every_range_that_is_entered_is_left(fails: bool, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_evaluations_are_recorded_by_themselves(stage: str, tmp_path: Path) -> None:
+def test_an_evaluation_is_recorded(stage: str, tmp_path: Path) -> None:
     profiler = quiet(wait=1, warmup=1, active=3)
     trainer = trainer_of(profiler, tmp_path)
     getattr(trainer, stage)(Model(), batches(20))
@@ -198,24 +233,24 @@ def test_evaluations_are_recorded_by_themselves(stage: str, tmp_path: Path) -> N
     assert_nothing_is_left(trainer, profiler)
 
 
-# ------------------------------------------------------------------ it is bounded
+# ------------------------------------------------------------------ bounds
 
 
 class Looks(Callback):
-    """Says in each batch whether the profiler is at work, and whether anything is observed."""
+    """Notes in each batch whether it is observed."""
 
     def __init__(self) -> None:
         self.at_work: list[bool] = []
 
     def on_after_update(self, trainer: Trainer, event: Any) -> None:
-        enabled = torch.autograd._profiler_enabled()
+        enabled = is_profiling()
         observed = bool(trainer.signals.after_update._observers)
-        # While it warms up torch has prepared its tracing and not begun it.
+        # In a warm-up torch has prepared its tracing and not begun it.
         assert observed or not enabled
         self.at_work.append(observed)
 
 
-def test_so_many_batches_wait_warm_up_and_are_recorded_and_the_others_cost_nothing(tmp_path: Path) -> None:
+def test_the_batches_of_a_cycle_are_traced_and_no_other(tmp_path: Path) -> None:
     looks = Looks()
     profiler = quiet(wait=3, warmup=2, active=4)
     trainer = trainer_of(profiler, tmp_path, looks)
@@ -224,19 +259,19 @@ def test_so_many_batches_wait_warm_up_and_are_recorded_and_the_others_cost_nothi
     assert_nothing_is_left(trainer, profiler)
 
 
-def test_after_its_last_batch_no_listener_of_batches_is_left(tmp_path: Path) -> None:
+def test_the_listener_of_batches_is_idle_while_and_after_they_are_traced(tmp_path: Path) -> None:
     profiler = quiet(wait=3, warmup=2, active=4)
-    left: list[int] = []
+    left: list[list[str]] = []
 
     class Counts(Callback):
         def on_train_batch_start(self, trainer: Trainer, event: Any) -> None:
-            left.append(sum(signal.attached().count(profiler.count) for signal in trainer.signals))
+            left.append(counting(trainer, profiler))
 
     trainer_of(profiler, tmp_path, Counts()).fit(Model(), batches(20))
-    assert left == [1] * 3 + [0] * 17
+    assert left == [["safe_point"]] * 3 + [[]] * 17
 
 
-def test_by_default_it_is_bounded(tmp_path: Path) -> None:
+def test_one_cycle_is_recorded_by_default(tmp_path: Path) -> None:
     looks = Looks()
     profiler = quiet()
     trainer_of(profiler, tmp_path, looks).fit(Model(), batches(200))
@@ -246,7 +281,7 @@ def test_by_default_it_is_bounded(tmp_path: Path) -> None:
     assert trace.stat().st_size < 1_000_000
 
 
-def test_cycles_repeat_with_a_trace_each(tmp_path: Path) -> None:
+def test_each_cycle_has_a_trace(tmp_path: Path) -> None:
     looks = Looks()
     profiler = quiet(wait=2, warmup=1, active=2, repeat=3)
     trainer_of(profiler, tmp_path, looks).fit(Model(), batches(30))
@@ -255,7 +290,7 @@ def test_cycles_repeat_with_a_trace_each(tmp_path: Path) -> None:
     assert len(set(profiler.traces)) == 3
 
 
-def test_without_a_wait_it_begins_with_the_first_batch(tmp_path: Path) -> None:
+def test_without_a_wait_the_tracing_begins_with_the_first_batch(tmp_path: Path) -> None:
     looks = Looks()
     profiler = quiet(wait=0, warmup=0, active=2, repeat=2)
     with warnings.catch_warnings():
@@ -269,7 +304,7 @@ def test_without_a_wait_it_begins_with_the_first_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "expected"),
+    ("length", "expected"),
     [
         (None, (5, 3, 8)),
         (100, (5, 3, 8)),
@@ -284,8 +319,8 @@ def test_without_a_wait_it_begins_with_the_first_batch(tmp_path: Path) -> None:
         (0, (0, 0, 1)),
     ],
 )
-def test_a_short_run_gives_up_its_wait_first(run: int | None, expected: tuple[int, int, int]) -> None:
-    cycle = Cycle(5, 3, 8).within(run)
+def test_a_short_run_shortens_the_wait_first(length: int | None, expected: tuple[int, int, int]) -> None:
+    cycle = Cycle(5, 3, 8).within(length)
     assert (cycle.wait, cycle.warmup, cycle.active) == expected
 
 
@@ -300,7 +335,7 @@ def test_a_run_that_is_shorter_than_the_cycle_has_a_trace(number: int, tmp_path:
         assert f"{max(number - 1, 1)} batches were recorded of 8 that were to be." in profiler.summary()
 
 
-def test_updates_that_end_the_run_count_too(tmp_path: Path) -> None:
+def test_a_limit_of_updates_shortens_the_cycle(tmp_path: Path) -> None:
     profiler = quiet()
     trainer_of(profiler, tmp_path, max_epochs=None, max_steps=4).fit(Model(), batches(100))
     assert steps(profiler.traces[0]) == 3
@@ -314,7 +349,7 @@ class Unsized:
         return iter(batches(self.number))
 
 
-def test_a_run_of_unknown_length_that_ends_while_it_records_keeps_what_there_is(tmp_path: Path) -> None:
+def test_a_run_that_ends_while_it_is_recorded_has_a_trace(tmp_path: Path) -> None:
     profiler = quiet(wait=2, warmup=2, active=8)
     trainer = trainer_of(profiler, tmp_path)
     trainer.fit(Model(), Unsized(7))
@@ -325,8 +360,9 @@ def test_a_run_of_unknown_length_that_ends_while_it_records_keeps_what_there_is(
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_one_that_ends_before_it_records_says_so(number: int, tmp_path: Path, capsys: Any) -> None:
-    """While it waits, and while it warms up."""
+def test_a_run_that_ends_in_the_wait_or_the_warm_up_prints_that_nothing_was_recorded(
+    number: int, tmp_path: Path, capsys: Any
+) -> None:
     profiler = TorchProfiler(wait=2, warmup=2, active=8)
     trainer = trainer_of(profiler, tmp_path)
     trainer.fit(Model(), Unsized(number))
@@ -339,11 +375,11 @@ def test_one_that_ends_before_it_records_says_so(number: int, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize(("at", "recorded"), [(1, None), (3, None), (6, 2)])
-def test_an_error_ends_it_and_keeps_what_was_recorded(at: int, recorded: int | None, tmp_path: Path, capsys: Any) -> None:
-    """While it waits, warms up, and records."""
+def test_an_error_ends_the_tracing_and_leaves_a_trace(at: int, recorded: int | None, tmp_path: Path, capsys: Any) -> None:
+    """In the wait, in the warm-up, and in the recording."""
 
     class Failing(Model):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             if batch_idx == at:
                 raise ValueError("in the middle")
             return super().training_step(batch, batch_idx)
@@ -360,12 +396,12 @@ def test_an_error_ends_it_and_keeps_what_was_recorded(at: int, recorded: int | N
     else:
         assert f"{recorded} batches were recorded" in profiler.summary()
         assert json.loads(profiler.traces[0].read_text())["traceEvents"]
-    # The next run is a new one.
+    # The next run begins anew.
     trainer.fit(Model(), batches(20))
     assert [steps(trace) for trace in profiler.traces] == [8]
 
 
-def test_an_interrupt_ends_it(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_tracing(tmp_path: Path) -> None:
     class Interrupts(Callback):
         def on_after_update(self, trainer: Trainer, event: Any) -> None:
             if trainer.batch_idx == 5:
@@ -379,35 +415,35 @@ def test_an_interrupt_ends_it(tmp_path: Path) -> None:
     assert len(profiler.traces) == 1
 
 
-def test_another_profiler_at_work_is_an_error_that_says_so(tmp_path: Path) -> None:
+def test_another_active_torch_profiler_is_an_error(tmp_path: Path) -> None:
     profiler = quiet(wait=1)
     trainer = trainer_of(profiler, tmp_path)
     with (
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as other,
-        pytest.raises(MisconfigurationError, match="another torch profiler is at work"),
+        pytest.raises(MisconfigurationError, match="another torch profiler is active"),
     ):
         trainer.fit(Model(), batches(20))
-    assert [event for event in other.key_averages() if event.key == "aten::linear"], "the other one goes on"
+    assert [event for event in other.key_averages() if event.key == "aten::linear"], "the other one continues"
     assert_nothing_is_left(trainer, profiler)
     trainer.fit(Model(), batches(20))
     assert len(profiler.traces) == 1
 
 
-def test_two_of_them_are_refused() -> None:
+def test_two_torch_profilers_are_refused() -> None:
     with pytest.raises(MisconfigurationError, match="both have the role 'torch_profiler'"):
-        Trainer(max_epochs=1, callbacks=[TorchProfiler(), TorchProfiler()], device="cpu")
+        new_trainer(TorchProfiler(), TorchProfiler())
 
 
 @pytest.mark.parametrize(
     "argument", [{"wait": -1}, {"warmup": -1}, {"active": 0}, {"repeat": 0}, {"row_limit": 0}, {"wait": 1.5}]
 )
-def test_what_makes_no_sense_is_refused(argument: dict[str, Any]) -> None:
+def test_a_number_that_is_too_small_is_refused(argument: dict[str, Any]) -> None:
     (name,) = argument
     with pytest.raises(MisconfigurationError, match=rf"TorchProfiler\({name}=.*whole number from"):
         TorchProfiler(**argument)
 
 
-def test_a_directory_that_cannot_be_made_is_an_error_before_training(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_an_error_before_the_first_batch(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     trainer = trainer_of(quiet(dirpath="file/traces"), tmp_path)
     with pytest.raises(MisconfigurationError, match=r"TorchProfiler cannot write to .*Give a dirpath"):
@@ -415,7 +451,7 @@ def test_a_directory_that_cannot_be_made_is_an_error_before_training(tmp_path: P
     assert trainer.global_step == 0
 
 
-# ------------------------------------------------------------------ where it goes, and what is printed
+# ------------------------------------------------------------------ files and the table
 
 
 def test_traces_lie_beside_the_scalars_of_tensorboard(tmp_path: Path) -> None:
@@ -423,12 +459,12 @@ def test_traces_lie_beside_the_scalars_of_tensorboard(tmp_path: Path) -> None:
     trainer_of(profiler, tmp_path, logger).fit(Model(), batches(20))
     (trace,) = profiler.traces
     assert trace.parent == Path(logger.run_dir)
-    assert re.fullmatch(r".+\.\d+\.pt\.trace\.json", trace.name), "the names that its plugin reads"
+    assert re.fullmatch(r".+\.\d+\.pt\.trace\.json", trace.name), "the form that its plugin reads"
 
 
-def test_a_directory_can_be_given(tmp_path: Path) -> None:
-    for given, expected in (("mine", tmp_path / "mine"), (tmp_path / "elsewhere", tmp_path / "elsewhere")):
-        profiler = quiet(dirpath=given)
+def test_traces_are_written_to_dirpath(tmp_path: Path) -> None:
+    for dirpath, expected in (("mine", tmp_path / "mine"), (tmp_path / "elsewhere", tmp_path / "elsewhere")):
+        profiler = quiet(dirpath=dirpath)
         trainer_of(profiler, tmp_path, TensorBoardLogger("runs")).fit(Model(), batches(20))
         assert profiler.traces[0].parent == expected
 
@@ -442,9 +478,15 @@ def test_a_fast_dev_run_writes_nothing(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_other_ranks_record_nothing(tmp_path: Path) -> None:
+    class SecondRank(SingleProcess):
+        global_rank = 1
+
+    class Joins(Callback):
+        def on_join_processes(self, trainer: Trainer, event: Any) -> None:
+            event.processes = SecondRank()
+
     profiler = TorchProfiler()
-    trainer = trainer_of(profiler, tmp_path)
-    trainer.processes.global_rank = 1  # type: ignore[misc]
+    trainer = trainer_of(profiler, tmp_path, Joins())
     trainer.fit(Model(), batches(20))
     assert profiler.traces == [] and list(tmp_path.iterdir()) == []
 
@@ -462,19 +504,20 @@ def test_the_table_is_printed_and_can_be_sorted(tmp_path: Path, capsys: Any) -> 
 
 
 def test_options_reach_torch(tmp_path: Path) -> None:
-    profiler = quiet(record_shapes=True, profile_memory=True, with_stack=True, with_flops=True, with_modules=True)
+    profiler = quiet(record_shapes=True, profile_memory=True, with_stack=True, with_flops=True)
     trainer_of(profiler, tmp_path).fit(Model(), batches(20))
     trace = json.loads(profiler.traces[0].read_text())
     assert (trace["record_shapes"], trace["profile_memory"], trace["with_stack"]) == (1, 1, 1)
     (linear, *_) = [event for event in trace["traceEvents"] if event["name"] == "aten::linear"]
     assert linear["args"]["Input Dims"][0] == [2, 4]
+    assert "nn.Module: Linear_0" in {event["name"] for event in trace["traceEvents"]}
     assert "CPU Mem" in profiler.summary()
 
 
-# ------------------------------------------------------------------ beside others
+# ------------------------------------------------------------------ together with others
 
 
-def test_it_warns_of_nothing(tmp_path: Path) -> None:
+def test_no_warning_is_given(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = trainer_of(quiet(repeat=2), tmp_path)
@@ -484,36 +527,24 @@ def test_it_warns_of_nothing(tmp_path: Path) -> None:
 
 
 def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    def run(*callbacks: Any) -> tuple[Tensor, Tensor]:
+    def trained(*callbacks: Any) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
         model = Model()
-        trainer = Trainer(
-            max_epochs=2,
-            callbacks=[*callbacks, LRSchedulerStepping()],
-            default_callbacks=False,
-            device="cpu",
-            default_root_dir=tmp_path,
-        )
+        options: Any = {"max_epochs": 2, "default_root_dir": tmp_path, "num_sanity_val_steps": 2}
+        trainer = new_trainer(*callbacks, LRSchedulerStepping(), **options)
         trainer.fit(model, [torch.randn(2, 4) for _ in range(20)], batches(2))
         return nn.utils.parameters_to_vector(model.parameters()).detach(), torch.get_rng_state()
 
-    plain, profiled = run(), run(quiet())
+    plain, profiled = trained(), trained(quiet())
     assert torch.equal(plain[0], profiled[0]) and torch.equal(plain[1], profiled[1])
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_it_shares_a_run_with_the_profiler_and_a_trace(first: bool, tmp_path: Path) -> None:
-    both = [Profiler(print_summary=False, first=3, every=2, layers=True), quiet(wait=2, warmup=1, active=4)]
+def test_both_profilers_and_a_trace_share_a_run(first: bool, tmp_path: Path) -> None:
+    both: list[Any] = [Profiler(print_summary=False, first=3, every=2, layers=True), quiet(wait=2, warmup=1, active=4)]
     if not first:
         both.reverse()
-    trainer = Trainer(
-        max_epochs=2,
-        callbacks=[*both, LRSchedulerStepping()],
-        default_callbacks=False,
-        device="cpu",
-        default_root_dir=tmp_path,
-        num_sanity_val_steps=0,
-    )
+    trainer = new_trainer(*both, LRSchedulerStepping(), max_epochs=2, default_root_dir=tmp_path)
     with trainer.signals.trace() as trace:
         trainer.fit(Model(), batches(20), batches(2))
     assert trace.names().count("before_forward") == 2 * 22
@@ -523,18 +554,18 @@ def test_it_shares_a_run_with_the_profiler_and_a_trace(first: bool, tmp_path: Pa
     assert_nothing_is_left(trainer, profiler)
 
 
-def test_muted_signals_break_nothing(tmp_path: Path) -> None:
+def test_with_a_muted_safe_point_nothing_is_recorded(tmp_path: Path) -> None:
     profiler = quiet(wait=2, warmup=1, active=4)
     trainer = trainer_of(profiler, tmp_path)
     with trainer.signals.safe_point.muted():
         trainer.fit(Model(), batches(20))
-    assert profiler.traces == [], "it counts by the signal that is muted"
+    assert profiler.traces == [], "the muted signal counts the batches"
     assert_nothing_is_left(trainer, profiler)
     trainer.fit(Model(), batches(20))
     assert len(profiler.traces) == 1
 
 
-def test_runs_in_a_row_have_traces_of_their_own(tmp_path: Path) -> None:
+def test_each_run_has_separate_traces(tmp_path: Path) -> None:
     profiler = quiet()
     trainer = trainer_of(profiler, tmp_path)
     trainer.fit(Model(), batches(20))

@@ -1,4 +1,4 @@
-"""It looks at fresh values alone, counts them right, and a run that goes on stops where the uninterrupted one did."""
+"""EarlyStopping: it counts only new values, and a resumed run stops at the same place as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch.utils.data import DataLoader
 from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 from eventtrain.callbacks.stopping.early_stopping import EarlyStopping
-from eventtrain.distributed import SingleProcess
 from tests import resuming
+from tests.callbacks.stopping.common import TwoProcesses
+from tests.kit import new_trainer
 
 BATCHES = [torch.ones(2, 1)] * 3
 
 
 class Model(LightningModule):
-    """Logs what it is told to: one value at each of its validations, or in each of its training epochs."""
+    """Logs the given values: one at each of its validations, or one in each of its training epochs."""
 
     def __init__(self, validation: list[float] | None = None, training: list[float] | None = None, **options: Any) -> None:
         super().__init__()
@@ -44,17 +45,12 @@ class Model(LightningModule):
 
 
 def fit(module: LightningModule, *callbacks: Any, **options: Any) -> Trainer:
-    options = {"max_epochs": 9, "default_callbacks": False, "device": "cpu", "num_sanity_val_steps": 0, **options}
-    trainer = Trainer(callbacks=callbacks, **options)
+    trainer = new_trainer(*callbacks, **{"max_epochs": 9, **options})
     trainer.fit(module, BATCHES, BATCHES[:1])
     return trainer
 
 
-def reason(trainer: Trainer) -> str | None:
-    return trainer.stop_request.reason
-
-
-# ------------------------------------------------------------------ when it stops
+# ------------------------------------------------------------------ the end
 
 
 @pytest.mark.parametrize(
@@ -70,19 +66,19 @@ def reason(trainer: Trainer) -> str | None:
         ([4, 3.5, 3, 2.5, 2, 1], {"min_delta": 0.5, "patience": 1}, 2, 4),
         ([4, 3.75, 3.25, 3, 2.75, 1], {"min_delta": 0.5, "patience": 2}, 5, 3.25),
         ([1, 1.5, 2, 3], {"mode": "max", "min_delta": 0.5, "patience": 1}, 2, 1),
-        # NaN is worse than anything where it does not end the run.
+        # If NaN does not end the run, it is worse than any value.
         ([3, math.nan, 4, 2, 1], {"check_finite": False, "patience": 3}, 5, 1),
         ([3, math.nan, math.inf, 0], {"check_finite": False, "patience": 2}, 3, 3),
     ],
 )
-def test_patience(values: list[float], options: dict[str, Any], looks: int, best: float) -> None:
+def test_a_run_stops_if_its_patience_is_over(values: list[float], options: dict[str, Any], looks: int, best: float) -> None:
     stopping = EarlyStopping("metric", **options)
     trainer = fit(Model(values), stopping, max_epochs=len(values))
     assert trainer.current_epoch == looks
     assert stopping.best == best and isinstance(stopping.best, float)
     stopped = looks < len(values) or stopping.wait_count >= stopping.patience
     expected = f"EarlyStopping: metric, at best {best:g}, has not improved in {stopping.patience} looks"
-    assert reason(trainer) == (expected if stopped else None)
+    assert trainer.stop_reason == (expected if stopped else None)
 
 
 @pytest.mark.parametrize(
@@ -96,19 +92,21 @@ def test_patience(values: list[float], options: dict[str, Any], looks: int, best
         ([2, -math.inf, 1], {}, 2, "is -inf"),
     ],
 )
-def test_goals_and_divergence(values: list[float], options: dict[str, Any], looks: int, why: str) -> None:
+def test_a_run_stops_at_its_threshold_if_it_diverges_and_if_a_value_is_not_finite(
+    values: list[float], options: dict[str, Any], looks: int, why: str
+) -> None:
     trainer = fit(Model(values), EarlyStopping("metric", **options))
     assert trainer.current_epoch == looks
-    assert why in (reason(trainer) or "")
+    assert why in (trainer.stop_reason or "")
 
 
-def test_another_policy() -> None:
+def test_another_policy_is_one_method() -> None:
     class Plateau(EarlyStopping):
         def reason_to_stop(self, trainer: Trainer, value: float) -> str | None:
             return f"at {value}" if trainer.current_epoch == 1 else super().reason_to_stop(trainer, value)
 
     trainer = fit(Model([3, 2, 1]), Plateau("metric"))
-    assert (trainer.current_epoch, reason(trainer)) == (2, "EarlyStopping: at 2.0")
+    assert (trainer.current_epoch, trainer.stop_reason) == (2, "EarlyStopping: at 2.0")
 
 
 def test_a_request_waits_for_min_epochs_and_stands() -> None:
@@ -118,12 +116,12 @@ def test_a_request_waits_for_min_epochs_and_stands() -> None:
     assert (stopping.best, stopping.wait_count, stopping.value) == (3, 1, 4)
 
 
-def test_it_stops_inside_of_an_epoch_after_a_validation_there() -> None:
+def test_a_run_stops_within_an_epoch_after_a_validation_there() -> None:
     trainer = fit(Model([1, 2, 3, 4, 5]), EarlyStopping("metric", patience=1), val_check_interval=2)
     assert (trainer.current_epoch, trainer.global_step) == (1, 3 + 2)
 
 
-# ------------------------------------------------------------------ what it looks at
+# ------------------------------------------------------------------ the values that count
 
 
 class Looks(EarlyStopping):
@@ -139,13 +137,13 @@ class Looks(EarlyStopping):
 @pytest.mark.parametrize(
     "options", [{"on_step": True}, {"on_step": True, "on_epoch": True}, {"on_step": False, "on_epoch": True}], ids=str
 )
-def test_a_metric_of_training_is_looked_at_once_an_epoch(options: dict[str, Any]) -> None:
+def test_it_looks_at_a_metric_of_training_once_an_epoch(options: dict[str, Any]) -> None:
     looks = Looks()
     fit(Model(training=[3, 2], **options), looks, max_epochs=2, val_check_interval=2)
     assert looks.looks == [(3, 3), (6, 2)]
 
 
-def test_an_epoch_that_is_not_complete_counts_for_nothing() -> None:
+def test_an_incomplete_epoch_does_not_count() -> None:
     class Ends(Callback):
         def on_train_batch_end(self, trainer: Trainer, event: Any) -> None:
             if trainer.current_epoch == 0:
@@ -156,13 +154,13 @@ def test_an_epoch_that_is_not_complete_counts_for_nothing() -> None:
     assert looks.looks == [(4, 2)]
 
 
-def test_a_metric_of_validation_is_looked_at_after_each_validation_alone() -> None:
+def test_it_looks_at_a_metric_of_validation_only_after_each_validation() -> None:
     looks = Looks()
     fit(Model([3, 2, 1, 0]), looks, max_epochs=4, check_val_every_n_epoch=2)
     assert looks.looks == [(6, 3), (12, 2)]
 
 
-def test_a_name_that_both_stages_log_is_the_validations() -> None:
+def test_a_name_that_both_stages_log_belongs_to_the_validation() -> None:
     looks = Looks()
     fit(Model([3, 2, 1, 0], [30, 20], on_step=False, on_epoch=True), looks, max_epochs=2)
     assert looks.looks == [(3, 3), (6, 2)]
@@ -178,59 +176,58 @@ def test_neither_the_sanity_check_nor_other_stages_nor_a_fast_dev_run_count() ->
     assert fast.looks == []
 
 
-def test_a_second_fit_begins_anew() -> None:
+def test_a_second_fit_starts_without_the_state_of_the_first() -> None:
     stopping = EarlyStopping("metric", patience=1)
     trainer = fit(Model([3, 4]), stopping)
-    assert reason(trainer)
+    assert trainer.stop_reason
     trainer.fit(Model([9, 8, 8]), BATCHES, BATCHES[:1])
     assert (trainer.current_epoch, stopping.best) == (3, 8)
 
 
 def test_only_a_look_reads_from_the_device() -> None:
-    class Counts(TorchDispatchMode):
+    class Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         reads = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             self.reads += "_local_scalar_dense" in str(func)
             return func(*args, **(kwargs or {}))
 
-    with Counts() as without:
+    with Counts() as without:  # type: ignore[no-untyped-call]
         fit(Model(training=[3, 2]), max_epochs=2)
-    with Counts() as counts:
+    with Counts() as counts:  # type: ignore[no-untyped-call]
         fit(Model(training=[3, 2]), EarlyStopping("metric"), max_epochs=2)
     assert counts.reads - without.reads == 2
 
 
 def test_processes_stop_together() -> None:
-    class Other(SingleProcess):
-        """Another process has a reason at its fifth look; the first question is that of ``fit_start``."""
+    class Other(TwoProcesses):
+        """The other process has a reason at its fifth look; it asks for the first time at ``fit_start``."""
 
-        questions = 0
+        world_size = 1  # so that only EarlyStopping asks
 
         def any(self, flag: bool) -> bool:
-            self.questions += 1
-            return flag or self.questions > 5
+            return super().any(flag) or self.exchanges > 5
 
-    trainer = Trainer(max_epochs=9, callbacks=[EarlyStopping("metric")], default_callbacks=False, device="cpu")
+    trainer = new_trainer(EarlyStopping("metric"), max_epochs=9)
     trainer.processes = Other()
     trainer.fit(Model(training=list(range(9, 0, -1))), BATCHES)
     assert trainer.current_epoch == 5
-    assert reason(trainer) == "EarlyStopping: metric, as another process sees it"
+    assert trainer.stop_reason == "EarlyStopping: metric, in another process"
 
 
-# ------------------------------------------------------------------ a metric that is not there
+# ------------------------------------------------------------------ a missing metric
 
 
-def test_an_absent_metric_is_one_warning_and_the_run_goes_on() -> None:
+def test_a_missing_metric_is_one_warning_and_the_run_continues() -> None:
     with pytest.warns(
-        UserWarning, match=r"EarlyStopping\(monitor='metrics'\): it was never logged; there are \['metric'\]. Did"
+        UserWarning, match=r"EarlyStopping\(monitor='metrics'\): no metric 'metrics' was logged; there are \['metric'\]. Did"
     ) as said:
         trainer = fit(Model([3, 2, 1]), EarlyStopping("metrics"), max_epochs=3)
-    assert len(said) == 1 and "Did you mean 'metric'?" in str(said[0].message)
+    assert len(said) == 1 and str(said[0].message).endswith("Did you mean 'metric'?")
     assert trainer.current_epoch == 3
 
 
-def test_strict_makes_it_an_error() -> None:
+def test_with_strict_a_missing_metric_is_an_error() -> None:
     with pytest.raises(
         MisconfigurationError, match=r"there are \[\]. Log it with self.log\('accuracy'.*strict=False"
     ) as caught:
@@ -238,18 +235,18 @@ def test_strict_makes_it_an_error() -> None:
     assert "EarlyStopping" in str(caught.value)
 
 
-def test_it_waits_for_the_stage_that_may_log_it() -> None:
+def test_a_metric_is_not_missing_before_the_stage_that_may_log_it() -> None:
     trainer = fit(Model([3, 2]), EarlyStopping("metric", strict=True), max_epochs=4, check_val_every_n_epoch=2)
     assert trainer.current_epoch == 4
 
 
-def test_a_metric_that_comes_later_is_looked_at_from_then_on() -> None:
+def test_it_looks_at_a_metric_that_comes_later_from_then_on() -> None:
     class Later(Model):
         def validation_step(self, batch: Tensor, batch_idx: int) -> None:
             if self.current_epoch >= 2:
                 super().validation_step(batch, batch_idx)
 
-    with pytest.warns(UserWarning, match="never logged"):
+    with pytest.warns(UserWarning, match="no metric 'metric' was logged"):
         trainer = fit(Later([0, 0, 3, 4, 5]), EarlyStopping("metric", patience=1))
     assert trainer.current_epoch == 4
 
@@ -259,7 +256,7 @@ def test_a_metric_that_comes_later_is_looked_at_from_then_on() -> None:
 
 @pytest.mark.parametrize(("monitor", "validations"), [("both_epoch", None), ("val", None), ("loss", 2), ("val", 2)])
 @pytest.mark.parametrize("window", [1, 3])
-def test_a_run_goes_on_from_any_safe_point(tmp_path: Path, window: int, monitor: str, validations: int | None) -> None:
+def test_a_run_resumes_from_any_safe_point(tmp_path: Path, window: int, monitor: str, validations: int | None) -> None:
     def build() -> Any:
         data = torch.randn(20, 3, generator=torch.Generator().manual_seed(2))
         loader: Any = DataLoader(data, batch_size=4, shuffle=True)  # type: ignore[arg-type]
@@ -272,7 +269,7 @@ def test_a_run_goes_on_from_any_safe_point(tmp_path: Path, window: int, monitor:
 
 
 class Seldom(Model):
-    """Training logs the name in even epochs alone."""
+    """Training logs the name only in even epochs."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         if self.current_epoch % 2 == 0:
@@ -281,7 +278,7 @@ class Seldom(Model):
 
 
 @pytest.mark.parametrize(("values", "every"), [(None, 1), ([0.0, 1.0, 2.0, 3.0], 2)], ids=["training", "both"])
-def test_a_run_that_goes_on_knows_which_values_are_fresh(tmp_path: Path, values: Any, every: int) -> None:
+def test_a_resumed_run_knows_which_values_are_new(tmp_path: Path, values: Any, every: int) -> None:
     def build() -> Any:
         options = {"max_epochs": 4, "check_val_every_n_epoch": every}
         return Seldom(values), BATCHES, BATCHES[:1], [EarlyStopping("metric", patience=9)], options
@@ -298,20 +295,20 @@ def stopped(path: Path, **options: Any) -> Trainer:
 
 
 @pytest.mark.parametrize("validations", [None, 2])
-def test_a_run_that_was_killed_after_its_request_trains_no_more(tmp_path: Path, validations: int | None) -> None:
+def test_a_run_that_was_killed_after_its_request_does_not_train_again(tmp_path: Path, validations: int | None) -> None:
     first = stopped(tmp_path / "a.ckpt", val_check_interval=validations)
     stopping = EarlyStopping("metric", patience=2)
-    trainer = Trainer(max_epochs=9, callbacks=[stopping], default_callbacks=False, device="cpu", val_check_interval=validations)
+    trainer = new_trainer(stopping, max_epochs=9, val_check_interval=validations)
     trainer.fit(Model([3, 4, 5, 6]), BATCHES, BATCHES[:1], ckpt_path=tmp_path / "a.ckpt")
-    assert reason(trainer) == reason(first)
+    assert trainer.stop_reason == first.stop_reason
     assert trainer.progress == first.progress
     assert (stopping.best, stopping.wait_count, stopping.value) == (3, 2, 5)
 
 
-def test_with_more_patience_it_goes_on(tmp_path: Path) -> None:
+def test_with_more_patience_a_stopped_run_continues(tmp_path: Path) -> None:
     assert stopped(tmp_path / "a.ckpt").current_epoch == 3
     stopping = EarlyStopping("metric", patience=4)
-    trainer = Trainer(max_epochs=9, callbacks=[stopping], default_callbacks=False, device="cpu")
+    trainer = new_trainer(stopping, max_epochs=9)
     trainer.fit(Model([3, 4, 5, 6, 7, 8]), BATCHES, BATCHES[:1], ckpt_path=tmp_path / "a.ckpt")
     assert trainer.current_epoch == 5
 
@@ -335,24 +332,24 @@ def test_two_may_watch_two_metrics_and_either_stops() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"monitor": ""}, r"EarlyStopping\(monitor=''\): it has to be the name of a metric"),
+        ({"monitor": ""}, r"EarlyStopping\(monitor=''\): give the name of a metric"),
         ({"monitor": None}, r"EarlyStopping\(monitor=None\)"),
-        ({"mode": "least"}, r"EarlyStopping\(mode='least'\): it has to be 'min' or 'max'"),
-        ({"patience": 0}, "EarlyStopping: patience=0: it has to be a whole number from 1"),
+        ({"mode": "least"}, r"EarlyStopping\(mode='least'\): give 'min' or 'max'"),
+        ({"patience": 0}, r"EarlyStopping\(patience=0\): give a whole number from 1"),
         ({"patience": 1.5}, "patience=1.5"),
-        ({"min_delta": -0.1}, r"EarlyStopping\(min_delta=-0.1\): it has to be a number from 0"),
+        ({"min_delta": -0.1}, r"EarlyStopping\(min_delta=-0.1\): give a finite number from 0"),
         ({"min_delta": None}, "min_delta=None"),
-        ({"threshold": "1"}, r"EarlyStopping\(threshold='1'\): it has to be a finite number, or None"),
+        ({"threshold": "1"}, r"EarlyStopping\(threshold='1'\): give a finite number"),
         ({"threshold": True}, "threshold=True"),
         ({"divergence_threshold": math.inf}, r"EarlyStopping\(divergence_threshold=inf\)"),
     ],
 )
-def test_arguments_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+def test_arguments_that_are_not_valid_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationError, match=message):
         EarlyStopping(**{"monitor": "metric", **arguments})
 
 
-def test_nothing_is_said_where_all_is_well() -> None:
+def test_a_normal_run_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(Model([3, 4, 5, 6]), EarlyStopping("metric", strict=True))

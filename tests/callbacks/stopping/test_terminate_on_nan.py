@@ -1,4 +1,4 @@
-"""The first bad loss ends the run and is named, nothing waits for the device meanwhile, and no checkpoint knows of it."""
+"""TerminateOnNaN: the first bad loss ends the run, steps do not wait for the device, and no checkpoint is written of it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, MixedPrecision
 from eventtrain.callbacks.stopping.terminate_on_nan import NonFiniteLossError, TerminateOnNaN, non_finite
-from eventtrain.distributed import SingleProcess
 from eventtrain.events import SaveCheckpoint
+from tests.callbacks.stopping.common import TwoProcesses
+from tests.kit import new_trainer
 
 GOOD = torch.ones(2, 1)
 BAD = torch.tensor([[1.0], [math.nan]])
 
 
 class Model(LightningModule):
-    """A batch with NaN has a loss that is one, and parameters that are, once it was stepped with."""
+    """A batch with NaN gives a loss of NaN, and after its step parameters of NaN."""
+
+    net: nn.Linear
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +42,8 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class Elsewhere(TerminateOnNaN):
-    """Looks as on an accelerator."""
+class OnAccelerator(TerminateOnNaN):
+    """Looks at losses together, as it does on an accelerator."""
 
     def on_fit_start(self, trainer: Trainer, event: Any) -> None:
         super().on_fit_start(trainer, event)
@@ -53,13 +56,13 @@ def batches(*bad: int, of: int = 7) -> list[Tensor]:
 
 
 def trainer_of(*callbacks: Any, **options: Any) -> Trainer:
-    return Trainer(callbacks=callbacks, **{"max_epochs": 2, "default_callbacks": False, "device": "cpu", **options})
+    return new_trainer(*callbacks, **{"max_epochs": 2, **options})
 
 
-# ------------------------------------------------------------------ when it ends, and what it says
+# ------------------------------------------------------------------ the end and the message
 
 
-def test_on_the_cpu_it_ends_before_the_backward() -> None:
+def test_on_the_cpu_the_run_ends_before_the_backward() -> None:
     module, oracle = Model(), Model()
     trainer = trainer_of(TerminateOnNaN())
     with pytest.raises(NonFiniteLossError) as caught:
@@ -88,23 +91,23 @@ def test_on_the_cpu_it_ends_before_the_backward() -> None:
         (5, (8,), 10, 1, 1),  # counted over the run
     ],
 )
-def test_elsewhere_losses_are_looked_at_together_and_the_first_bad_one_is_named(
+def test_on_an_accelerator_it_looks_at_losses_together_and_names_the_first_bad_one(
     every: int, bad: tuple[int, ...], batches_run: int, batch: int, epoch: int
 ) -> None:
-    class Data(Model):
-        def training_step(self, given: Tensor, batch_idx: int) -> Any:
+    class BadAt(Model):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             return super().training_step(BAD if self.trainer.total_batch_idx in bad else GOOD, batch_idx)
 
-    trainer = trainer_of(Elsewhere(every_n_batches=every))
+    trainer = trainer_of(OnAccelerator(every_n_batches=every))
     with pytest.raises(NonFiniteLossError) as caught:
-        trainer.fit(Data(), batches())
+        trainer.fit(BadAt(), batches())
     assert trainer.total_batch_idx + 1 == batches_run
     assert f"the loss in batch {batch} of epoch {epoch}, after {bad[0]} updates, is nan" in str(caught.value)
     assert "Not finite by now: net.weight (1 of 1 values), net.bias (1 of 1 values). Try" in str(caught.value)
 
 
-def test_each_loss_is_looked_at_once() -> None:
-    class Counts(Elsewhere):
+def test_it_looks_at_each_loss_once() -> None:
+    class Counts(OnAccelerator):
         def ends_run(self, loss: float) -> bool:
             looked_at.append(loss)
             return super().ends_run(loss)
@@ -115,14 +118,14 @@ def test_each_loss_is_looked_at_once() -> None:
 
 
 def test_steps_read_nothing_from_the_device() -> None:
-    """On the meta device there are no values: who reads one raises."""
+    """Reading a value on the meta device is an error."""
     trainer = trainer_of(TerminateOnNaN(every_n_batches=5), device="meta")
     with pytest.raises(NotImplementedError, match="meta") as caught:
         trainer.fit(Model(), batches())
     assert trainer.global_step == 5 and any("on_safe_point" in note for note in caught.value.__notes__)
 
 
-def test_with_a_look_in_each_batch_it_ends_before_the_backward_on_any_device() -> None:
+def test_with_a_look_in_each_batch_the_run_ends_before_the_backward_on_any_device() -> None:
     trainer = trainer_of(TerminateOnNaN(every_n_batches=1), device="meta")
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         trainer.fit(Model(), batches())
@@ -130,8 +133,8 @@ def test_with_a_look_in_each_batch_it_ends_before_the_backward_on_any_device() -
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
-@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
-def test_infinities_end_it_too(kind: type[TerminateOnNaN], value: float) -> None:
+@pytest.mark.parametrize("kind", [TerminateOnNaN, OnAccelerator])
+def test_infinities_end_the_run_too(kind: type[TerminateOnNaN], value: float) -> None:
     class Infinite(Model):
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             return super().training_step(batch, batch_idx) + (value if batch_idx == 2 else 0.0)
@@ -140,8 +143,11 @@ def test_infinities_end_it_too(kind: type[TerminateOnNaN], value: float) -> None
         trainer_of(kind()).fit(Infinite(), batches())
 
 
-def test_many_parameters_are_counted_and_masks_are_left_out() -> None:
+def test_the_message_counts_further_parameters_and_leaves_masks_out() -> None:
     class Many(Model):
+        parts: nn.ModuleList
+        seen: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.parts = nn.ModuleList(nn.Linear(1, 2, bias=False) for _ in range(9))
@@ -153,8 +159,8 @@ def test_many_parameters_are_counted_and_masks_are_left_out() -> None:
             if batch_idx == 1:
                 with torch.no_grad():
                     self.seen[0] = math.nan
-                    for number, part in enumerate(self.parts):
-                        part.weight[0, 0] = math.inf if number % 2 else math.nan
+                    for number, parameter in enumerate(self.parts.parameters()):
+                        parameter[0, 0] = math.inf if number % 2 else math.nan
             return super().training_step(batch, batch_idx) + sum(part(batch).sum() for part in self.parts)
 
     with pytest.raises(NonFiniteLossError) as caught:
@@ -164,16 +170,16 @@ def test_many_parameters_are_counted_and_masks_are_left_out() -> None:
     module = Many()
     module.training_step(GOOD, 1)
     with torch.no_grad():
-        module.parts[1].weight.zero_()
+        list(module.parts.parameters())[1].zero_()
     assert non_finite(module)[-2:] == ["parts.8.weight (1 of 2 values)", "seen (1 of 2 values)"]
     assert "mask" not in " ".join(non_finite(module)) and len(non_finite(module)) == 9
 
 
-# ------------------------------------------------------------------ which losses
+# ------------------------------------------------------------------ the losses that count
 
 
-@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
-def test_gradients_that_overflow_and_losses_of_validation_are_none_of_it(kind: type[TerminateOnNaN]) -> None:
+@pytest.mark.parametrize("kind", [TerminateOnNaN, OnAccelerator])
+def test_overflowing_gradients_and_losses_of_validation_do_not_end_the_run(kind: type[TerminateOnNaN]) -> None:
     overflows: list[str] = []
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-20)
     trainer = trainer_of(kind(every_n_batches=3), MixedPrecision("fp16", scaler=scaler))
@@ -183,8 +189,8 @@ def test_gradients_that_overflow_and_losses_of_validation_are_none_of_it(kind: t
     assert trainer.current_epoch == 2 and math.isnan(trainer.callback_metrics["val_loss"])
 
 
-@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
-def test_it_looks_at_the_raw_loss_and_another_policy_may_end_a_run(kind: type[TerminateOnNaN]) -> None:
+@pytest.mark.parametrize("kind", [TerminateOnNaN, OnAccelerator])
+def test_it_looks_at_the_raw_loss_and_another_policy_is_one_method(kind: type[TerminateOnNaN]) -> None:
     class Rises(Model):
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             return self.net(batch).sum() * 0 + float(batch_idx)
@@ -197,8 +203,8 @@ def test_it_looks_at_the_raw_loss_and_another_policy_may_end_a_run(kind: type[Te
         trainer_of(Above(), GradientAccumulation(4)).fit(Rises(), batches())
 
 
-@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
-def test_in_manual_optimization_it_says_which_backward(kind: type[TerminateOnNaN]) -> None:
+@pytest.mark.parametrize("kind", [TerminateOnNaN, OnAccelerator])
+def test_in_manual_optimization_the_message_names_the_backward(kind: type[TerminateOnNaN]) -> None:
     class Manual(Model):
         def __init__(self) -> None:
             super().__init__()
@@ -206,11 +212,11 @@ def test_in_manual_optimization_it_says_which_backward(kind: type[TerminateOnNaN
 
         def training_step(self, batch: Tensor, batch_idx: int) -> None:
             optimizer = self.optimizers()
-            for place in range(3):
+            for backward in range(3):
                 optimizer.zero_grad()
-                scale = math.inf if (batch_idx, place) == (2, 1) else 1.0
+                scale = math.inf if (batch_idx, backward) == (2, 1) else 1.0
                 loss: Any = self.net(batch * scale).square()
-                if place == 0:  # a loss for each sample, of another type
+                if backward == 0:  # a loss for each sample, of another type
                     self.manual_backward(loss.double(), torch.ones_like(loss).double())
                 else:
                     self.manual_backward(loss.mean())
@@ -222,33 +228,34 @@ def test_in_manual_optimization_it_says_which_backward(kind: type[TerminateOnNaN
         trainer_of(kind()).fit(Manual(), batches())
 
 
-@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
-def test_an_optimizers_trials_may_be_bad(kind: type[TerminateOnNaN]) -> None:
+@pytest.mark.parametrize("kind", [TerminateOnNaN, OnAccelerator])
+def test_losses_of_an_optimizers_trials_may_be_bad(kind: type[TerminateOnNaN]) -> None:
     class Trial(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             closure()
             closure()
             return super().step(closure)
 
     class Tries(Model):
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-            loss = super().training_step(batch, batch_idx)
-            return loss * (math.inf if self.trainer.batch.evaluations == 2 else 1.0)
+            evaluations[batch_idx] = evaluations.get(batch_idx, 0) + 1
+            return super().training_step(batch, batch_idx) * (math.inf if evaluations[batch_idx] == 2 else 1.0)
 
         def configure_optimizers(self) -> Any:
             return Trial(self.parameters(), lr=0.1)
 
+    evaluations: dict[int, int] = {}
     trainer = trainer_of(kind(), max_epochs=1)
     trainer.fit(Tries(), batches())
-    assert trainer.global_step == 7
+    assert trainer.global_step == 7 and set(evaluations.values()) == {3}
 
 
-def test_a_loss_that_is_overwritten_later_was_kept_as_it_was() -> None:
+def test_it_reads_the_value_of_a_loss_that_is_overwritten_later() -> None:
     class Overwrites(Callback):
         def on_train_batch_end(self, trainer: Trainer, event: Any) -> None:
             event.loss.fill_(math.nan)
 
-    trainer = trainer_of(Elsewhere(every_n_batches=2), Overwrites())
+    trainer = trainer_of(OnAccelerator(every_n_batches=2), Overwrites())
     trainer.fit(Model(), batches())
     assert trainer.current_epoch == 2
 
@@ -257,7 +264,7 @@ def test_a_loss_that_is_overwritten_later_was_kept_as_it_was() -> None:
 
 
 class Saves(Callback):
-    """At each safe point, and what an error has left."""
+    """Saves a checkpoint at each safe point, and one after an error."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -269,9 +276,9 @@ class Saves(Callback):
         trainer.save_checkpoint(self.folder / "left.ckpt")
 
 
-@pytest.mark.parametrize("kind", [TerminateOnNaN, Elsewhere])
+@pytest.mark.parametrize("kind", [TerminateOnNaN, OnAccelerator])
 @pytest.mark.parametrize("saves_first", [True, False])
-def test_no_checkpoint_is_written_of_a_run_whose_loss_was_bad(tmp_path: Path, saves_first: bool, kind: Any) -> None:
+def test_no_checkpoint_is_written_after_a_bad_loss(tmp_path: Path, saves_first: bool, kind: Any) -> None:
     callbacks = [Saves(tmp_path), kind(every_n_batches=5)]
     trainer = trainer_of(*callbacks if saves_first else callbacks[::-1])
     with pytest.raises(NonFiniteLossError, match="batch 3 of epoch 0") as caught:
@@ -289,13 +296,13 @@ def save(trainer: Trainer) -> None:
     trainer.signals.save_checkpoint.publish(SaveCheckpoint({}))
 
 
-def test_losses_of_an_interrupted_run_are_looked_at_when_it_is_saved_and_never_in_another_run() -> None:
+def test_losses_of_an_interrupted_run_matter_to_its_checkpoint_and_to_no_other_run() -> None:
     class Interrupts(Callback):
         def on_train_batch_end(self, trainer: Trainer, event: Any) -> None:
             if trainer.batch_idx == 4:
                 raise KeyboardInterrupt
 
-    trainer = trainer_of(Elsewhere(), Interrupts())
+    trainer = trainer_of(OnAccelerator(), Interrupts())
     for bad, saved in (((3,), False), ((), True), ((3,), False)):
         with pytest.raises(KeyboardInterrupt):
             trainer.fit(Model(), batches(*bad))
@@ -305,31 +312,33 @@ def test_losses_of_an_interrupted_run_are_looked_at_when_it_is_saved_and_never_i
         save(trainer)
 
 
-class Two(SingleProcess):
-    """Both processes are the same, until the other one says at a look that it has met a bad loss."""
+class OtherIsBad(TwoProcesses):
+    """The other process meets a bad loss before an update, and says so at its next look."""
 
-    world_size = 2
-    bad_after = 99
-    trainer: Trainer
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+        self.trainer: Trainer | None = None
 
     def any(self, flag: bool) -> bool:
-        return flag or self.trainer.global_step == self.bad_after
+        return super().any(flag) or (self.trainer is not None and self.trainer.global_step == self.after)
 
 
 @pytest.mark.parametrize(
-    ("bad_after", "own", "message"),
+    ("bad_after", "bad", "message"),
     [(4, (), "a loss of another process is not finite"), (99, (2,), "the loss in batch 2 of epoch 0")],
+    ids=["another's loss", "this process's loss"],
 )
-def test_processes_end_together(bad_after: int, own: tuple[int, ...], message: str) -> None:
+def test_processes_end_together(bad_after: int, bad: tuple[int, ...], message: str) -> None:
     trainer = trainer_of(TerminateOnNaN(every_n_batches=4))
-    trainer.processes = distributed = Two()
-    distributed.trainer, distributed.bad_after = trainer, bad_after
+    trainer.processes = processes = OtherIsBad(bad_after)
+    processes.trainer = trainer
     with pytest.raises(NonFiniteLossError, match=f"TerminateOnNaN: {message}"):
-        trainer.fit(Model(), batches(*own))
-    assert trainer.global_step == 4, "nobody ends before all look"
+        trainer.fit(Model(), batches(*bad))
+    assert trainer.global_step == 4, "no process ends before all look"
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, None])
-def test_a_number_of_batches_that_cannot_be(every: Any) -> None:
-    with pytest.raises(MisconfigurationError, match=r"TerminateOnNaN: every_n_batches=.*it has to be a whole number from 1"):
+def test_other_numbers_of_batches_are_refused(every: Any) -> None:
+    with pytest.raises(MisconfigurationError, match=r"TerminateOnNaN\(every_n_batches=.*\): give a whole number from 1"):
         TerminateOnNaN(every_n_batches=every)

@@ -1,4 +1,4 @@
-"""A run that stops before a limit of wall-clock time, and goes on with the time that is left."""
+"""Timer: a run stops before a limit of wall-clock time, and a resumed run has the rest of it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from eventtrain import Callback, MisconfigurationError, Trainer, events
-from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 from eventtrain.callbacks.stopping.timer import Timer
-from eventtrain.distributed import SingleProcess
-from tests.resuming import Build, Model, assert_same_run, run
-
-KEPT = Path("checkpoints") / "interrupted.ckpt"
+from tests.callbacks.stopping.common import INTERRUPTED, CountsSafePoints, TwoProcesses, train_as
+from tests.callbacks.stopping.common import build as build_with_sanity_check
+from tests.resuming import Build, assert_same_run, run
 
 # Runs are resumed here without the timer that ended them.
-pytestmark = pytest.mark.filterwarnings("ignore:The checkpoint holds state of .'Timer'")
+pytestmark = pytest.mark.filterwarnings("ignore:The checkpoint holds state of .'Timer")
 
 
 class Clock(Callback):
-    """A clock that batches, of training and of validation, move on; counts them."""
+    """A clock that batches of training and of validation advance; counts them."""
 
     def __init__(self, train: float = 1.0, validation: float = 0.0) -> None:
         self.seconds = {"train": train, "validation": validation}
@@ -46,81 +43,82 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def build(folder: Path, *callbacks: Any, **options: Any) -> Build:
-    """Three epochs of five batches, in windows of two, with a validation of two batches after the third of each."""
-
-    def build() -> Any:
-        values = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
-        loader: Any = DataLoader(values, batch_size=4, shuffle=True)  # type: ignore[arg-type]
-        given = {
-            "max_epochs": 3,
-            "val_check_interval": 3,
-            "num_sanity_val_steps": 0,
-            "default_root_dir": folder,
-            **options,
-        }
-        return Model(), loader, [values[:4], values[4:8]], [GradientAccumulation(2), LRSchedulerStepping(), *callbacks], given
-
-    return build
+    """The shared run, without a sanity check unless the options say otherwise."""
+    return build_with_sanity_check(folder, *callbacks, **{"num_sanity_val_steps": 0, **options})
 
 
-def assert_goes_on(folder: Path) -> None:
-    resumed, straight = run(build(folder), ckpt_path="last"), run(build(folder))
+def assert_resumes(folder: Path, **options: Any) -> None:
+    """Resume the run without a timer, and compare it with a run that never stopped."""
+    resumed, straight = run(build(folder, **options), ckpt_path="last"), run(build(folder, **options))
     assert_same_run(resumed, straight, "resumed")
 
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("seconds", [1, 5, 7.5, 15, 15.5])
-def test_it_stops_at_the_first_safe_point_past_the_limit(tmp_path: Path, clock: Clock, seconds: float, first: bool) -> None:
+def test_a_run_stops_at_the_first_safe_point_past_the_limit(tmp_path: Path, clock: Clock, seconds: float, first: bool) -> None:
     timer = Timer(seconds)
     trainer = run(build(tmp_path, *((timer, clock) if first else (clock, timer))))
     assert clock.counts["train"] == min(15, -(-seconds // 1))
-    reason = trainer.stop_request.reason
+    reason = trainer.stop_reason
     if seconds > 15:
-        assert reason is None and not (tmp_path / KEPT).exists()
+        assert reason is None and not (tmp_path / INTERRUPTED).exists()
         assert (timer.elapsed, timer.remaining) == (15, 0.5)
     else:
         assert reason is not None and reason.startswith("Timer: 0:00:")
         assert timer.remaining == 0
-        assert_goes_on(tmp_path)
+        assert_resumes(tmp_path)
 
 
-def test_the_reason_says_how_long_it_was(tmp_path: Path, clock: Clock) -> None:
+def test_the_reason_says_how_long_the_run_took(tmp_path: Path, clock: Clock) -> None:
     clock.seconds["train"] = 1800.0
     trainer = run(build(tmp_path, clock, Timer("01:00:00", margin=60)))
-    assert trainer.stop_request.reason == "Timer: 1:00:00 of 1:00:00 are over"
+    assert trainer.stop_reason == "Timer: 1:00:00 of 1:00:00 are over"
 
 
-def test_a_margin_ends_it_sooner(tmp_path: Path, clock: Clock) -> None:
+def test_a_margin_ends_a_run_sooner(tmp_path: Path, clock: Clock) -> None:
     run(build(tmp_path, clock, Timer(10, margin={"seconds": 3})))
     assert clock.counts["train"] == 7
 
 
-def test_no_minimum_holds_it_off(tmp_path: Path, clock: Clock) -> None:
+def test_no_minimum_holds_the_end_off(tmp_path: Path, clock: Clock) -> None:
     run(build(tmp_path, clock, Timer(2), min_epochs=3, min_steps=6))
     assert clock.counts["train"] == 2
 
 
 @pytest.mark.parametrize(("seconds", "batches"), [(3, 0), (4, 1)])
-def test_a_validation_is_left_and_runs_again(tmp_path: Path, clock: Clock, seconds: float, batches: int) -> None:
-    """The limit passes in the third batch of training, or in the first one of the validation that follows it."""
+def test_a_validation_is_left_and_repeated_by_the_resumed_run(
+    tmp_path: Path, clock: Clock, seconds: float, batches: int
+) -> None:
+    """The limit passes in the third batch of training, or in the first batch of the validation that follows it."""
     clock.seconds["validation"] = 10.0
     trainer = run(build(tmp_path, clock, Timer(seconds)))
     assert clock.counts == {"train": 3, "validation": batches}
-    assert trainer.progress.validations == 0 and trainer.stop_request.at_once
+    assert trainer.progress.validations == 0 and trainer.should_stop
     again = Clock()
     resumed = run(build(tmp_path, again), ckpt_path="last")
     assert again.counts == {"train": 12, "validation": 6} and resumed.progress.validations == 3
-    assert_goes_on(tmp_path)
+    assert_resumes(tmp_path)
+
+
+@pytest.mark.parametrize("interval", [3, 5], ids=["in the epoch", "at its end"])
+def test_a_validation_that_is_left_twice_is_repeated_twice(tmp_path: Path, clock: Clock, interval: int) -> None:
+    clock.seconds["validation"] = 10.0
+    for ckpt_path, validated in ((None, 1), ("last", 2)):
+        timer = Timer(interval + 1, per_job=True)
+        trainer = run(build(tmp_path, clock, timer, val_check_interval=interval), ckpt_path=ckpt_path)
+        assert clock.counts == {"train": interval, "validation": validated}
+        assert trainer.progress.validations == 0 and trainer.should_stop
+    assert_resumes(tmp_path, val_check_interval=interval)
 
 
 def test_a_sanity_check_is_left_too(tmp_path: Path, clock: Clock) -> None:
     clock.seconds["validation"] = 10.0
     trainer = run(build(tmp_path, clock, Timer(5), num_sanity_val_steps=2))
     assert clock.counts == {"train": 0, "validation": 1}
-    assert trainer.stop_request.reason is not None and not (tmp_path / KEPT).exists()
+    assert trainer.stop_reason is not None and not (tmp_path / INTERRUPTED).exists()
 
 
-def test_an_evaluation_by_itself_is_not_left(tmp_path: Path, clock: Clock) -> None:
+def test_a_separate_validation_is_not_left(tmp_path: Path, clock: Clock) -> None:
     timer = Timer(2)
     trainer = run(build(tmp_path, clock, timer))
     clock.seconds["validation"] = 10.0
@@ -131,7 +129,7 @@ def test_an_evaluation_by_itself_is_not_left(tmp_path: Path, clock: Clock) -> No
 # ------------------------------------------------------------------ the clock of a resumed run
 
 
-def test_the_clock_goes_on_where_a_run_is_resumed(tmp_path: Path, clock: Clock) -> None:
+def test_a_resumed_run_continues_the_clock(tmp_path: Path, clock: Clock) -> None:
     run(build(tmp_path, clock, Timer(4)))
     clock.now += 1000  # nothing runs
     timer = Timer(9)
@@ -139,16 +137,16 @@ def test_the_clock_goes_on_where_a_run_is_resumed(tmp_path: Path, clock: Clock) 
     assert clock.counts["train"] == 9 and timer.elapsed == 9
 
 
-def test_without_time_left_nothing_is_trained(tmp_path: Path, clock: Clock) -> None:
+def test_a_run_that_is_resumed_without_time_left_trains_nothing(tmp_path: Path, clock: Clock) -> None:
     run(build(tmp_path, clock, Timer(4)))
-    written = os.stat(tmp_path / KEPT).st_mtime_ns
+    written = os.stat(tmp_path / INTERRUPTED).st_mtime_ns
     trainer = run(build(tmp_path, clock, Timer(4)), ckpt_path="last")
-    assert clock.counts["train"] == 4 and trainer.stop_request.reason is not None
-    assert os.stat(tmp_path / KEPT).st_mtime_ns == written
-    assert_goes_on(tmp_path)
+    assert clock.counts["train"] == 4 and trainer.stop_reason is not None
+    assert os.stat(tmp_path / INTERRUPTED).st_mtime_ns == written
+    assert_resumes(tmp_path)
 
 
-def test_each_job_has_its_own_limit(tmp_path: Path, clock: Clock) -> None:
+def test_with_per_job_each_fit_has_the_whole_limit(tmp_path: Path, clock: Clock) -> None:
     for done in (4, 8, 12, 15):
         run(build(tmp_path, clock, Timer(4, per_job=True)), ckpt_path="last")
         assert clock.counts["train"] == done
@@ -160,23 +158,23 @@ def test_a_run_and_its_jobs_have_limits_together(tmp_path: Path, clock: Clock) -
         assert clock.counts["train"] == done
 
 
-def test_a_fit_begins_anew(tmp_path: Path, clock: Clock) -> None:
+def test_the_clock_of_a_second_fit_starts_at_zero(tmp_path: Path, clock: Clock) -> None:
     timer = Timer(4)
     run(build(tmp_path, clock, timer))
     run(build(tmp_path, clock, timer))
     assert clock.counts["train"] == 8
 
 
-def test_a_policy_of_ones_own_is_one_method(tmp_path: Path, clock: Clock) -> None:
-    class AtNoon(Timer):
+def test_another_policy_is_one_method(tmp_path: Path, clock: Clock) -> None:
+    class AtTheSecondUpdate(Timer):
         def is_due(self, trainer: Trainer) -> bool:
             return trainer.global_step == 2
 
-    run(build(tmp_path, clock, AtNoon(1)))
+    run(build(tmp_path, clock, AtTheSecondUpdate(1)))
     assert clock.counts["train"] == 4, "two windows of two"
 
 
-def test_it_reads_the_real_clock(tmp_path: Path) -> None:
+def test_the_clock_is_the_real_one(tmp_path: Path) -> None:
     timer = Timer(0.05)
     begun = time.monotonic()
 
@@ -188,24 +186,14 @@ def test_it_reads_the_real_clock(tmp_path: Path) -> None:
     assert 0.05 <= timer.elapsed <= time.monotonic() - begun and trainer.total_batch_idx < 4
 
 
-# ------------------------------------------------------------------ others
-
-
-class CountsSafePoints(Callback):
-    count = 0
-
-    def on_safe_point(self, trainer: Trainer, event: events.SafePoint) -> None:
-        self.count += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
+# ------------------------------------------------------------------ other callbacks and processes
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_the_checkpoint_has_what_others_do_at_the_safe_point(tmp_path: Path, clock: Clock, first: bool) -> None:
+def test_the_checkpoint_holds_what_other_callbacks_change_at_the_safe_point(tmp_path: Path, clock: Clock, first: bool) -> None:
     counts, timer = CountsSafePoints(), Timer(7)
     run(build(tmp_path, clock, *((timer, counts) if first else (counts, timer))))
-    assert torch.load(tmp_path / KEPT, weights_only=True)["callbacks"]["CountsSafePoints"] == {"count": 7}
+    assert torch.load(tmp_path / INTERRUPTED, weights_only=True)["callbacks"]["CountsSafePoints"] == {"count": 7}
 
 
 class Fails:
@@ -214,53 +202,50 @@ class Fails:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_it_is_connected_for_the_length_of_a_fit(tmp_path: Path, fails: bool) -> None:
-    module, loader, _, callbacks, options = build(tmp_path, Timer(60), *([Fails()] if fails else []))()
-    del options["val_check_interval"]
+def test_its_connections_stay_the_same_during_and_after_a_fit(tmp_path: Path, fails: bool) -> None:
+    timer = Timer(60)
+    module, loader, validation, callbacks, options = build(tmp_path, timer, *([Fails()] if fails else []))()
     trainer = Trainer(callbacks=callbacks, default_callbacks=False, device="cpu", **options)
-    during: list[int] = []
-    trainer.signals.train_batch_start.connect(lambda trainer, event: during.append(len(trainer.signals.safe_point.attached())))
+
+    def connections() -> dict[str, list[Any]]:
+        return {signal.name: signal.attached() for signal in trainer.signals}
+
+    during: list[dict[str, list[Any]]] = []
+    trainer.signals.train_batch_start.connect(lambda trainer, event: during.append(connections()))
+    before = connections()
+    assert before["request_stop"] == [timer.on_request_stop] and before["safe_point"] == []
     if fails:
         with pytest.raises(RuntimeError):
-            trainer.fit(module, loader)
+            trainer.fit(module, loader, validation)
     else:
-        trainer.fit(module, loader)
-    assert set(during) == {1} and trainer.signals.safe_point.attached() == []
+        trainer.fit(module, loader, validation)
+    assert during and all(
+        [listener for listener in connected[name] if listener in before[name]] == before[name]
+        for connected in during
+        for name in before
+    )
+    assert all(timer.on_request_stop in connected["request_stop"] for connected in during)
+    assert connections() == before
 
 
-class Ranks(Callback, SingleProcess):
-    """One of two processes, of which the other has no time left at the safe point of a batch."""
-
-    world_size = 2
-
-    def __init__(self, due_at: int | None = None) -> None:
-        self.due_at = due_at
-        self.asked, self.due = 0, False
-
-    def on_safe_point(self, trainer: Trainer, event: events.SafePoint) -> None:
-        self.due = trainer.total_batch_idx == self.due_at
-
-    def any(self, flag: bool) -> bool:
-        self.asked += 1
-        return flag or self.due
+def test_processes_agree_at_each_safe_point_by_one_exchange(tmp_path: Path, clock: Clock) -> None:
+    without, processes = TwoProcesses(), TwoProcesses()
+    train_as(without, tmp_path, clock)
+    train_as(processes, tmp_path, clock, Timer(1000))
+    assert processes.exchanges - without.exchanges == 16, "before training, and at each safe point"
 
 
-def test_processes_end_where_any_has_no_time_left(tmp_path: Path, clock: Clock) -> None:
-    def train(ranks: Ranks, *callbacks: Any) -> Trainer:
-        module, loader, _, given, options = build(tmp_path, clock, ranks, *callbacks)()
-        del options["val_check_interval"]
-        trainer = Trainer(callbacks=given, default_callbacks=False, device="cpu", **options)
-        trainer.processes = ranks
-        trainer.fit(module, loader)
-        return trainer
+def test_all_processes_end_if_one_has_no_time_left(tmp_path: Path, clock: Clock) -> None:
+    processes = TwoProcesses()
 
-    without, ranks = Ranks(), Ranks()
-    train(without)
-    train(ranks, Timer(1000))
-    assert ranks.asked - without.asked == 16, "before training, and at each batch"
-    clock.counts["train"] = 0
-    trainer = train(Ranks(due_at=6), Timer(1000))
-    assert trainer.stop_request.reason is not None and (tmp_path / KEPT).exists() and clock.counts["train"] == 7
+    class OtherIsDue(Callback):
+        def on_safe_point(self, trainer: Trainer, event: events.SafePoint) -> None:
+            if trainer.total_batch_idx == 6:
+                processes.request.interruption = "no time left"
+
+    trainer = train_as(processes, tmp_path, clock, OtherIsDue(), Timer(1000))
+    assert trainer.stop_reason == "another process asked for it"
+    assert (tmp_path / INTERRUPTED).exists() and clock.counts["train"] == 7
 
 
 # ------------------------------------------------------------------ arguments
@@ -277,11 +262,11 @@ DURATIONS: list[tuple[Any, float]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "seconds"), DURATIONS)
-def test_durations(given: Any, seconds: float) -> None:
-    timer = Timer(given)
+@pytest.mark.parametrize(("duration", "seconds"), DURATIONS)
+def test_every_form_of_a_duration_is_read(duration: Any, seconds: float) -> None:
+    timer = Timer(duration)
     assert timer.max_time == timer.remaining == seconds and timer.elapsed == 0
-    assert Timer(10**6, margin=given).margin == seconds
+    assert Timer(10**6, margin=duration).margin == seconds
 
 
 WRONG: list[Any] = [
@@ -299,15 +284,15 @@ WRONG: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("given", WRONG)
+@pytest.mark.parametrize("duration", WRONG)
 @pytest.mark.parametrize("argument", ["max_time", "margin"])
-def test_what_cannot_be_right_is_refused(argument: str, given: Any) -> None:
+def test_other_durations_are_refused(argument: str, duration: Any) -> None:
     make: Callable[..., Timer] = Timer
     with pytest.raises(MisconfigurationError, match=rf"Timer\({argument}="):
-        make(**{"max_time": 10, argument: given})
+        make(**{"max_time": 10, argument: duration})
 
 
 @pytest.mark.parametrize("margin", [10, 11])
-def test_a_margin_leaves_some_time(margin: float) -> None:
+def test_a_margin_that_leaves_no_time_is_refused(margin: float) -> None:
     with pytest.raises(MisconfigurationError, match="leaves no time"):
         Timer(10, margin=margin)

@@ -1,0 +1,81 @@
+"""The part that the callbacks for several processes share."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from eventtrain.callbacks.distributed.processes import TorchProcesses, check_timeout, device_of_process, join
+from eventtrain.callbacks.distributed.samplers import set_shuffling_seed, shuffling_seed, with_share
+from eventtrain.core.optimizer import evaluates_often
+from eventtrain.errors import MisconfigurationError
+from eventtrain.events import FitStart, JoinProcesses, PrepareLoader, Teardown, ValidationEpochStart
+from eventtrain.trainer import Trainer
+
+
+class DataParallel:
+    """Join the other processes, divide the data between them, and refuse optimizers that would make them wait forever.
+
+    A base for callbacks that train one module in several processes. It listens to ``join_processes``, ``prepare_loader``,
+    ``fit_start``, ``validation_epoch_start``, ``test_epoch_start``, ``predict_epoch_start`` and ``teardown``.
+
+    Args:
+        shares_data: Whether loaders get a sampler that gives each process its share.
+        timeout: How long an exchange waits for the other processes, a ``timedelta`` or seconds; None for torch's default.
+
+    Raises:
+        MisconfigurationError: If the timeout is not a time.
+    """
+
+    role: str | None = "distribution"
+    processes_type: type[TorchProcesses] = TorchProcesses
+    pads_evaluation = False
+
+    def __init__(self, shares_data: bool, timeout: timedelta | float | None) -> None:
+        self.shares_data = shares_data
+        self.timeout = check_timeout(timeout, type(self).__name__)
+        self._processes: TorchProcesses | None = None
+        self._train_loader: Any = None
+
+    def on_join_processes(self, trainer: Trainer, event: JoinProcesses) -> None:
+        if self._processes is None:
+            self._processes = join(event.device, self.timeout, self.processes_type)
+        if self._processes is not None:
+            event.processes = self._processes
+            event.device = device_of_process(event.device, self._processes.local_rank)
+
+    def on_prepare_loader(self, trainer: Trainer, event: PrepareLoader) -> None:
+        if self._processes is not None and self.shares_data:
+            event.loader = with_share(event.loader, event.stage, self._processes, pads_evaluation=self.pads_evaluation)
+        if event.stage == "train":
+            self._train_loader = event.loader
+
+    def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
+        for optimizer in trainer.optimizers:
+            if self._processes is not None and evaluates_often(optimizer):
+                raise MisconfigurationError(
+                    f"{type(optimizer.optimizer).__name__} decides by the loss how often it evaluates its closure. The loss "
+                    "differs between processes, so they would wait for each other forever. Train with it in one process."
+                )
+
+    # After validation_start, where other callbacks put their weights and buffers into the module.
+    def on_validation_epoch_start(self, trainer: Trainer, event: ValidationEpochStart) -> None:
+        if self._processes is not None:
+            self._processes.overwrite(trainer.module.buffers())
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        self._train_loader = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seed by which the training data are shuffled."""
+        return {"seed": shuffling_seed(self._train_loader)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Shuffle the training data by the seed of a checkpoint.
+
+        Args:
+            state: The result of :meth:`state_dict`.
+        """
+        set_shuffling_seed(self._train_loader, state["seed"])

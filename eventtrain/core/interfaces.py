@@ -1,0 +1,77 @@
+"""The two neighbours that the loops talk to, as the loops see them: a source of batches, and a place for logged values."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from eventtrain.events import Stage
+
+Scope = Literal["batch", "epoch"]
+
+
+class _End:
+    """The type of :data:`END`."""
+
+    def __repr__(self) -> str:
+        return "END"
+
+
+END = _End()
+"""Returned by :meth:`Batches.fetch` if there is no batch left."""
+
+
+class Batches(Protocol):
+    """One pass over a loader.
+
+    Attributes:
+        loader: The loader.
+        is_last: The batch that was fetched last is the last of the pass.
+    """
+
+    loader: Any
+    is_last: bool
+
+    def fetch(self) -> Any:
+        """Return the next batch on its device, or :data:`END`."""
+
+    def finish(self) -> None:
+        """End a pass that was read in full as a ``for`` loop ends it."""
+
+    def close(self) -> None:
+        """Let the loader's workers go."""
+
+    def position(self) -> dict[str, Any]:
+        """Return the position of the batch that was fetched last, for a checkpoint."""
+
+
+class LoggedValues(Protocol):
+    """The values that a module logs.
+
+    Attributes:
+        batch: The current batch.
+        scope: ``"batch"`` in a batch, ``"epoch"`` in an epoch and outside its batches; None if nothing can be logged.
+        suffix: A suffix for the names that are logged, such as ``"/dataloader_idx_1"``.
+        silent: Whether values are dropped, as in a sanity check.
+    """
+
+    batch: Any
+    scope: Scope | None
+    suffix: str
+    silent: bool
+
+    def enter(self, stage: Stage, scope: Scope | None) -> None:
+        """Begin a stage and a scope."""
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Drop what a stage has logged and not reduced."""
+
+    def take_fresh(self) -> dict[str, Any]:
+        """Return the values for loggers since the last update."""
+
+    def show_epoch(self) -> None:
+        """Let the hooks of an epoch's end read its values so far."""
+
+    def end_epoch(self) -> dict[str, Tensor]:
+        """Reduce the epoch's values and return those for loggers, by name."""

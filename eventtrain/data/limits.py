@@ -1,0 +1,118 @@
+"""The lengths of loaders, the limits that users set on them, and the checks of loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from eventtrain.errors import MisconfigurationError
+
+Limit = int | float | None
+
+
+def known_length(loader: Any) -> int | None:
+    """Return the number of batches of a loader; None if it has no length or only guesses it."""
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+        return None
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def check_limit(limit: Limit, named: str) -> None:
+    """Check the value of an argument that limits batches.
+
+    Args:
+        limit: The value that the user wrote.
+        named: The argument's name.
+
+    Raises:
+        MisconfigurationError: If it is neither None, a number of batches from 0, nor a fraction from 0 to 1.
+    """
+    if limit is None:
+        return
+    number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+    if not number or limit < 0 or (isinstance(limit, float) and not limit <= 1):
+        raise MisconfigurationError(
+            f"{named}={limit!r}: it has to be a whole number of batches, a fraction from 0.0 to 1.0, or None for all."
+        )
+
+
+def limited_length(length: int | None, limit: Limit, named: str) -> int | None:
+    """Return the number of batches to use.
+
+    Args:
+        length: The loader's length; None if it is unknown.
+        limit: A number of batches, a fraction, or None for all.
+        named: The limit's name, for messages.
+
+    Returns:
+        The number; None for all batches of a loader whose length is unknown.
+
+    Raises:
+        MisconfigurationError: If the limit is a fraction and the length is unknown, or if the fraction is less than one
+            batch.
+    """
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
+        return length
+    if isinstance(limit, int):
+        return limit if length is None else min(limit, length)
+    if limit == 0.0:
+        return 0
+    if length is None:
+        raise MisconfigurationError(
+            f"{named}={limit!r} is a fraction of a loader whose length is unknown. Give a whole number of batches."
+        )
+    batches = int(length * limit)
+    if batches < 1:
+        raise MisconfigurationError(
+            f"{named}={limit!r} of {length} batches is less than one. Give at least {1 / max(length, 1):.3g}, or a whole "
+            "number of batches."
+        )
+    return batches
+
+
+def as_loaders(loaders: Any) -> list[Any]:
+    """Return one loader or several as a list.
+
+    A list or tuple is several loaders if each of its items is iterable, and is neither a tensor, a mapping, nor a
+    sequence: a list of batches is one loader.
+
+    Args:
+        loaders: One loader, a list or tuple of loaders, or None.
+    """
+    if loaders is None:
+        return []
+    if isinstance(loaders, (list, tuple)) and loaders and all(_is_loader(item) for item in loaders):
+        return list(loaders)
+    return [loaders]
+
+
+def _is_loader(item: Any) -> bool:
+    return isinstance(item, Iterable) and not isinstance(item, (Tensor, Mapping, list, tuple, str))
+
+
+def check_train_loader(loader: Any) -> None:
+    """Check that a run can train on a loader.
+
+    Raises:
+        MisconfigurationError: If there is no loader, if there are several, or if it is not iterable.
+    """
+    if loader is None:
+        raise MisconfigurationError(
+            "There is nothing to train on. Give fit(model, train_dataloaders=...), a datamodule, or define train_dataloader "
+            "in the module."
+        )
+    if len(as_loaders(loader)) > 1:
+        raise MisconfigurationError(
+            "fit was given several training loaders; it trains on one. Combine the data sets, for example with "
+            "torch.utils.data.ConcatDataset."
+        )
+    if not isinstance(loader, Iterable):
+        raise MisconfigurationError(
+            f"The training loader is {loader!r} ({type(loader).__name__}), which cannot be iterated. Give a DataLoader."
+        )

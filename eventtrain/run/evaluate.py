@@ -1,0 +1,86 @@
+"""One validate, test or predict outside a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from eventtrain.checkpoint.find import read_checkpoint
+from eventtrain.core.evaluation import EvaluationStage
+from eventtrain.core.state import RunStage
+from eventtrain.errors import MisconfigurationError
+from eventtrain.events import CheckpointRead, LoadCheckpoint
+from eventtrain.module.modes import evaluation_mode
+from eventtrain.module.overriding import overridden_method
+from eventtrain.run.loaders import LOADER_HOOKS
+from eventtrain.run.run import Run
+from eventtrain.run.state import RunState
+
+if TYPE_CHECKING:
+    from eventtrain.trainer import Trainer
+
+STAGES: dict[RunStage, EvaluationStage] = {"validate": "validation", "test": "test", "predict": "predict"}
+
+
+class Evaluation(Run):
+    """One validate, test or predict.
+
+    Args:
+        trainer: The trainer.
+        state: The state of the last run, which this one continues.
+        stage: ``"validate"``, ``"test"`` or ``"predict"``.
+        model: The module, compiled or not; None for the module of the last run.
+        datamodule: The datamodule, or None.
+        dataloaders: The loader or loaders that the call was given.
+        ckpt_path: A checkpoint whose weights are loaded first, or None.
+
+    Attributes:
+        results: The epoch's metrics, one dict per loader.
+        outputs: For predict, the values that the step returned, one list per loader.
+    """
+
+    def __init__(
+        self, trainer: Trainer, state: RunState, stage: RunStage, model: Any, datamodule: Any, dataloaders: Any, ckpt_path: Any
+    ) -> None:
+        self.evaluated: EvaluationStage = STAGES[stage]
+        super().__init__(trainer, state, stage, model, datamodule, {self.evaluated: dataloaders})
+        self.ckpt_path = ckpt_path
+        self.results: list[dict[str, float]] = []
+        self.outputs: list[list[Any]] = []
+
+    def body(self) -> None:
+        """Evaluate the module."""
+        module, stage = self.module, self.evaluated
+        # predict_step is the one step that has a default which does something.
+        if stage != "predict" and overridden_method(module, f"{stage}_step") is None:
+            raise MisconfigurationError(f"{type(module).__name__} has no {stage}_step. Define it to {self.stage} the module.")
+        passes = self.loaders.passes(stage)
+        if not passes:
+            raise MisconfigurationError(
+                f"There is nothing to {self.stage} on. Give {self.stage}(model, dataloaders=...), a datamodule, or define "
+                f"{LOADER_HOOKS[stage]} in the module."
+            )
+        checkpoint = None if self.ckpt_path is None else read_checkpoint(self.trainer, self.ckpt_path)
+        if checkpoint is not None:
+            self.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
+            self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
+            module.load_state_dict(checkpoint["state_dict"])
+        self.outputs = self.evaluation_loop(stage, context=self._evaluating).run()
+        self.results = self.state.metrics.results(stage, len(passes))
+
+    @contextmanager
+    def _evaluating(self) -> Generator[None, None, None]:
+        """The context of an evaluation outside a fit: without gradients, and without what makes them possible."""
+        no_grad = torch.no_grad() if has_special_parameters(self.module) else torch.inference_mode()
+        with no_grad, evaluation_mode(self.module, self.evaluated):
+            yield
+
+
+def has_special_parameters(module: nn.Module) -> bool:
+    """Return whether a module has parameters of a subclass of ``Tensor``, such as sharded ones. They may fail in inference
+    mode, or afterwards."""
+    return any(type(parameter) not in (torch.Tensor, nn.Parameter) for parameter in module.parameters())

@@ -1,0 +1,209 @@
+"""One fit: it makes loaders, optimizers and the training loop, resumes a checkpoint, and trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eventtrain.checkpoint import contents
+from eventtrain.checkpoint.find import read_checkpoint
+from eventtrain.checkpoint.rng import isolated_rng
+from eventtrain.core.closure import Closure
+from eventtrain.core.evaluation import step_arguments
+from eventtrain.core.loop import TrainLoop
+from eventtrain.core.state import BatchState
+from eventtrain.core.stepping import Stepping
+from eventtrain.data.limits import check_train_loader
+from eventtrain.errors import EvaluationInterrupted
+from eventtrain.events import FitEnd, FitStart, Stage
+from eventtrain.module.modes import evaluation_mode
+from eventtrain.module.overriding import overridden_method
+from eventtrain.optim.configure import configure_optimizers, warn_of_idle_schedulers
+from eventtrain.run.arguments import validation_interval
+from eventtrain.run.run import Run
+from eventtrain.run.state import RunState
+
+if TYPE_CHECKING:
+    from eventtrain.trainer import Trainer
+
+
+class Fit(Run):
+    """One fit.
+
+    Args:
+        trainer: The trainer.
+        state: The state that the run writes.
+        model: The module, compiled or not.
+        datamodule: The datamodule, or None.
+        dataloaders: The loaders that ``fit`` was given, by stage.
+        ckpt_path: The checkpoint to resume, see :meth:`eventtrain.Trainer.fit`.
+    """
+
+    def __init__(
+        self, trainer: Trainer, state: RunState, model: Any, datamodule: Any, dataloaders: dict[Stage, Any], ckpt_path: Any
+    ) -> None:
+        super().__init__(trainer, state, "fit", model, datamodule, dataloaders)
+        self.ckpt_path = ckpt_path
+
+    def body(self) -> None:
+        """Fit the module."""
+        trainer, module, signals, state = self.trainer, self.module, self.signals, self.state
+        if overridden_method(module, "training_step") is None:
+            module.training_step()  # raises, and says what to define
+        # First, so that a module may take its shape from a checkpoint, and a datamodule its split.
+        checkpoint = None if self.ckpt_path is None else read_checkpoint(trainer, self.ckpt_path)
+        if checkpoint is not None:
+            checkpoint = contents.announce(trainer, checkpoint)
+        state.loaders = self.loaders
+        loader = self.loaders.loader("train")
+        check_train_loader(loader)
+        self._measure(loader)
+        self._configure_optimizers()
+        validate = self._validation()
+        state.loop = loop = self._train_loop(loader, validate)
+        if checkpoint is not None:
+            contents.restore(trainer, checkpoint)
+        with torch.enable_grad():
+            signals.fit_start.publish(FitStart())
+            # A resumed run had its check when it began.
+            if validate is not None and trainer.arguments.num_sanity_val_steps and checkpoint is None:
+                self._sanity_check()
+            if state.limits.batches_per_epoch != 0:
+                loop.train()
+        signals.fit_end.publish(FitEnd())
+
+    def release(self) -> None:
+        """Let go of the optimizers, and of the loaders' workers."""
+        for optimizer, stepping in zip(self.state.optimizers, self.state.steppings, strict=True):
+            stepping.disconnect()
+            optimizer.leave()
+        if self.state.loop is not None and self.state.loop.batches is not None:
+            self.state.loop.batches.close()
+        super().release()
+
+    # ------------------------------------------------------------------ what the loop is made of
+
+    def _measure(self, loader: Any) -> None:
+        """Fit the limits to the training loader's length."""
+        limits = self.state.limits
+        limits.batches_per_epoch = self.loaders.length("train", loader)
+        limits.val_check_interval = validation_interval(
+            self.trainer.arguments.val_check_interval,
+            limits.batches_per_epoch,
+            across_epochs=limits.check_val_every_n_epoch is None,
+        )
+
+    def _configure_optimizers(self) -> None:
+        trainer, module, state = self.trainer, self.module, self.state
+        configuration = configure_optimizers(module)
+        automatic = module.automatic_optimization
+        if automatic and configuration.schedulers:
+            warn_of_idle_schedulers(module, trainer.callbacks)
+        state.lr_scheduler_configs = configuration.schedulers
+        state.batch = BatchState(automatic=automatic, processes=trainer.processes if trainer.world_size > 1 else None)
+        clip_hook = overridden_method(module, "configure_gradient_clipping") if automatic else None
+        for optimizer in configuration.optimizers:
+            stepping = Stepping(optimizer, self.signals, state.batch, module.toggled_optimizer, clip_hook)
+            optimizer.join(stepping)
+            state.optimizers.append(optimizer)
+            state.steppings.append(stepping)
+            if not automatic:
+                self.steps.keep_out_of_graphs(optimizer)
+
+    def _train_loop(self, loader: Any, validate: Callable[[], Any] | None) -> TrainLoop:
+        module, state = self.module, self.state
+        training_step = self.steps["training_step"]
+        takes_index = step_arguments(training_step, 1, most=2) > 1
+        closure = stepping = None
+        if module.automatic_optimization and state.steppings:
+            (stepping,) = state.steppings
+            closure = Closure(
+                self.signals,
+                state.batch,
+                stepping,
+                training_step,
+                takes_index=takes_index,
+                backward_hook=overridden_method(module, "backward"),
+                zero_grad_hook=self._zero_grad_hook(),
+            )
+        return TrainLoop(
+            signals=self.signals,
+            progress=state.progress,
+            batch=state.batch,
+            stop=state.stop_request,
+            metrics=state.metrics,
+            limits=state.limits,
+            open_epoch=partial(self.loaders.open, "train", loader, state.limits.batches_per_epoch),
+            training_step=training_step,
+            takes_index=takes_index,
+            closure=closure,
+            optimizer=None if stepping is None else stepping.optimizer,
+            optimizer_step=overridden_method(module, "optimizer_step"),
+            abandon_step=None if stepping is None else stepping.abandon,
+            validate=validate,
+            keep_checkpoint=self.trainer.keep_checkpoint,
+        )
+
+    def _zero_grad_hook(self) -> Callable[..., Any] | None:
+        hook = overridden_method(self.module, "optimizer_zero_grad")
+        if hook is None:
+            return None
+        progress = self.state.progress
+        return lambda batch_idx, optimizer: hook(progress.current_epoch, batch_idx, optimizer)
+
+    # ------------------------------------------------------------------ validation
+
+    def _validation(self) -> Callable[[], Any] | None:
+        """Return a function that runs a validation; None if there is nothing to validate."""
+        module, batch = self.module, self.state.batch
+        if self.trainer.arguments.batch_limits["validation"] == 0 or not self.loaders.passes("validation"):
+            return None
+        if overridden_method(module, "validation_step") is None:
+            warnings.warn(
+                f"{type(module).__name__} has validation loaders and no validation_step: nothing is validated.", stacklevel=2
+            )
+            return None
+        zero_grad = overridden_method(module, "on_validation_model_zero_grad")
+
+        def validate() -> None:
+            # Lightning zeroes all gradients here. Only a module that asks for it does, and never in an open window.
+            if zero_grad is not None and not batch.window_open:
+                zero_grad()
+            self.evaluation_loop("validation", context=self._validating, is_interrupted=self._is_interrupted).run()
+
+        return validate
+
+    @contextmanager
+    def _validating(self) -> Generator[None, None, None]:
+        """The context of a validation: without gradients, without a trace in training's random numbers and modes.
+
+        Not ``inference_mode``, whose tensors training could not use.
+        """
+        with isolated_rng(), torch.no_grad(), evaluation_mode(self.module, "validation"):
+            yield
+
+    def _sanity_check(self) -> None:
+        self.sanity_checking = True
+        try:
+            steps = self.trainer.arguments.num_sanity_val_steps
+            loop = self.evaluation_loop(
+                "validation",
+                context=self._validating,
+                is_interrupted=self._is_interrupted,
+                most=None if steps == -1 else steps,
+            )
+            loop.run(silent=True)
+        except EvaluationInterrupted:
+            pass  # nothing was trained yet: the loop sees the request to stop
+        finally:
+            self.sanity_checking = False
+
+    def _is_interrupted(self) -> bool:
+        """Return whether an evaluation is to be left: in all processes, if one is asked to."""
+        request = self.state.stop_request
+        return self.trainer.processes.any(request.at_once or request.interruption is not None)

@@ -1,0 +1,56 @@
+"""The state of a run that outlives it: a test after a fit reads it, and so do the trainer's properties and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
+
+if TYPE_CHECKING:
+    from eventtrain.core.loop import TrainLoop
+    from eventtrain.core.optimizer import LightningOptimizer
+    from eventtrain.core.stepping import Stepping
+    from eventtrain.metrics.metrics import Metrics
+    from eventtrain.module.datamodule import LightningDataModule
+    from eventtrain.module.module import LightningModule
+    from eventtrain.optim.lr_scheduler import LRSchedulerConfig
+    from eventtrain.run.compiled import ModuleSteps
+    from eventtrain.run.loaders import RunLoaders
+
+
+@dataclass(slots=True)
+class RunState:
+    """The state of the current run, or of the last one. A fit begins a new one; an evaluation continues the last.
+
+    Attributes:
+        limits: How long the fit is.
+        metrics: The values that the module logs.
+        progress: The counters of the fit.
+        stop_request: The requests to end it.
+        batch: The current training batch.
+        module: The module of the run.
+        steps: Its steps as the run calls them.
+        datamodule: The datamodule of the run, if it has one.
+        optimizers: The optimizers of the fit, wrapped.
+        steppings: Their steps in the run, in the same order.
+        lr_scheduler_configs: The schedulers of the fit.
+        loaders: The loaders of the fit.
+        loop: The training loop of the fit.
+        num_evaluation_batches: Batches of the current evaluation over all of its loaders; None if unknown.
+    """
+
+    limits: RunLimits
+    metrics: Metrics
+    progress: Progress = field(default_factory=Progress)
+    stop_request: StopRequest = field(default_factory=StopRequest)
+    batch: BatchState = field(default_factory=BatchState)
+    module: LightningModule | None = None
+    steps: ModuleSteps | None = None
+    datamodule: LightningDataModule | None = None
+    optimizers: list[LightningOptimizer] = field(default_factory=list)
+    steppings: list[Stepping] = field(default_factory=list)
+    lr_scheduler_configs: list[LRSchedulerConfig] = field(default_factory=list)
+    loaders: RunLoaders | None = None
+    loop: TrainLoop | None = None
+    num_evaluation_batches: int | None = None

@@ -135,18 +135,18 @@ def test_i1_sync_dist(sync: bool) -> None:
         return [value, [entry | {"total": entry["total"] + 2.0} for entry in value] if isinstance(value, list) else value]
 
     trainer = new_trainer()
-    trainer.processes = ranks = FakeProcesses(reduce=lambda value, reduction: value + 2.0, gather=total_plus_two)
+    trainer.processes = processes = FakeProcesses(reduce=lambda value, reduction: value + 2.0, gather=total_plus_two)
     trainer.fit(Logs(logs(sync_dist=sync, reduce_fx="max", on_epoch=True)), batches(2))
-    # An epoch's value is always over all ranks, so that all decide alike; a step's only with sync_dist.
+    # An epoch's value is always over all processes, so that all decide alike; a step's only with sync_dist.
     step = 4.0 if sync else 2.0
     assert numbers(trainer.callback_metrics) == {"value": 4.0, "value_step": step, "value_epoch": 4.0}
-    reduced = [(value.item(), reduction) for value, reduction in ranks.reduced]
+    reduced = [(value.item(), reduction) for value, reduction in processes.reduced]
     assert reduced == ([(1.0, "max"), (2.0, "max")] if sync else [])
 
 
-def test_i1_a_synchronised_mean_is_weighted_over_all_ranks() -> None:
+def test_i1_a_synchronised_mean_is_weighted_over_all_processes() -> None:
     def with_the_other(value: Any) -> list[Any]:
-        """The other rank has seen twice as much, of twice the value."""
+        """The other process has seen twice as much, of twice the value."""
         if not isinstance(value, list):
             return [value, value]
         return [value, [entry | {"total": 4 * entry["total"], "weight": 2 * entry["weight"]} for entry in value]]
@@ -157,7 +157,7 @@ def test_i1_a_synchronised_mean_is_weighted_over_all_ranks() -> None:
     assert numbers(trainer.callback_metrics) == pytest.approx({"value": 3.0 * 5 / 3})
 
 
-def test_i1_a_rank_without_a_batch_has_the_others_values() -> None:
+def test_i1_a_process_without_a_batch_has_the_others_values() -> None:
     def with_the_other(value: Any) -> list[Any]:
         if not isinstance(value, list):
             return [value, value]

@@ -702,61 +702,63 @@ def test_j5_events_without_a_counterpart_come_as_events() -> None:
     assert module.seen == [1.0, 1, 2.0, 2]
 
 
-# ------------------------------------------------------------------ J4: several ranks decide alike
+# ------------------------------------------------------------------ J4: several processes decide alike
 
 
-class TwoRanks(FakeProcesses):
-    """The first of two ranks. Of the two flags at a batch's start, only the first, whether it is skipped, is a question."""
+class TwoProcesses(FakeProcesses):
+    """The first of two processes. Of the two flags at a batch's start, only the first, whether it is skipped, is a question."""
 
     def any_of(self, flags: list[bool]) -> list[bool]:
         return [self.any(flags[0]), flags[1]] if len(flags) == 2 else flags
 
 
-def train_on_two_ranks(module: Probe, count: int, *callbacks: Any, elsewhere: Collection[int] = ()) -> tuple[Trainer, TwoRanks]:
-    """Train as one of two ranks; the other says yes to the questions with these numbers."""
-    ranks = TwoRanks(elsewhere=lambda question: question in elsewhere)
+def train_in_two_processes(
+    module: Probe, count: int, *callbacks: Any, elsewhere: Collection[int] = ()
+) -> tuple[Trainer, TwoProcesses]:
+    """Train as one of two processes; the other says yes to the questions with these numbers."""
+    processes = TwoProcesses(elsewhere=lambda question: question in elsewhere)
     trainer = new_trainer(*callbacks)
-    trainer.processes = ranks
+    trainer.processes = processes
     trainer.fit(module, batches(count))
-    return trainer, ranks
+    return trainer, processes
 
 
-@pytest.mark.parametrize("here", [True, False], ids=["on this rank", "on another"])
-def test_j4_a_none_loss_in_a_closing_batch_is_an_error_on_all_ranks(here: bool) -> None:
+@pytest.mark.parametrize("here", [True, False], ids=["in this process", "in another"])
+def test_j4_a_none_loss_in_a_closing_batch_is_an_error_in_all_processes(here: bool) -> None:
     module = Probe(nothing_for={1.0} if here else set())
     backwards = Recorder("before_backward")
-    with pytest.raises(MisconfigurationError, match=r"no loss on a rank in batch 0.*'weight': 0"):
-        train_on_two_ranks(module, 2, backwards, elsewhere=() if here else {0})
-    assert backwards.events == [], "before a backward that would wait for the other ranks"
+    with pytest.raises(MisconfigurationError, match=r"no loss in a process in batch 0.*'weight': 0"):
+        train_in_two_processes(module, 2, backwards, elsewhere=() if here else {0})
+    assert backwards.events == [], "before a backward that would wait for the other processes"
 
 
 def test_j4_a_none_loss_in_a_batch_that_only_accumulates_does_not_concern_the_others() -> None:
     module = Probe(nothing_for={1.0})
-    train_on_two_ranks(module, 2, GradientAccumulation(2))
+    train_in_two_processes(module, 2, GradientAccumulation(2))
     assert module.updates == [2.0]
 
 
-def test_j4_a_veto_holds_on_all_ranks() -> None:
+def test_j4_a_veto_holds_in_all_processes() -> None:
     """The questions in turn: is there no loss anywhere, is there a veto anywhere."""
     module, skips = Probe(), Recorder("optimizer_step_skipped")
-    trainer, ranks = train_on_two_ranks(module, 3, skips, elsewhere={3})
+    trainer, processes = train_in_two_processes(module, 3, skips, elsewhere={3})
     assert module.updates == [1.0, 3.0] and trainer.global_step == 2
-    assert [event.reason for event in skips.events] == ["another rank's veto"]
-    assert ranks.flags == [False] * 6
+    assert [event.reason for event in skips.events] == ["another process's veto"]
+    assert processes.flags == [False] * 6
 
 
-def test_j4_a_skipped_batch_is_skipped_on_all_ranks() -> None:
+def test_j4_a_skipped_batch_is_skipped_in_all_processes() -> None:
     """The questions in turn: is the batch skipped anywhere, and if not, is there no loss, is there a veto."""
     module = Probe()
     silent = On(train_batch_start=lambda trainer, event: None)
-    trainer, _ = train_on_two_ranks(module, 3, silent, elsewhere={3})
+    trainer, _ = train_in_two_processes(module, 3, silent, elsewhere={3})
     assert module.updates == [1.0, 3.0] and trainer.global_step == 2
 
 
 @pytest.mark.parametrize("part", ["the run", "the epoch"])
-def test_j4_an_end_that_another_rank_asks_for_holds_on_all_ranks(part: str) -> None:
+def test_j4_an_end_that_another_process_asks_for_holds_in_all_processes(part: str) -> None:
     class Asks(FakeProcesses):
-        """The other rank asks in its second batch."""
+        """The other process asks in its second batch."""
 
         exchanges = 0
 

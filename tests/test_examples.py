@@ -286,7 +286,7 @@ def test_resume(short_run: Callable[[str], Run]) -> None:
 
 
 @pytest.mark.slow
-def test_resume_ends_alike_whether_it_is_killed_or_not(tmp_path: Path) -> None:
+def test_resume_ends_alike_with_and_without_a_kill(tmp_path: Path) -> None:
     undisturbed = Run("resume", tmp_path / "straight", "--epochs", "25")
     directory = tmp_path / "killed"
     directory.mkdir()

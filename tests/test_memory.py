@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision, TensorBoardLogger
-from tests.kit import Line
+from tests.kit import Line, new_trainer
 
 BATCHES = 10_000
 WARM_UP = 2_000
@@ -82,7 +82,7 @@ def test_ten_thousand_batches_of_the_standard_set_do_not_grow(tmp_path: Path) ->
         LRSchedulerStepping(),
         TensorBoardLogger(tmp_path, log_every_n_steps=50),
     ]
-    trainer = Trainer(max_epochs=1, callbacks=[*standard, census], default_callbacks=False, device="cpu")
+    trainer = new_trainer(*standard, census)
     try:
         trainer.fit(Scheduled(), SameBatch(BATCHES))
     finally:
@@ -98,7 +98,7 @@ def test_ten_thousand_batches_of_the_standard_set_do_not_grow(tmp_path: Path) ->
 
 def test_many_epochs_and_validations_do_not_grow() -> None:
     counts: list[tuple[int, int]] = []
-    trainer = Trainer(max_epochs=60, default_callbacks=False, device="cpu", callbacks=[LRSchedulerStepping()])
+    trainer = new_trainer(LRSchedulerStepping(), max_epochs=60, num_sanity_val_steps=2)
     trainer.signals.train_epoch_start.connect(lambda _, event: counts.append(live()) if event.epoch in (20, 59) else None)
     trainer.fit(Scheduled(), SameBatch(3), SameBatch(2))
     (objects_before, tensors_before), (objects, tensors) = counts
@@ -108,7 +108,7 @@ def test_many_epochs_and_validations_do_not_grow() -> None:
 
 def test_many_fits_of_one_trainer_do_not_grow() -> None:
     callbacks = [GradientAccumulation(2), MixedPrecision("fp16"), LRSchedulerStepping()]
-    trainer = Trainer(max_epochs=1, callbacks=callbacks, default_callbacks=False, device="cpu")
+    trainer = new_trainer(*callbacks, num_sanity_val_steps=2)
     counts: list[tuple[int, int]] = []
     for fit in range(30):
         trainer.fit(Scheduled(), SameBatch(3), SameBatch(2))
@@ -179,7 +179,7 @@ def test_a_module_that_is_kept_can_train_with_another_trainer(tmp_path: Path) ->
 def test_the_graph_of_a_batch_does_not_outlive_it() -> None:
     graphs: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    trainer = Trainer(max_epochs=1, default_callbacks=False, device="cpu", callbacks=[LRSchedulerStepping()])
+    trainer = new_trainer(LRSchedulerStepping())
     trainer.signals.after_forward.connect(lambda _, event: graphs.append(weakref.ref(event.loss)))
 
     @trainer.signals.safe_point.connect

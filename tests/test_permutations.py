@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
-from tests.kit import gradient
+from tests.kit import gradient, train
 
 BATCHES = [torch.tensor([[x, x + 1.0], [x - 1.0, 2.0]]) for x in (1.0, 2.0, -1.0, 0.5, 3.0)]
 Precision = Literal["bf16", "fp16"]
@@ -85,8 +85,7 @@ def trained(precision: Precision, order: tuple[str, ...]) -> tuple[list[float], 
     """Return the weights, their average and the logged lines, as plain numbers."""
     made = callbacks(precision)
     module = Module()
-    trainer = Trainer(max_epochs=1, callbacks=[made[name] for name in order], default_callbacks=False, device="cpu")
-    trainer.fit(module, BATCHES)
+    train(module, BATCHES, *(made[name] for name in order))
     return module.weight.flatten().tolist(), made["average"].average.flatten().tolist(), made["logger"].lines
 
 

@@ -36,6 +36,7 @@ from eventtrain.callbacks import (
     ProgressBar,
     TensorBoardLogger,
 )
+from tests.kit import new_trainer
 from tests.reference import backward
 
 BATCHES = list(torch.randn(24, 4, 3, generator=torch.Generator().manual_seed(0)))
@@ -188,7 +189,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("how", READS)
 def test_the_watch_sees_every_way_of_reading(how: str) -> None:
-    trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+    trainer = new_trainer()
     value = torch.ones(())
     with Watch(trainer) as watch:
         READS[how](value)
@@ -196,7 +197,7 @@ def test_the_watch_sees_every_way_of_reading(how: str) -> None:
 
 
 def test_the_watch_sees_nothing_else() -> None:
-    trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+    trainer = new_trainer()
     value = torch.ones(2, requires_grad=True)
     with Watch(trainer) as watch:
         (value.detach() + 1).to(torch.float64).clone()
@@ -301,7 +302,7 @@ def trainer_of(case: str, precision: str, folder: Path, *, device: str = "cpu", 
         callbacks += [MixedPrecision("bf16" if precision == "bf16" else "fp16")]
     callbacks += [GradientClipping(1.0), LRSchedulerStepping(), ProgressBar(line_interval=1e9)]
     callbacks += [TensorBoardLogger(folder, log_every_n_steps=every)]
-    return Trainer(max_epochs=1, device=device, default_callbacks=False, callbacks=callbacks)
+    return new_trainer(*callbacks, device=device)
 
 
 # ------------------------------------------------------------------ on the CPU, watched

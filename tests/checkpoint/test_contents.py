@@ -14,6 +14,7 @@ from torch import nn
 from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision
 from eventtrain.checkpoint import storage
+from tests.kit import new_trainer
 
 BATCHES = list(torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)))
 
@@ -48,7 +49,7 @@ class SaveAtEpochEnd(Callback):
 
 def trainer(*callbacks: Any, epochs: int) -> Trainer:
     standard = [GradientAccumulation(2), MixedPrecision("fp16"), LRSchedulerStepping()]
-    return Trainer(max_epochs=epochs, callbacks=[*standard, *callbacks], default_callbacks=False, device="cpu")
+    return new_trainer(*standard, *callbacks, max_epochs=epochs)
 
 
 def test_a_checkpoint_of_an_epochs_last_safe_point_resumes_with_the_next_epoch(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import LightningModule
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
+from tests.kit import train
 from tests.resuming import KeepAll, Model, Record, assert_same, assert_same_run, check_all_safe_points, run
 
 
@@ -212,7 +213,7 @@ def test_workers_of_a_run_that_is_not_resumed_read_the_batches_of_a_plain_loop(t
     before = dict(its_loader.__dict__)
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match="configure_optimizers"):
-        Trainer(max_epochs=2, default_callbacks=False, device="cpu").fit(module, its_loader)
+        train(module, its_loader, max_epochs=2)
     assert_same(module.seen, expected, "batches")
     assert torch.equal(torch.rand(2), drawn)
     assert its_loader.__dict__ == before, "the user's loader is never changed"

@@ -87,7 +87,7 @@ def test_of_two_folders_the_newest_file_is_the_last(tmp_path: Path) -> None:
     assert begun == [8]
 
 
-def test_best_is_by_the_one_that_has_a_metric(tmp_path: Path) -> None:
+def test_best_is_of_the_callback_that_has_a_metric(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, ModelCheckpoint("newest"), ModelCheckpoint("best", monitor="val"))
     trainer.fit(module := Plain(), batches(), VALIDATION)
     best = storage.read(tmp_path / "best" / "epoch=1-step=10.ckpt")["state_dict"]["layer.weight"]
@@ -147,7 +147,7 @@ def test_a_checkpoint_is_ranked_by_a_value_of_the_weights_in_it(tmp_path: Path) 
     assert list(callback.kept) == ["epoch=2-step=15.ckpt"]
 
 
-def test_two_with_other_schedules_are_no_clash_and_folders_may_be_at_home(
+def test_two_with_other_schedules_do_not_clash_and_folders_may_be_relative_to_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -249,7 +249,7 @@ def test_gradients_that_an_error_left_do_not_join_the_resumed_run(tmp_path: Path
     assert torch.equal(module.layer.weight, straight.layer.weight)
 
 
-def test_a_learning_rate_that_numpy_made_is_no_reason_to_end_a_run(tmp_path: Path) -> None:
+def test_a_learning_rate_that_numpy_computed_is_saved_as_a_number(tmp_path: Path) -> None:
     class Numpy(Plain):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1)

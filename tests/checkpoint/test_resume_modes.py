@@ -35,6 +35,7 @@ from eventtrain.callbacks import (
     ModelCheckpoint,
     TerminateOnNaN,
 )
+from tests.kit import new_trainer
 from tests.resuming import KeepAll, Model, Record, assert_same, assert_same_run, check_all_safe_points, draws, run
 
 BATCHES = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0)))
@@ -332,7 +333,7 @@ def test_a_checkpoint_after_an_error_within_an_epoch(tmp_path: Path) -> None:
             if trainer.total_batch_idx == 7:
                 raise RuntimeError("a bug")
 
-    trainer = Trainer(callbacks=[Fails(), LRSchedulerStepping()], default_callbacks=False, device="cpu", max_epochs=2)
+    trainer = new_trainer(Fails(), LRSchedulerStepping(), max_epochs=2)
     with pytest.raises(RuntimeError, match="a bug"):
         trainer.fit(Plain(), shuffled())
     trainer.save_checkpoint(tmp_path / "after.ckpt")

@@ -74,7 +74,7 @@ def test_another_metric_is_not_new() -> None:
         announce.metric.value(trainer)
 
 
-def test_a_new_value_is_not_taken_note_of_without_a_look() -> None:
+def test_a_value_stays_new_until_a_look() -> None:
     metric = watched("loss")
     trainer = new_trainer()
     trainer.fit(Line(on_step=True), BATCHES[:1])

@@ -405,7 +405,7 @@ def test_nothing_is_left_after_an_error() -> None:
     assert all("step" not in vars(optimizer) for optimizer in trainer.optimizers)
 
 
-def test_a_step_that_was_patched_stays_so() -> None:
+def test_a_patched_step_stays_patched() -> None:
     """A scheduler that is built on the wrapper patches its ``step``."""
 
     class OnTheWrapper(Gan):

@@ -236,7 +236,7 @@ def test_h2_gradients_that_were_zeroed_do_not_hold_the_scale() -> None:
     assert scales == [16.0, 32.0, 64.0]
 
 
-def test_h2_a_backward_through_the_other_model_leaves_it_right() -> None:
+def test_h2_a_backward_through_the_other_model_does_not_harm_it() -> None:
     """The usual GAN that does not detach: D's loss leaves scaled gradients in G, which G zeroes next."""
 
     def step(module: Pair, g: Any, d: Any, x: Tensor, batch_idx: int) -> None:

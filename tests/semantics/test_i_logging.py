@@ -270,7 +270,7 @@ def test_i2_values_are_detached() -> None:
         assert value.grad_fn is None
 
 
-def test_i2_a_value_is_the_one_at_the_time_it_was_logged() -> None:
+def test_i2_a_value_is_read_at_the_time_of_the_log() -> None:
     """The weight itself: the update that follows changes it in place."""
 
     def log_weight(module: Any, batch: Tensor, batch_idx: int) -> None:
@@ -285,7 +285,7 @@ def test_i2_a_value_is_the_one_at_the_time_it_was_logged() -> None:
 
 
 @pytest.mark.parametrize("view", [lambda w: w[0], lambda w: w.view(()), lambda w: w.data, lambda w: w.detach()[0]])
-def test_i2_a_view_of_a_weight_is_the_one_at_the_time_too(view: Callable[[Tensor], Tensor]) -> None:
+def test_i2_a_view_of_a_weight_is_read_at_the_time_of_the_log_too(view: Callable[[Tensor], Tensor]) -> None:
     written = Logged()
     train(Logs(lambda module, x, i: module.log("weight", view(module.w))), 3, written)
     assert written.of_scope("step") == [{"weight": 0.0}, {"weight": -1.0}, {"weight": -3.0}]

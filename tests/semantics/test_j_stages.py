@@ -213,7 +213,7 @@ def shuffled(n: int) -> DataLoader[Any]:
 
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("interval", [None, 1])
-def test_j1_the_training_rng_is_left_as_it_was_found(sanity: int, interval: int | None) -> None:
+def test_j1_evaluation_does_not_change_the_generators(sanity: int, interval: int | None) -> None:
     """Of torch, NumPy and Python; by the steps and by a validation loader that shuffles."""
     drawn = []
     for evaluates in (True, False):
@@ -227,7 +227,7 @@ def test_j1_the_training_rng_is_left_as_it_was_found(sanity: int, interval: int 
     assert drawn[0] == drawn[1]
 
 
-def test_j1_the_training_rng_is_left_as_it_was_found_after_an_error() -> None:
+def test_j1_evaluation_does_not_change_the_generators_even_if_it_fails() -> None:
     module = Draws(evaluates=True, fails=True)
     seeded()
     with pytest.raises(RuntimeError, match="mine"):
@@ -363,7 +363,7 @@ def scheduler_steps(trainer: Any) -> int:
     return count
 
 
-def test_j3_stop_ends_the_run_after_the_batch_at_hand() -> None:
+def test_j3_stop_ends_the_run_after_the_current_batch() -> None:
     stop = On(before_backward=lambda trainer, event: trainer.stop("enough") if trainer.batch_idx == 2 else None)
     module = Evaluates(configure=epochwise)
     order = Recorder("train_batch_end", "train_epoch_end", "train_end", "fit_end", "validation_start", "safe_point")
@@ -412,7 +412,7 @@ def test_j3_skip_batch_in_manual_mode() -> None:
     assert module.seen == [1.0, 3.0]
 
 
-def test_j3_end_epoch_ends_it_after_the_batch_at_hand() -> None:
+def test_j3_end_epoch_ends_it_after_the_current_batch() -> None:
     end = On(train_batch_end=lambda trainer, event: trainer.end_epoch("enough") if event.batch_idx == 1 else None)
     module = Evaluates(configure=epochwise)
     order, safe = Recorder("validation_start", "train_epoch_end", "train_data_end"), Recorder("safe_point")

@@ -217,9 +217,9 @@ class Trainer:
 
         Example:
             >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
-            >>> metrics = trainer.test(Line(), [[torch.zeros(4, 1)], [torch.ones(4, 1)]])
-            >>> len(metrics)
-            1
+            >>> metrics = trainer.test(Line(), torch.utils.data.DataLoader(torch.zeros(8, 1), batch_size=4))
+            >>> list(metrics[0])
+            ['test_loss']
         """
         return self._evaluate("test", model, dataloaders, ckpt_path, datamodule).results
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from eventtrain import events
 from eventtrain.core.closure import Closure, forward, parse_outputs
 from eventtrain.core.interfaces import END, Batches, LoggedValues
-from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError, StepSkipped
@@ -52,9 +51,7 @@ class TrainLoop:
         training_step: The module's, called as ``training_step(batch, batch_idx)``.
         takes_index: Whether ``training_step`` takes ``batch_idx``.
         closure: The closure of the run; None in manual optimization and without an optimizer.
-        optimizer: Its optimizer.
         optimizer_step: The module's overridden ``optimizer_step``, or None.
-        abandon_step: Publishes that a step of the wrapped optimizer was left, for a reason.
         validate: Runs a validation; None if there is nothing to validate.
         keep_checkpoint: Has a checkpoint written for a reason; returns its file.
 
@@ -75,9 +72,7 @@ class TrainLoop:
     training_step: Callable[..., Any]
     takes_index: bool
     closure: Closure | None
-    optimizer: LightningOptimizer | None
     optimizer_step: Callable[..., Any] | None
-    abandon_step: Callable[[str], None] | None
     validate: Callable[[], Any] | None
     keep_checkpoint: Callable[[str], str | None]
     is_last_batch: bool = False
@@ -223,15 +218,14 @@ class TrainLoop:
 
     def step_optimizer(self, state: BatchState, closure: Closure) -> None:
         """Optimize a batch that closes its window, automatically."""
-        optimizer = self.optimizer
-        assert optimizer is not None and self.abandon_step is not None
+        optimizer = closure.stepping.optimizer
         try:
             if self.optimizer_step is None:
                 optimizer.step(closure)
             else:
                 self.optimizer_step(self.progress.current_epoch, state.batch_idx, optimizer, closure)
         except StepSkipped as skip:  # from a step of the wrapped optimizer, which only the loop can leave
-            self.abandon_step(skip.reason)
+            closure.stepping.abandon(skip.reason)
         if state.evaluations == 0:
             raise MisconfigurationError(
                 f"optimizer_step of the module did not run its closure in batch {state.batch_idx}, nor did "

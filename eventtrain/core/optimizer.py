@@ -239,12 +239,6 @@ class LightningOptimizer(Optimizer):
     def __reduce_ex__(self, protocol: Any) -> tuple[type[LightningOptimizer], tuple[Optimizer]]:
         return LightningOptimizer, (self.optimizer,)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        LightningOptimizer.__init__(self, state["optimizer"])
-
 
 def evaluates_often(optimizer: Optimizer) -> bool:
     """Return whether an optimizer is known to evaluate its closure more than once a step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from eventtrain.core.state import BatchState
 
 
+@dataclass(slots=True, eq=False)
 class Stepping:
     """Steps one optimizer in a run and publishes its events: the :class:`~eventtrain.core.optimizer.Stepper` of its wrapper.
 
@@ -30,7 +32,7 @@ class Stepping:
         optimizer: The wrapper.
         signals: The signals on which its events are published.
         batch: The current batch.
-        toggled: The module's ``toggled_optimizer``.
+        toggle: The module's ``toggled_optimizer``.
         clip_hook: The module's overridden ``configure_gradient_clipping`` in automatic optimization, or None.
 
     Attributes:
@@ -45,36 +47,30 @@ class Stepping:
         norm_type: The order of the norm that a policy wrote, while the module's hook clips.
     """
 
-    __slots__ = (
-        "_closure", "_evaluate", "_handles", "_toggled", "batch", "clip_hook", "depth", "evaluations", "norm_type",
-        "num_steps", "optimizer", "ready", "result", "signals", "stepping", "wrapped", "zeroing",
-    )  # fmt: skip
+    optimizer: LightningOptimizer
+    signals: SignalTable
+    batch: BatchState
+    toggle: Callable[[LightningOptimizer], AbstractContextManager[None]]
+    clip_hook: Callable[..., Any] | None
+    ready: bool = False
+    stepping: bool = False
+    zeroing: bool = False
+    depth: int = 0
+    evaluations: int = 0
+    num_steps: int = 0
+    result: Any = None
+    norm_type: float = 2.0
+    wrapped: Optimizer = field(init=False)
+    _closure: Callable[[], Any] | None = None
+    _evaluate: Callable[[], Any] = field(init=False)
+    _handles: list[Any] = field(init=False)
 
-    def __init__(
-        self,
-        optimizer: LightningOptimizer,
-        signals: SignalTable,
-        batch: BatchState,
-        toggled: Callable[[LightningOptimizer], AbstractContextManager[None]],
-        clip_hook: Callable[..., Any] | None,
-    ) -> None:
-        self.optimizer = optimizer
-        self.wrapped: Optimizer = optimizer.optimizer
-        self.signals = signals
-        self.batch = batch
-        self.clip_hook = clip_hook
-        self.ready = self.stepping = self.zeroing = False
-        self.depth = self.evaluations = self.num_steps = 0
-        self.result: Any = None
-        self.norm_type = 2.0
-        self._toggled = toggled
-        self._closure: Callable[[], Any] | None = None
+    def __post_init__(self) -> None:
+        self.wrapped = self.optimizer.optimizer
         self._evaluate = self.evaluate  # bound once
         # torch's own hooks, so that a step on the wrapped optimizer is counted too.
-        self._handles = [
-            self.wrapped.register_step_pre_hook(self._begin),
-            self.wrapped.register_step_post_hook(self._finish),
-        ]
+        pre_hook, post_hook = self.wrapped.register_step_pre_hook, self.wrapped.register_step_post_hook
+        self._handles = [pre_hook(self._begin), post_hook(self._finish)]
 
     def disconnect(self) -> None:
         """Remove the hooks from the wrapped optimizer."""
@@ -280,4 +276,4 @@ class Stepping:
 
     def toggled(self) -> AbstractContextManager[None]:
         """Let only this optimizer's parameters get gradients, for the length of a ``with`` block."""
-        return self._toggled(self.optimizer)
+        return self.toggle(self.optimizer)

@@ -88,7 +88,7 @@ def test_setup_lists_all_data_of_packages() -> None:
     assert (data, patterns) == (set(), {})
 
 
-def test_the_callbacks_folder_says_what_to_import() -> None:
+def test_importing_the_callbacks_folder_names_the_right_import() -> None:
     done = subprocess.run([sys.executable, "-c", "import callbacks"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "from eventtrain.callbacks import" in done.stderr

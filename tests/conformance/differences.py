@@ -1,4 +1,4 @@
-"""Where eventtrain is right and Lightning is measurably not: each case run by both.
+"""Cases in which eventtrain is right and Lightning is measurably not, each run by both.
 
 ``python -m tests.conformance.differences`` writes the table in docs/coming-from-lightning.md from these cases; a test
 runs them all and checks that the table is fresh.
@@ -32,10 +32,10 @@ class Difference:
 
     Attributes:
         rule: The rule's letter and number, as the tests of the semantics name it.
-        situation: What is trained, for people.
-        run: Trains it by one of them: ``run(Side)`` returns what is compared.
-        theirs: What Lightning gives.
-        ours: What eventtrain gives.
+        situation: The case, in a few words.
+        run: Trains the case: ``run(Side)`` returns the value that is compared.
+        theirs: The value of Lightning.
+        ours: The value of eventtrain.
     """
 
     rule: str
@@ -87,14 +87,15 @@ def scaler() -> Any:
 
 
 def loader(count: int) -> Any:
-    """Batches x = 1, 2, 3, ..."""
-    return torch.utils.data.DataLoader(torch.arange(1.0, count + 1), batch_size=1)
+    """Return a loader of the batches x = 1, 2, 3, ..."""
+    values: Any = torch.arange(1.0, count + 1)
+    return torch.utils.data.DataLoader(values, batch_size=1)
 
 
 def probe(base: type, **changes: Any) -> Any:
-    """w = 0, loss = w * x, plain SGD with rate 1: each update is the gradient that was used."""
+    """Return a module with w = 0, loss = w * x and plain SGD with rate 1, whose updates are the gradients."""
 
-    class Probe(base):  # type: ignore[misc, valid-type]
+    class Probe(base):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.zeros(()))
@@ -112,7 +113,7 @@ def probe(base: type, **changes: Any) -> Any:
 
 
 def outcome(action: Callable[[], Any]) -> Any:
-    """What an action gives, or the name of what it raises."""
+    """Return the result of an action, or the name of its error."""
     try:
         return action()
     except Exception as error:
@@ -120,7 +121,7 @@ def outcome(action: Callable[[], Any]) -> Any:
 
 
 def updates(side: Side, count: int, **options: Any) -> list[float]:
-    """The updates of the probe."""
+    """Return the updates of the probe."""
     values = [0.0]
 
     def on_train_batch_end(self: Any, *args: Any) -> None:
@@ -233,7 +234,7 @@ def unknown_key(side: Side) -> Any:
 
 
 def scheduler_steps(side: Side, count: int, *, frequency: int, step: Any = None, **options: Any) -> int:
-    calls = []
+    calls: list[None] = []
 
     def build(self: Any) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
@@ -442,9 +443,9 @@ DIFFERENCES = [
     Difference("A5", "LBFGS with accumulation over 2 batches",
                lbfgs_with_accumulation, "trains", "raises MisconfigurationError"),
     Difference("A6", "3 batches whose loss is None: `global_step`", none_losses, 3, 0),
-    Difference("A7", "loss 8, accumulation over 2: what `on_before_backward` sees",
+    Difference("A7", "loss 8, accumulation over 2: the loss in `on_before_backward`",
                loss_in_hooks, [4.0, 4.0], [8.0, 8.0]),
-    Difference("A9", "a `StopIteration` inside of `training_step`",
+    Difference("A9", "a `StopIteration` in `training_step`",
                stop_iteration, "ends the epoch", "raises StopIteration"),
     Difference("B3", "5 batches, accumulation over 2: the updates", short_window, [1.5, 3.5, 2.5], [1.5, 3.5, 5.0]),
     Difference("B4", "2 batches of weight 3 and 1 in a window: the update", weighted_window, 1.5, 1.25),
@@ -455,7 +456,7 @@ DIFFERENCES = [
     Difference("C4", "`clip_gradients` to 0.5 in manual fp16: the update", clip_in_manual_fp16, 0.002, 0.5),
     Difference("C4", "clipping to 0.5 attached in manual mode, 2 batches",
                clipping_in_manual_mode, "raises MisconfigurationException", 1.0),
-    Difference("C5", "what `clip_gradients` returns", total_norm, [None, None], [1.0, 2.0]),
+    Difference("C5", "the result of `clip_gradients`", total_norm, [None, None], [1.0, 2.0]),
     Difference("D1", "`(optimizer, scheduler)` from `configure_optimizers`",
                optimizer_and_scheduler, "raises MisconfigurationException", "trains"),
     Difference("D1", "`'freqency'` in a scheduler's config", unknown_key, "drops the key", "raises MisconfigurationError"),
@@ -465,7 +466,7 @@ DIFFERENCES = [
                scheduler_across_epochs, 3, 5),
     Difference("D4", "3 batches whose loss is None: scheduler steps", scheduler_without_updates, 3, 0),
     Difference("D4", "fp16, 3 batches, one overflows: scheduler steps", steps_with_overflow, 3, 2),
-    Difference("E3", "after a `toggled_optimizer` inside of another: do the parameters of both need gradients",
+    Difference("E3", "after a `toggled_optimizer` within another: do the parameters of both need gradients",
                nested_toggle, (True, False), (True, True)),
     Difference("F2", "fp16, `optimizer.optimizer.step(closure)`, 4 batches: the sum of updates",
                raw_step_in_fp16, 2560.0, 10.0),
@@ -485,7 +486,7 @@ DIFFERENCES = [
 
 
 def measured() -> Iterator[tuple[Difference, Any, Any]]:
-    """Every case with what the two of them gave."""
+    """Yield every case with the values of both."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice
         for difference in DIFFERENCES:
@@ -493,7 +494,7 @@ def measured() -> Iterator[tuple[Difference, Any, Any]]:
 
 
 def table() -> str:
-    """The table of the documentation, from what was measured."""
+    """Return the table of the documentation, from measured values."""
 
     def shown(value: Any) -> str:
         return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

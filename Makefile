@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint examples slow chaos bench clean
+.PHONY: demo test lint examples slow chaos bench floor clean
 
 demo: $(VENV)/examples.stamp  ## install, train a real model on real data, and say where to look at it
 	$(BIN)/python examples/digits.py
@@ -30,6 +30,9 @@ examples: $(VENV)/examples.stamp  ## every example, at its full length
 bench: $(VENV)/bench.stamp  ## what a step costs beside the hand-written loop and the peers; rewrites docs/performance.md
 	for part in overhead dispatch memory imports checkpoint; do $(BIN)/python -m benchmarks.$$part --save || exit 1; done
 
+floor: $(VENV)-floor/stamp  ## the tests with the oldest versions that setup.cfg admits
+	$(VENV)-floor/bin/python -m pytest -m "not slow"
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -45,5 +48,10 @@ $(VENV)/bench.stamp: $(VENV)/bin/python setup.cfg constraints.txt
 	$(PIP) install -c constraints.txt -e ".[bench]"
 	touch $@
 
+$(VENV)-floor/stamp: setup.cfg constraints-floor.txt
+	$(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip --disable-pip-version-check -q install -c constraints-floor.txt -e ".[examples,test]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-floor build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

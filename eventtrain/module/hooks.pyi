@@ -1,4 +1,4 @@
-# Written by `python -m docs/generate.py` from eventtrain/events.py. Do not edit.
+# Written by `python docs/generate.py` from eventtrain/events.py. Do not edit.
 from typing import Any
 
 from torch import Tensor
@@ -15,13 +15,13 @@ class CallbackHooks:
     def on_setup(self, trainer: Trainer, event: events.Setup) -> None:
         """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders and optimizers do not exist yet. The place to wrap or shard the module."""
     def on_find_checkpoint(self, trainer: Trainer, event: events.FindCheckpoint) -> None:
-        """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are."""
+        """``ckpt_path="last"`` or ``"best"`` was given: the callbacks that keep checkpoints offer theirs."""
     def on_checkpoint_read(self, trainer: Trainer, event: events.CheckpointRead) -> None:
         """A checkpoint has been read from its file. If a listener of ``checkpoint_gathered`` moved a part of it elsewhere, this is the place to put that part back. The module exists, loaders and optimizers do not."""
     def on_load_checkpoint(self, trainer: Trainer, event: events.LoadCheckpoint) -> None:
         """A checkpoint is complete, and nothing is restored from it yet: loaders and optimizers do not exist. A module may take its shape from it here."""
     def on_prepare_loader(self, trainer: Trainer, event: events.PrepareLoader) -> None:
-        """A run is about to use a loader for the first time. The place to have it read this process's share."""
+        """A run is about to use a loader for the first time. The place to let it read this process's share."""
     def on_estimate_stepping_batches(self, trainer: Trainer, event: events.EstimateSteppingBatches) -> None:
         """Asks how many batches of the whole run will update something; published whenever ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``."""
     def on_fit_start(self, trainer: Trainer, event: events.FitStart) -> None:
@@ -29,7 +29,7 @@ class CallbackHooks:
     def on_train_start(self, trainer: Trainer, event: events.TrainStart) -> None:
         """Training begins, after the sanity check."""
     def on_train_epoch_start(self, trainer: Trainer, event: events.TrainEpochStart) -> None:
-        """An epoch of training begins, or goes on where a checkpoint was written inside of it."""
+        """An epoch of training begins, or continues after the batch at which a checkpoint was written."""
     def on_before_batch_fetch(self, trainer: Trainer, event: events.BeforeBatchFetch) -> None:
         """The next batch is about to be waited for and moved to the device. All stages."""
     def on_after_batch_fetch(self, trainer: Trainer, event: events.AfterBatchFetch) -> None:
@@ -37,7 +37,7 @@ class CallbackHooks:
     def on_train_batch_start(self, trainer: Trainer, event: events.TrainBatchStart) -> None:
         """A batch is about to be trained: the gate, at which accumulation writes the plan."""
     def on_optimizer_step(self, trainer: Trainer, event: events.OptimizerStep) -> None:
-        """An optimizer is about to step. The closure runs inside of this phase, because torch's optimizers evaluate it inside of ``step``."""
+        """An optimizer is about to step. The closure runs in this phase, because torch's optimizers evaluate it in ``step``."""
     def on_before_forward(self, trainer: Trainer, event: events.BeforeForward) -> None:
         """The module's step (``training_step``, ``validation_step``, ...) is about to run. All stages. In manual optimization the whole ``training_step``, backward included, runs inside."""
     def on_after_forward(self, trainer: Trainer, event: events.AfterForward) -> None:
@@ -55,7 +55,7 @@ class CallbackHooks:
     def on_unscale_gradients(self, trainer: Trainer, event: events.UnscaleGradients) -> None:
         """Loss scaling is to be taken off the gradients."""
     def on_gradients_ready(self, trainer: Trainer, event: events.GradientsReady) -> None:
-        """Gradients are complete and unscaled: normalise what is short or weighted. After this event they are the true gradients."""
+        """Gradients are complete and unscaled: normalise those of short or weighted windows. After this event they are the true gradients."""
     def on_gradients_final(self, trainer: Trainer, event: events.GradientsFinal) -> None:
         """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now."""
     def on_before_optimizer_step(self, trainer: Trainer, event: events.BeforeOptimizerStep) -> None:
@@ -81,7 +81,7 @@ class CallbackHooks:
     def on_train_batch_end(self, trainer: Trainer, event: events.TrainBatchEnd) -> None:
         """A batch has been trained."""
     def on_validation_start(self, trainer: Trainer, event: events.ValidationStart) -> None:
-        """A validation begins; the module is in evaluation mode. What is entered here is left after ``validation_end``, and also where an error, or an interruption inside of a fit, ends it without that event."""
+        """A validation begins; the module is in evaluation mode. A context manager that is entered here is left after ``validation_end``, also if an error or an interruption ends the validation without that event."""
     def on_validation_epoch_start(self, trainer: Trainer, event: events.ValidationEpochStart) -> None:
         """The pass over the validation loaders begins."""
     def on_validation_batch_start(self, trainer: Trainer, event: events.ValidationBatchStart) -> None:
@@ -125,7 +125,7 @@ class CallbackHooks:
     def on_request_stop(self, trainer: Trainer, event: events.RequestStop) -> None:
         """The place to end a run at this safe point: call ``trainer.stop(reason)``, or ``trainer.interrupt(reason)`` for a run that is to be resumed. Listeners change nothing else."""
     def on_take_checkpoint(self, trainer: Trainer, event: events.TakeCheckpoint) -> None:
-        """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after ``request_stop``; before ``train_end`` if the run ends elsewhere; and whenever ``trainer.keep_checkpoint`` is called."""
+        """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after ``request_stop``; before ``train_end`` if the run was asked to stop after its last safe point; and whenever ``trainer.keep_checkpoint`` is called."""
     def on_run_interrupted(self, trainer: Trainer, event: events.RunInterrupted) -> None:
         """The run was interrupted by ``trainer.interrupt``, and its state is on disk. ``fit`` returns after this event, unless a listener leaves it by an exception, such as ``SystemExit``."""
     def on_save_checkpoint(self, trainer: Trainer, event: events.SaveCheckpoint) -> None:
@@ -139,9 +139,9 @@ class CallbackHooks:
     def on_fit_end(self, trainer: Trainer, event: events.FitEnd) -> None:
         """``fit`` is over, without an error."""
     def on_exception(self, trainer: Trainer, event: events.ExceptionRaised) -> None:
-        """The run is ending by an error. Reaches every listener, even when one of them raises."""
+        """The run is ending by an error. Reaches every listener, even if one of them raises."""
     def on_teardown(self, trainer: Trainer, event: events.Teardown) -> None:
-        """The run is over, by an error or not: release what was acquired. Reaches every listener, even when one of them raises."""
+        """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises."""
 
 class ModuleHooks:
     def on_join_processes(self, event: events.JoinProcesses) -> None:
@@ -149,13 +149,13 @@ class ModuleHooks:
     def on_setup(self, event: events.Setup) -> None:
         """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders and optimizers do not exist yet. The place to wrap or shard the module."""
     def on_find_checkpoint(self, event: events.FindCheckpoint) -> None:
-        """``ckpt_path="last"`` or ``"best"`` was given: asks those who keep checkpoints where they are."""
+        """``ckpt_path="last"`` or ``"best"`` was given: the callbacks that keep checkpoints offer theirs."""
     def on_checkpoint_read(self, event: events.CheckpointRead) -> None:
         """A checkpoint has been read from its file. If a listener of ``checkpoint_gathered`` moved a part of it elsewhere, this is the place to put that part back. The module exists, loaders and optimizers do not."""
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint is complete, and nothing is restored from it yet: loaders and optimizers do not exist. A module may take its shape from it here."""
     def on_prepare_loader(self, event: events.PrepareLoader) -> None:
-        """A run is about to use a loader for the first time. The place to have it read this process's share."""
+        """A run is about to use a loader for the first time. The place to let it read this process's share."""
     def on_estimate_stepping_batches(self, event: events.EstimateSteppingBatches) -> None:
         """Asks how many batches of the whole run will update something; published whenever ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``."""
     def on_fit_start(self) -> None:
@@ -163,7 +163,7 @@ class ModuleHooks:
     def on_train_start(self) -> None:
         """Training begins, after the sanity check."""
     def on_train_epoch_start(self) -> None:
-        """An epoch of training begins, or goes on where a checkpoint was written inside of it."""
+        """An epoch of training begins, or continues after the batch at which a checkpoint was written."""
     def on_before_batch_fetch(self, event: events.BeforeBatchFetch) -> None:
         """The next batch is about to be waited for and moved to the device. All stages."""
     def on_after_batch_fetch(self, event: events.AfterBatchFetch) -> None:
@@ -171,7 +171,7 @@ class ModuleHooks:
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """A batch is about to be trained: the gate, at which accumulation writes the plan."""
     def on_optimizer_step(self, event: events.OptimizerStep) -> None:
-        """An optimizer is about to step. The closure runs inside of this phase, because torch's optimizers evaluate it inside of ``step``."""
+        """An optimizer is about to step. The closure runs in this phase, because torch's optimizers evaluate it in ``step``."""
     def on_before_forward(self, event: events.BeforeForward) -> None:
         """The module's step (``training_step``, ``validation_step``, ...) is about to run. All stages. In manual optimization the whole ``training_step``, backward included, runs inside."""
     def on_after_forward(self, event: events.AfterForward) -> None:
@@ -189,7 +189,7 @@ class ModuleHooks:
     def on_unscale_gradients(self, event: events.UnscaleGradients) -> None:
         """Loss scaling is to be taken off the gradients."""
     def on_gradients_ready(self, event: events.GradientsReady) -> None:
-        """Gradients are complete and unscaled: normalise what is short or weighted. After this event they are the true gradients."""
+        """Gradients are complete and unscaled: normalise those of short or weighted windows. After this event they are the true gradients."""
     def on_gradients_final(self, event: events.GradientsFinal) -> None:
         """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now."""
     def on_before_optimizer_step(self, optimizer: LightningOptimizer) -> None:
@@ -215,7 +215,7 @@ class ModuleHooks:
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A batch has been trained."""
     def on_validation_start(self) -> None:
-        """A validation begins; the module is in evaluation mode. What is entered here is left after ``validation_end``, and also where an error, or an interruption inside of a fit, ends it without that event."""
+        """A validation begins; the module is in evaluation mode. A context manager that is entered here is left after ``validation_end``, also if an error or an interruption ends the validation without that event."""
     def on_validation_epoch_start(self) -> None:
         """The pass over the validation loaders begins."""
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -259,7 +259,7 @@ class ModuleHooks:
     def on_request_stop(self, event: events.RequestStop) -> None:
         """The place to end a run at this safe point: call ``trainer.stop(reason)``, or ``trainer.interrupt(reason)`` for a run that is to be resumed. Listeners change nothing else."""
     def on_take_checkpoint(self, event: events.TakeCheckpoint) -> None:
-        """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after ``request_stop``; before ``train_end`` if the run ends elsewhere; and whenever ``trainer.keep_checkpoint`` is called."""
+        """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after ``request_stop``; before ``train_end`` if the run was asked to stop after its last safe point; and whenever ``trainer.keep_checkpoint`` is called."""
     def on_run_interrupted(self, event: events.RunInterrupted) -> None:
         """The run was interrupted by ``trainer.interrupt``, and its state is on disk. ``fit`` returns after this event, unless a listener leaves it by an exception, such as ``SystemExit``."""
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -273,9 +273,9 @@ class ModuleHooks:
     def on_fit_end(self) -> None:
         """``fit`` is over, without an error."""
     def on_exception(self, event: events.ExceptionRaised) -> None:
-        """The run is ending by an error. Reaches every listener, even when one of them raises."""
+        """The run is ending by an error. Reaches every listener, even if one of them raises."""
     def teardown(self, stage: str) -> None:
-        """The run is over, by an error or not: release what was acquired. Reaches every listener, even when one of them raises."""
+        """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises."""
     def on_validation_model_eval(self) -> None: ...
     def on_validation_model_train(self) -> None: ...
     def on_validation_model_zero_grad(self) -> None: ...

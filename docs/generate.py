@@ -123,7 +123,7 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Write the files, or check them, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python docs/generate.py", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, name the files that are stale, and fail if there are any")
+    parser.add_argument("--check", action="store_true", help="write nothing, name stale files, and fail if there are any")
     check = parser.parse_args(arguments).check
     stale = [path for path, text in generated().items() if not path.exists() or path.read_text() != text]
     for path in stale:

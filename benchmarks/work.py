@@ -75,7 +75,8 @@ class Transformer(nn.Module):
 
     def forward(self, characters: Tensor) -> Tensor:
         """Return logits ``(batch, context, characters)`` of characters ``(batch, context)``."""
-        return self.head(self.blocks(self.embedding(characters) + self.position, mask=self.mask, is_causal=True))
+        logits: Tensor = self.head(self.blocks(self.embedding(characters) + self.position, mask=self.mask, is_causal=True))
+        return logits
 
 
 def make_model(setting: Setting) -> nn.Module:
@@ -105,7 +106,7 @@ def make_scheduler(setting: Setting, optimizer: Any) -> torch.optim.lr_scheduler
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=MAX_LR, total_steps=steps, cycle_momentum=False)
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """The batches ``(inputs, targets)`` of a run, and the clock, which is read as they are handed out.
 
     It is a loader (``len``, ``iter``) for contestants that accept any loader, and a map-style data set whose items are whole

@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of its own; the pip commands under each target are in the README too.
+# Everything runs in a virtual environment. The README has the same commands without make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,31 +6,31 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test lint examples slow chaos bench floor clean
 
-demo: $(VENV)/examples.stamp  ## install, train a real model on real data, and say where to look at it
+demo: $(VENV)/examples.stamp  ## install, train a real model on real data, and say where to look
 	$(BIN)/python examples/digits.py
 
-test: $(VENV)/dev.stamp  ## the tests, in a few minutes
+test: $(VENV)/dev.stamp  ## run the fast tests, in a few minutes
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: $(VENV)/dev.stamp  ## what `make test` leaves out: the examples at full length, the packaging
+slow: $(VENV)/dev.stamp  ## the tests that `make test` leaves out: examples at full length, packaging
 	$(BIN)/python -m pytest -m slow
 
-chaos: $(VENV)/dev.stamp  ## kills a training process 200 times, and compares with one that never was: twenty minutes
+chaos: $(VENV)/dev.stamp  ## kill a training process 200 times, and compare with a run that was never killed: twenty minutes
 	CHAOS_KILLS=200 $(BIN)/python -m pytest -s tests/chaos
 
-lint: $(VENV)/dev.stamp  ## style, types, and whether the generated files are fresh
+lint: $(VENV)/dev.stamp  ## check style, types, and that generated files are fresh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 
-examples: $(VENV)/examples.stamp  ## every example, at its full length
+examples: $(VENV)/examples.stamp  ## run every example at its full length
 	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example || exit 1; done
 
-bench: $(VENV)/bench.stamp  ## what a step costs beside the hand-written loop and the peers; rewrites docs/performance.md
+bench: $(VENV)/bench.stamp  ## measure the cost of a step beside the hand-written loop and other trainers; rewrites docs/performance.md
 	for part in overhead dispatch memory imports checkpoint; do $(BIN)/python -m benchmarks.$$part --save || exit 1; done
 
-floor: $(VENV)-floor/stamp  ## the tests with the oldest versions that setup.cfg admits
+floor: $(VENV)-floor/stamp  ## run the fast tests with the oldest versions that setup.cfg admits
 	$(VENV)-floor/bin/python -m pytest -m "not slow"
 
 $(VENV)/bin/python:

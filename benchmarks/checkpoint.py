@@ -1,9 +1,14 @@
-"""What a checkpoint costs: of a model with 100 million parameters and its AdamW state, beside bare ``torch.save``.
+"""Measure the cost of a checkpoint of a model with 100 million parameters and its AdamW state, beside plain ``torch.save``.
 
-Inside of one run, at one safe point after another, in turn: ``torch.save`` of the same content over the file that it wrote
-before, which a crash leaves without any; to a new file, deleting the one before the last; that, and then ``fsync``, without
-which the file may be lost with the machine's power; ``ModelCheckpoint``, which does all this and more; and
-``ModelCheckpoint(in_background=True)``, of which the time is measured that the loop waits::
+All ways take turns in one run, at one safe point after another, and save the same content:
+
+- ``torch.save`` over the last file: if the process crashes, no file is left;
+- ``torch.save`` to a new file, after which the file before the last is deleted;
+- the same with ``fsync``, without which the file may be lost if the machine loses power;
+- ``ModelCheckpoint``, which does all this and more;
+- ``ModelCheckpoint(in_background=True)``, of which the time is measured that the loop waits.
+
+The commands::
 
     python -m benchmarks.checkpoint                # two minutes; needs 5 GB of memory and 12 GB of disk
     python -m benchmarks.checkpoint --parameters 10_000_000
@@ -29,19 +34,19 @@ from benchmarks.report import environment, save
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import ModelCheckpoint
 from eventtrain.checkpoint import contents as checkpoint
-from eventtrain.events import SafePoint
+from eventtrain.events import SafePoint, TakeCheckpoint
 
-WIDTH = 1000  # a layer of so many inputs and outputs has a million parameters
+WIDTH = 1000  # a layer with this number of inputs and outputs has a million parameters
 OVER, NEW, SYNCED = "torch.save over the last file", "torch.save, a new file", "torch.save, a new file, fsync"
 OURS, BACKGROUND = "ModelCheckpoint", "ModelCheckpoint(in_background=True)"
 KINDS = (OVER, NEW, SYNCED, OURS, BACKGROUND)
 
 
 class Module(LightningModule):
-    """A stack of layers, all of which get a gradient and AdamW state.
+    """A number of layers, which all get a gradient and AdamW state.
 
     Args:
-        parameters: How many, in whole millions.
+        parameters: The number of parameters; whole millions.
     """
 
     def __init__(self, parameters: int) -> None:
@@ -49,20 +54,20 @@ class Module(LightningModule):
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(parameters // WIDTH**2))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        """One layer's output each, as deep as one, so that the step is short beside its checkpoint."""
+        """Return a loss that each layer computes from the batch, so that the step is short beside its checkpoint."""
         return torch.stack([layer(batch).mean() for layer in self.layers]).sum()
 
     def configure_optimizers(self) -> Any:
-        """AdamW, whose state is two values for each parameter."""
+        """Return AdamW, whose state is two values for each parameter."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
 class Turns(Callback):
-    """Takes the bare turns, and the time of all.
+    """Takes the turns that save by hand, and keeps the times of all turns.
 
     Args:
-        folder: Where the bare files go.
-        repetitions: Turns of each kind that are measured, after one that is not.
+        folder: The folder of the files.
+        repetitions: The number of measured turns of each kind, after one that is not measured.
     """
 
     def __init__(self, folder: Path, repetitions: int) -> None:
@@ -71,18 +76,18 @@ class Turns(Callback):
         self.times: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
     def kind(self, trainer: Trainer) -> str:
-        """Whose turn it is."""
+        """Return the kind whose turn it is."""
         return KINDS[trainer.global_step % len(KINDS)]
 
     def timed(self, kind: str, action: Callable[[], None]) -> None:
-        """Notes how long something takes, with the disk at rest before."""
+        """Add the time of an action to the times of a kind. The disk is idle before."""
         os.sync()
         begun = time.perf_counter()
         action()
         self.times[kind].append(time.perf_counter() - begun)
 
     def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
-        """Saves as is done by hand."""
+        """Save by hand if it is the turn of such a kind."""
         kind = self.kind(trainer)
         if kind not in (OVER, NEW, SYNCED):
             return
@@ -105,29 +110,34 @@ class Timed(ModelCheckpoint):
     """A ModelCheckpoint that takes its turn.
 
     Args:
-        turns: Whose turn it is.
-        kind: Which turn is its own.
-        **options: As for ModelCheckpoint.
+        turns: The callback that knows whose turn it is.
+        mine: The kind of this one.
+        **options: The arguments of ModelCheckpoint.
     """
 
     def __init__(self, turns: Turns, mine: str, **options: Any) -> None:
         super().__init__(turns.folder / mine, filename=f"{{step}}-{KINDS.index(mine)}", save_top_k=0, **options)
         self.turns, self.mine = turns, mine
 
-    def is_due(self, trainer: Trainer, event: SafePoint) -> bool:
-        """In its own turn."""
+    @property
+    def state_key(self) -> str:
+        """The kind, because two of these have the same schedule."""
+        return f"Timed({self.mine})"
+
+    def is_due(self, trainer: Trainer, event: TakeCheckpoint) -> bool:
+        """Return whether it is the turn of this kind."""
         return self.turns.kind(trainer) == self.mine
 
-    def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
-        """Measured in its own turn, from the safe point's beginning until the loop goes on."""
+    def on_take_checkpoint(self, trainer: Trainer, event: TakeCheckpoint) -> None:
+        """Measure the time until the loop continues, in the turns of this kind."""
         if self.is_due(trainer, event):
-            super_ = super().on_safe_point
+            super_ = super().on_take_checkpoint
             self.turns.timed(self.mine, lambda: super_(trainer, event))
-            self.wait(trainer)  # so that the next turn has the disk for itself
+            self.wait(trainer)  # so that the next turn shares the disk with no other
 
 
 def measure(parameters: int, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each turn, by kind."""
+    """Return the seconds of each turn, by kind."""
     with tempfile.TemporaryDirectory(dir=".") as name, quiet():
         turns = Turns(Path(name), repetitions)
         callbacks = [turns, Timed(turns, OURS), Timed(turns, BACKGROUND, in_background=True)]
@@ -138,7 +148,7 @@ def measure(parameters: int, repetitions: int) -> dict[str, list[float]]:
 
 
 def table(times: dict[str, list[float]]) -> str:
-    """The minima, as a Markdown table."""
+    """Return the minima and medians as a Markdown table."""
     least = {kind: min(values) for kind, values in times.items()}
     lines = [
         "| | seconds, minimum | median | over a new file | and fsync | over ModelCheckpoint |",
@@ -151,7 +161,7 @@ def table(times: dict[str, list[float]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--repetitions", type=int, default=7)

@@ -1,7 +1,7 @@
-"""What publishing costs: an event with so many listeners, a phase, ``self.log``, and a batch that only accumulates.
+"""Measure the cost of an event by its number of listeners, a phase, ``self.log``, and a batch that only accumulates.
 
-Everything is timed as the loop does it, guard and payload included. The ways are interleaved, the least time of all
-repetitions counts, and the time of the empty loop around it is taken off::
+Each is timed as the loop does it, with the guard and the payload. Repetitions are interleaved, and the least time of all
+repetitions counts, less the time of an empty loop::
 
     python -m benchmarks.dispatch
 """
@@ -31,32 +31,32 @@ from eventtrain.callbacks import GradientAccumulation
 from eventtrain.events import AfterBackward, BeforeBackward
 
 LISTENERS = (0, 1, 5, 20, 100)
-MOST_FOR_NOBODY = 0.05
-"""Microseconds that an event without listeners may cost."""
+MOST_WITHOUT_LISTENERS = 0.05
+"""The microseconds that an event without listeners may cost."""
 MOST_PER_LISTENER = 0.5
-"""Microseconds that each listener beyond the first may cost."""
+"""The microseconds that each listener after the first may cost."""
 ACCUMULATING = Setting("accumulating", 400, accumulate=4)
 
 Turns = Callable[[int], None]
-"""Does one thing so many times."""
+"""A function that does one thing a number of times."""
 
 
 # ------------------------------------------------------------------ timing
 
 
 def seconds(turns: Turns, times: int) -> float:
-    """What so many turns take."""
+    """Return the seconds that a number of turns take."""
     start = time.perf_counter()
     turns(times)
     return time.perf_counter() - start
 
 
 def microseconds(ways: dict[str, Turns], empty: Turns, repetitions: int) -> dict[str, float]:
-    """The least time that one turn of each way took, less an empty one.
+    """Return the least time of one turn in each way, less the time of an empty turn.
 
     Args:
-        ways: What is compared, by name.
-        empty: The same loop around nothing.
+        ways: The functions that are compared, by name.
+        empty: The same loop with an empty body.
         repetitions: How often each is timed, in turn.
     """
     compared = {"": empty, **ways}
@@ -71,7 +71,7 @@ def microseconds(ways: dict[str, Turns], empty: Turns, repetitions: int) -> dict
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Keeps the garbage collector from falling into somebody's turn."""
+    """Turn the garbage collector off, so that it interrupts no turn."""
     gc.collect()
     gc.disable()
     try:
@@ -81,7 +81,7 @@ def without_collection() -> Iterator[None]:
 
 
 def nothing(times: int) -> None:
-    """The loop around what is timed."""
+    """Run the loop of a turn with an empty body."""
     for _ in range(times):
         pass
 
@@ -90,13 +90,13 @@ def nothing(times: int) -> None:
 
 
 class Listener(Callback):
-    """Listens, and does nothing."""
+    """Listens to two events, and does nothing."""
 
     def on_after_backward(self, trainer: Trainer, event: AfterBackward) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def on_before_backward(self, trainer: Trainer, event: BeforeBackward) -> None:
-        """Enters nothing."""
+        """Enter nothing."""
 
 
 class Entering(Callback):
@@ -105,17 +105,17 @@ class Entering(Callback):
     context: Any = contextlib.nullcontext()
 
     def on_before_backward(self, trainer: Trainer, event: BeforeBackward) -> None:
-        """Enters it."""
+        """Enter the context manager."""
         event.enter(self.context)
 
 
 def trainer_with(*callbacks: Any) -> Trainer:
-    """A trainer with these callbacks and no others."""
+    """Return a trainer with these callbacks and no others."""
     return Trainer(max_epochs=1, callbacks=callbacks, default_callbacks=False, device="cpu")
 
 
 def publishing(listeners: int) -> Turns:
-    """An event, as the loop publishes it."""
+    """Return turns that publish an event as the loop does."""
     signals, loss = trainer_with(*(Listener() for _ in range(listeners))).signals.table, torch.ones(())
 
     def turns(times: int) -> None:
@@ -127,7 +127,7 @@ def publishing(listeners: int) -> Turns:
 
 
 def sending(listeners: int) -> Turns:
-    """The same by blinker's own ``send``, behind the guard that its documentation recommends."""
+    """Return turns that use ``send`` of blinker, behind the guard that its documentation recommends."""
     signals, sender, loss = SimpleNamespace(after_backward=blinker.Signal()), object(), torch.ones(())
     for _ in range(listeners):
         signals.after_backward.connect(Listener().on_after_backward, weak=False)
@@ -141,7 +141,7 @@ def sending(listeners: int) -> Turns:
 
 
 def spanning(*callbacks: Any) -> Turns:
-    """A phase around nothing, as the loop opens it."""
+    """Return turns that open an empty phase as the loop does."""
     signals, loss = trainer_with(*callbacks).signals.table, torch.ones(())
 
     def turns(times: int) -> None:
@@ -153,50 +153,50 @@ def spanning(*callbacks: Any) -> Turns:
     return turns
 
 
-def slope(found: dict[int, float], listeners: tuple[int, ...]) -> float:
-    """Microseconds that one more listener costs, fitted over these numbers of them."""
-    return statistics.linear_regression(listeners, [found[count] for count in listeners]).slope
+def slope(costs: dict[int, float], listeners: tuple[int, ...]) -> float:
+    """Return the microseconds that one more listener costs, fitted over these numbers of listeners."""
+    return statistics.linear_regression(listeners, [costs[count] for count in listeners]).slope
 
 
 def measure_events(repetitions: int) -> dict[str, dict[int, float]]:
-    """Microseconds by number of listeners, here and by blinker's own ``send``."""
+    """Return the microseconds by number of listeners, for eventtrain's signals and for ``send`` of blinker."""
     kinds = {"an event": publishing, "blinker's `Signal.send`": sending}
     ways = {f"{kind} {count}": make(count) for kind, make in kinds.items() for count in LISTENERS}
-    found = microseconds(ways, nothing, repetitions)
-    return {kind: {count: found[f"{kind} {count}"] for count in LISTENERS} for kind in kinds}
+    times = microseconds(ways, nothing, repetitions)
+    return {kind: {count: times[f"{kind} {count}"] for count in LISTENERS} for kind in kinds}
 
 
-def events_table(found: dict[str, dict[int, float]]) -> str:
-    """Events, and what a listener more costs."""
+def events_table(measured: dict[str, dict[int, float]]) -> str:
+    """Return the table of events, with the cost of one more listener."""
     heads = ["us, by number of listeners", *map(str, LISTENERS), "one more, from 1 to 20", "one more, from 20 to 100"]
     lines = [row(heads), row(["---"] * len(heads))]
-    for kind, costs in found.items():
+    for kind, costs in measured.items():
         slopes = [slope(costs, (1, 5, 20)), slope(costs, (20, 100))]
         lines.append(row([kind, *(f"{costs[count]:.3f}" for count in LISTENERS), *(f"{each:.3f}" for each in slopes)]))
-    ours = found["an event"]
-    nobody, each = ours[0], max(slope(ours, (1, 5, 20)), slope(ours, (20, 100)))
+    ours = measured["an event"]
+    silent, each = ours[0], max(slope(ours, (1, 5, 20)), slope(ours, (20, 100)))
     lines += [
         "",
-        f"Nobody listens: {nobody:.3f} us, {verdict(nobody, MOST_FOR_NOBODY)}. Each listener beyond the first: {each:.3f} us, "
-        f"{verdict(each, MOST_PER_LISTENER)}.",
+        f"Without listeners: {silent:.3f} us, {verdict(silent, MOST_WITHOUT_LISTENERS)}. Each listener beyond the first: "
+        f"{each:.3f} us, {verdict(each, MOST_PER_LISTENER)}.",
     ]
     return "\n".join(lines)
 
 
-def verdict(found: float, most: float) -> str:
-    """How a figure stands to its target."""
-    return f"within the {most} us aimed for" if found <= most else f"over the {most} us aimed for"
+def verdict(cost: float, most: float) -> str:
+    """Return whether a cost is within its target, in words."""
+    return f"within the {most} us aimed for" if cost <= most else f"over the {most} us aimed for"
 
 
 def row(cells: list[str]) -> str:
-    """A row of a Markdown table."""
+    """Return a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def measure_phases(repetitions: int) -> dict[str, float]:
-    """Microseconds of a phase."""
+    """Return the microseconds of a phase, by its listeners."""
     ways = {
-        "nobody listens": spanning(),
+        "no listener": spanning(),
         "a listener that enters nothing": spanning(Listener()),
         "a listener that enters a context manager": spanning(Entering()),
         "two that enter one": spanning(Entering(), Entering()),
@@ -208,10 +208,10 @@ def measure_phases(repetitions: int) -> dict[str, float]:
 
 
 class LoggingModule(Module):
-    """Times ``self.log`` in a training step, where a run's metrics and batch are at hand.
+    """Times ``self.log`` in a training step, because it needs the metrics and the batch of a run.
 
     Attributes:
-        least: Microseconds of each way.
+        least: The least microseconds of each way.
     """
 
     calls = 100
@@ -221,7 +221,7 @@ class LoggingModule(Module):
         self.least: dict[str, float] = {}
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The batch's loss, logged in every way."""
+        """Log the loss of a batch in every way, and return it."""
         loss = super().training_step(batch, batch_idx)
         for name, call in self.ways(loss).items():
             start = time.perf_counter()
@@ -232,7 +232,7 @@ class LoggingModule(Module):
         return loss
 
     def ways(self, loss: Tensor) -> dict[str, Callable[[], Any]]:
-        """What is compared, by name; under the empty name, a call of nothing."""
+        """Return the calls that are compared, by name; under the empty name, an empty call."""
         three = {"three a": loss, "three b": loss, "three c": loss}
         return {
             "": lambda: None,
@@ -249,7 +249,7 @@ class LoggingModule(Module):
 
 
 def measure_logging(repetitions: int) -> dict[str, float]:
-    """Microseconds of a call of ``self.log``, from inside of a fit with so many batches."""
+    """Return the microseconds of a call of ``self.log``, measured in a fit with ``repetitions`` batches."""
     setting = Setting("logging", repetitions)
     module = LoggingModule(setting)
     with without_collection():
@@ -262,7 +262,7 @@ def measure_logging(repetitions: int) -> dict[str, float]:
 
 
 def accumulate_by_hand(batches: Batches) -> nn.Module:
-    """The loop without a trainer."""
+    """Train with a hand-written loop."""
     model, loss_function = make_model(ACCUMULATING), make_loss(ACCUMULATING)
     optimizer = make_optimizer(model)
     model.train()
@@ -277,38 +277,38 @@ def accumulate_by_hand(batches: Batches) -> nn.Module:
 
 
 def accumulate(batches: Batches) -> nn.Module:
-    """The same by a trainer with one callback."""
+    """Train with a trainer and one callback."""
     module = Module(ACCUMULATING)
     trainer_with(GradientAccumulation(ACCUMULATING.accumulate)).fit(module, batches)
     return module.network
 
 
 def measure_accumulation(repetitions: int) -> dict[str, list[float]]:
-    """Microseconds per batch of each repetition, by hand and by a trainer.
+    """Return the microseconds per batch in each repetition, by hand and by a trainer.
 
     Raises:
-        RuntimeError: They did not train alike.
+        RuntimeError: If the two ended with different parameters.
     """
     ways = {"by hand": accumulate_by_hand, "`GradientAccumulation(4)`": accumulate}
     ended = [parameters(train(Batches(ACCUMULATING))) for train in ways.values()]
     if not torch.equal(*ended):
         raise RuntimeError("the two ways of accumulating ended with different parameters")
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for repetition in range(repetitions):
         for name in list(ways)[:: -1 if repetition % 2 else 1]:
             batches = Batches(ACCUMULATING)
             with without_collection():
                 ways[name](batches)
-            found[name].append(batches.seconds / ACCUMULATING.batches * 1e6)
-    return found
+            times[name].append(batches.seconds / ACCUMULATING.batches * 1e6)
+    return times
 
 
-def accumulation_table(found: dict[str, list[float]]) -> str:
-    """What a batch of a window of four costs."""
-    by_hand, ours = found.values()
+def accumulation_table(measured: dict[str, list[float]]) -> str:
+    """Return the table of the cost of a batch in a window of four."""
+    by_hand, ours = measured.values()
     added = statistics.median(mine - theirs for mine, theirs in zip(ours, by_hand, strict=True))
     lines = [row(["four batches per update", "us per batch, minimum"]), row(["---", "---"])]
-    lines += [row([name, f"{min(times):.1f}"]) for name, times in found.items()]
+    lines += [row([name, f"{min(times):.1f}"]) for name, times in measured.items()]
     lines.append(row(["added: minima, and median of pairs", f"{min(ours) - min(by_hand):+.1f}, {added:+.1f}"]))
     return "\n".join(lines)
 
@@ -316,15 +316,15 @@ def accumulation_table(found: dict[str, list[float]]) -> str:
 # ------------------------------------------------------------------ the program
 
 
-def two_columns(head: str, found: dict[str, float]) -> str:
-    """Figures by name."""
-    return "\n".join([row([head, "us"]), row(["---", "---"]), *(row([name, f"{cost:.2f}"]) for name, cost in found.items())])
+def two_columns(head: str, costs: dict[str, float]) -> str:
+    """Return a table of microseconds by name."""
+    return "\n".join([row([head, "us"]), row(["---", "---"]), *(row([name, f"{cost:.2f}"]) for name, cost in costs.items())])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=200, help="of each way; a fifth as many runs that accumulate")
+    parser.add_argument("--repetitions", type=int, default=200, help="of each way; for accumulation, a fifth of this number")
     parser.add_argument("--save", action="store_true", help="rewrite docs/performance.md and its JSON")
     options = parser.parse_args(arguments)
 

@@ -1,10 +1,9 @@
-"""What importing costs: seconds that each package adds to ``import torch``, in fresh interpreters, interleaved.
+"""Measure the seconds that each package adds to ``import torch``, in new interpreters, interleaved.
 
-Each interpreter imports torch first and then the package, and both are timed, so that the ratio of the two belongs to
-one process::
+Each interpreter imports torch first and then the package. Both are timed, so that their ratio belongs to one process::
 
-    python -m benchmarks.imports                   # some minutes: the peers take seconds each
-    python -m benchmarks.imports --only --repetitions 20        # eventtrain alone
+    python -m benchmarks.imports                   # some minutes, because the other trainers take seconds each
+    python -m benchmarks.imports --only --repetitions 20        # only eventtrain
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ IMPORTS = {
     "`from accelerate import Accelerator`": "from accelerate import Accelerator",
     "`from transformers import Trainer`": "from transformers import Trainer",
 }
-"""What is imported after torch, by its name in the table."""
+"""The statement that is run after ``import torch``, by its name in the table."""
 
 DISTRIBUTIONS = {
     "lightning": "lightning",
@@ -40,10 +39,10 @@ DISTRIBUTIONS = {
     "accelerate": "accelerate",
     "transformers": "transformers",
 }
-"""The distribution that each peer's package comes from."""
+"""The distribution of each other trainer's package."""
 
 MOST = 0.15
-"""Seconds that eventtrain may add."""
+"""The seconds that eventtrain may add."""
 
 PROGRAM = """
 import time
@@ -58,12 +57,12 @@ print([between - start, end - between])
 
 @dataclass
 class Result:
-    """One package's times.
+    """The times of one package.
 
     Attributes:
-        name: What was imported.
-        torch: Seconds of ``import torch``, of each repetition.
-        added: Seconds of what came after it.
+        name: The name in the table.
+        torch: The seconds of ``import torch``, in each repetition.
+        added: The seconds of the import after it.
     """
 
     name: str
@@ -72,13 +71,13 @@ class Result:
 
 
 def package(name: str) -> str:
-    """The package that an entry of the table imports; empty where it imports none."""
+    """Return the package that an entry of the table imports; an empty string if it imports none."""
     words = IMPORTS[name].replace(",", " ").replace(".", " ").split()
     return words[1] if len(words) > 1 else ""
 
 
 def once(name: str) -> tuple[float, float]:
-    """Imports in a fresh interpreter; returns the seconds of torch and of what came after it."""
+    """Import in a new interpreter, and return the seconds of torch and of the import after it."""
     program = PROGRAM.format(statement=IMPORTS[name])
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     torch_took, added = json.loads(done.stdout.splitlines()[-1])
@@ -86,10 +85,10 @@ def once(name: str) -> tuple[float, float]:
 
 
 def compare(names: list[str], repetitions: int) -> list[Result]:
-    """Imports each so many times, in turn."""
+    """Import each package ``repetitions`` times, in turn."""
     results = [Result(name) for name in names]
     for name in names:
-        once(name)  # compiles what has no bytecode yet, and reads all files once
+        once(name)  # writes missing bytecode, and reads all files once
     for repetition in range(repetitions):
         at = repetition % len(results)
         for result in results[at:] + results[:at]:
@@ -100,12 +99,12 @@ def compare(names: list[str], repetitions: int) -> list[Result]:
 
 
 def table(results: list[Result], missing: list[str]) -> str:
-    """The results as a Markdown table."""
-    by_itself = [seconds for result in results for seconds in result.torch]
+    """Return the results as a Markdown table."""
+    torch_times = [seconds for result in results for seconds in result.torch]
     lines = [
         "| imported after torch | version | seconds added, minimum | median |",
         "|---|---|---|---|",
-        f"| (`import torch` itself) | | {min(by_itself):.2f} | {statistics.median(by_itself):.2f} |",
+        f"| (`import torch` itself) | | {min(torch_times):.2f} | {statistics.median(torch_times):.2f} |",
     ]
     for result in results:
         distribution = DISTRIBUTIONS.get(package(result.name))
@@ -119,9 +118,9 @@ def table(results: list[Result], missing: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=DISTRIBUTIONS, help="the peers to measure, if not all")
+    parser.add_argument("--only", nargs="*", choices=DISTRIBUTIONS, help="the other trainers to measure, if not all")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--save", action="store_true", help="rewrite docs/performance.md and its JSON")
     options = parser.parse_args(arguments)

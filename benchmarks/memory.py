@@ -1,7 +1,7 @@
-"""What a long run keeps: resident memory and live tensors over 100,000 batches with the standard callbacks.
+"""Measure the resident memory and the live tensors of a run of 100,000 batches with the standard callbacks.
 
-Four batches make an update, so that there are 25,000 of those. Memory is sampled every 5,000 batches, and a straight line
-is fitted through the samples that follow the warm-up::
+Four batches make an update, so there are 25,000 updates. Memory is sampled every 5,000 batches, and a straight line is fitted
+through the samples after the warm-up::
 
     python -m benchmarks.memory                    # about a minute
     python -m benchmarks.memory --batches 400000
@@ -34,17 +34,17 @@ from eventtrain.events import FitStart, SafePoint
 
 ACCUMULATE = 4
 EVERY = 5_000
-"""Batches between two samples. The first sample ends the warm-up."""
+"""The number of batches between two samples. The first sample ends the warm-up."""
 
 
 @dataclass
 class Sample:
-    """What a run held at a time.
+    """The memory of the process at one time.
 
     Attributes:
-        batches: Batches by then.
-        resident: Resident memory of the process, in bytes.
-        tensors: Live tensors in it.
+        batches: The number of batches before it.
+        resident: The resident memory in bytes.
+        tensors: The number of live tensors.
     """
 
     batches: int
@@ -53,21 +53,21 @@ class Sample:
 
 
 class Module(LightningModule):
-    """A small network, so that what a trainer keeps is not lost beside it."""
+    """A small network, so that memory which a trainer keeps is easy to see."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The batch's loss, which is logged on step and on epoch."""
+        """Log the loss of a batch on step and on epoch, and return it."""
         x, y = batch
         loss = F.mse_loss(self.network(x), y)
         self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """SGD, and one cycle over the run's updates."""
+        """Return SGD, and one cycle over the updates of the run."""
         optimizer = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
         steps = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=steps)
@@ -75,7 +75,11 @@ class Module(LightningModule):
 
 
 class Batches:
-    """The same few batches until there were so many."""
+    """A loader that repeats a few batches.
+
+    Args:
+        batches: Its length.
+    """
 
     def __init__(self, batches: int) -> None:
         self.batches = batches
@@ -90,10 +94,10 @@ class Batches:
 
 
 class Census(Callback):
-    """Looks at the process every so many batches.
+    """Samples the memory of the process.
 
     Args:
-        every: How many.
+        every: The number of batches between two samples.
     """
 
     def __init__(self, every: int) -> None:
@@ -102,24 +106,24 @@ class Census(Callback):
         self.process = psutil.Process()
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
-        """Looks once for nothing: what looking needs is then there in all samples."""
+        """Take a sample and discard it, so that the memory which sampling needs is in all samples."""
         self.look(0)
 
     def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
-        """Takes a sample where one is due."""
+        """Take a sample if one is due."""
         batches = trainer.total_batch_idx + 1
         if batches % self.every == 0 and not event.epoch_end:
             self.samples.append(self.look(batches))
 
     def look(self, batches: int) -> Sample:
-        """What the process holds."""
+        """Return a sample."""
         gc.collect()
         tensors = sum(issubclass(type(each), Tensor) for each in gc.get_objects())
         return Sample(batches, self.process.memory_info().rss, tensors)
 
 
 def train(batches: int, every: int) -> list[Sample]:
-    """Trains with the standard callbacks; returns what it saw."""
+    """Train with the standard callbacks, and return the samples."""
     census = Census(every)
     with tempfile.TemporaryDirectory() as folder, quiet():
         callbacks = [
@@ -131,17 +135,17 @@ def train(batches: int, every: int) -> list[Sample]:
             census,
         ]
         trainer = Trainer(max_epochs=1, callbacks=callbacks, default_callbacks=False, device="cpu")
-        trainer.fit(Module(), Batches(batches + 1))  # one more, because the epoch's end is no time to look
+        trainer.fit(Module(), Batches(batches + 1))  # one more, because no sample is taken at the end of the epoch
     return census.samples
 
 
 def growth(samples: list[Sample]) -> float:
-    """Bytes of resident memory per batch, fitted over all samples."""
+    """Return the bytes of resident memory that each batch adds, fitted over all samples."""
     return statistics.linear_regression([s.batches for s in samples], [s.resident for s in samples]).slope
 
 
 def table(samples: list[Sample], took: float) -> str:
-    """The samples as a Markdown table."""
+    """Return the samples as a Markdown table."""
     lines = ["| batches | updates | resident, MiB | since the warm-up, KiB | live tensors |", "|---|---|---|---|---|"]
     first = samples[0]
     for sample in samples:
@@ -152,17 +156,17 @@ def table(samples: list[Sample], took: float) -> str:
     tensors = sorted({sample.tensors for sample in samples})
     lines += [
         "",
-        f"Growth after the warm-up: {growth(samples):+.2f} bytes per batch, where one tensor kept per batch would be "
+        f"Growth after the warm-up: {growth(samples):+.2f} bytes per batch; one tensor kept per batch would add "
         f"hundreds. Live tensors: {' or '.join(map(str, tensors))}. The run took {took:.0f} s.",
     ]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=100_000)
-    parser.add_argument("--every", type=int, default=EVERY, help="batches between samples; at least three have to fit")
+    parser.add_argument("--every", type=int, default=EVERY, help="batches between samples; a run needs at least three samples")
     parser.add_argument("--save", action="store_true", help="rewrite docs/performance.md and its JSON")
     options = parser.parse_args(arguments)
     if options.batches < 3 * options.every:

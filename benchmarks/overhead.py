@@ -1,10 +1,10 @@
-"""What a trainer adds to a step, beside the hand-written loop and the peers, in one run on one core.
+"""Measure the time that a trainer adds to a step of the hand-written loop, for eventtrain and other trainers, on one core.
 
-Repetitions are interleaved: each contestant trains once a repetition, in a rotating order, and its time is divided by
-the hand-written loop's of the same repetition. The table shows the median of these paired ratios, the minimum of all
-times, and the loop's ratio to itself, which is the noise. Before timing, final parameters are compared::
+Repetitions are interleaved. In each repetition, every contestant trains once, in a rotating order, and its time is divided by
+the time of the hand-written loop in the same repetition. The table shows the median of these paired ratios, the minimum of all
+times, and the ratio of the hand-written loop to itself, which is the noise. Before timing, final parameters are compared::
 
-    python -m benchmarks.overhead                          # everything, about ten minutes
+    python -m benchmarks.overhead                          # all settings and contestants, about ten minutes
     python -m benchmarks.overhead --settings bare --only eventtrain --repetitions 100
 """
 
@@ -35,16 +35,16 @@ BASELINE, CLOSURE = "hand-written", "hand-written step(closure)"
 
 @dataclass
 class Result:
-    """One contestant's times in one setting.
+    """The times of one contestant in one setting.
 
     Attributes:
         name: The contestant.
-        switched_on: What it ran with.
-        equal: Whether its final parameters are the hand-written loop's, bit for bit.
+        switched_on: The options that it ran with.
+        equal: Whether its final parameters equal those of the hand-written loop, bit for bit.
         difference: The largest difference between them.
-        microseconds: Per batch, of each repetition.
-        ratios: Each over the hand-written loop's of the same repetition.
-        closure_ratios: Each over the hand-written ``step(closure)`` loop's.
+        microseconds: The time per batch, in each repetition.
+        ratios: This time over the time of the hand-written loop in the same repetition.
+        closure_ratios: This time over the time of the hand-written loop with ``step(closure)``.
     """
 
     name: str
@@ -57,19 +57,19 @@ class Result:
 
 
 class Terminal(io.TextIOWrapper):
-    """A terminal that nobody looks at: bars draw, and writing costs next to nothing."""
+    """A terminal without a reader: bars draw, and writing costs almost nothing."""
 
     def __init__(self) -> None:
         super().__init__(open(os.devnull, "wb"), encoding="utf-8", write_through=True)  # noqa: SIM115
 
     def isatty(self) -> bool:
-        """Says yes, so that every contestant's bar draws."""
+        """Return True, so that the bar of every contestant draws."""
         return True
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Sends bars, logs and warnings nowhere."""
+    """Discard bars, logs and warnings."""
     with contextlib.ExitStack() as stack:
         stack.callback(logging.disable, logging.NOTSET)
         logging.disable(logging.WARNING)
@@ -82,7 +82,7 @@ def quiet() -> Iterator[None]:
 
 
 def run(name: str, setting: Setting) -> tuple[float, torch.Tensor]:
-    """Lets a contestant train; returns its microseconds per batch and its final parameters."""
+    """Let a contestant train, and return its microseconds per batch and its final parameters."""
     batches = Batches(setting)
     train = contestant(name)
     gc.collect()
@@ -92,13 +92,13 @@ def run(name: str, setting: Setting) -> tuple[float, torch.Tensor]:
 
 
 def compare(setting: Setting, names: list[str], repetitions: int) -> list[Result]:
-    """Lets the contestants of a setting train side by side."""
+    """Let the contestants of a setting train in turn, and return their times."""
     _, expected = run(BASELINE, setting)
     results = []
     for name in names:
-        found = run(name, setting)[1]
-        difference = (found - expected).abs().max().item()
-        results.append(Result(name, described(name), torch.equal(found, expected), difference))
+        ended_with = run(name, setting)[1]
+        difference = (ended_with - expected).abs().max().item()
+        results.append(Result(name, described(name), torch.equal(ended_with, expected), difference))
     for repetition in range(repetitions):
         at = repetition % len(results)
         times = {result.name: run(result.name, setting)[0] for result in results[at:] + results[:at]}
@@ -111,7 +111,7 @@ def compare(setting: Setting, names: list[str], repetitions: int) -> list[Result
 
 
 def table(setting: Setting, results: list[Result]) -> str:
-    """The results as a Markdown table."""
+    """Return the results as a Markdown table."""
     baseline = min(results[0].microseconds)
     closure = any(result.closure_ratios for result in results)
     lines = [
@@ -135,7 +135,7 @@ def table(setting: Setting, results: list[Result]) -> str:
 
 
 def pin() -> int:
-    """Pins this process to one core, the last, which interrupts use least; returns it, or -1 where that can't be."""
+    """Pin this process to the last core, which interrupts use least, and return it; -1 if the system cannot pin processes."""
     if not hasattr(os, "sched_setaffinity"):
         return -1
     core = max(os.sched_getaffinity(0))
@@ -144,7 +144,7 @@ def pin() -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--only", nargs="+", choices=REGISTRY, help="contestants beside the hand-written loops")

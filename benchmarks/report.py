@@ -1,4 +1,4 @@
-"""Puts what a benchmark printed into ``docs/performance.md``, between the comments that bear its name."""
+"""Write the table of a benchmark into ``docs/performance.md``, between the comments with its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIGURES = ROOT / "docs" / "performance.json"
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return facts about the machine and the software."""
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
@@ -27,15 +27,18 @@ def environment() -> dict[str, Any]:
 
 
 def save(name: str, table: str, facts: dict[str, Any], figures: Any, page: Path = PAGE, path: Path = FIGURES) -> None:
-    """Rewrites one block of the page, and its figures.
+    """Rewrite one block of the page, and its figures.
 
     Args:
-        name: The block's name.
-        table: What is to stand there, as Markdown.
-        facts: What it was measured on.
-        figures: All that was measured, for programs.
+        name: The name of the block.
+        table: The new text of the block, as Markdown.
+        facts: Facts about the machine and the software.
+        figures: All measured values, for programs.
         page: The page.
         path: The file of figures.
+
+    Raises:
+        ValueError: If the page has no block with this name.
     """
     measured = ", ".join(f"{fact} {value}" for fact, value in facts.items())
     page.write_text(replaced(page.read_text(), name, f"{table}\n\n*{measured}*"))

@@ -1,7 +1,7 @@
-"""Writes what is derived from the event table: the hooks' stub, the loop map and the event table of the docs.
+"""Write the files that are derived from the event table: the stub of the hooks, the loop maps and the table of events.
 
-``python -m docs/generate.py`` writes the files of a checkout; with ``--check`` it only says which are stale, and
-fails if any is.
+``python docs/generate.py`` rewrites them in a checkout. With ``--check`` it writes nothing, names the files that are stale,
+and fails if there are any.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eventtrain.module.hooks import MODULE_ONLY_HOOKS
 ROOT = Path(__file__).resolve().parent.parent
 
 STUB_HEADER = """\
-# Written by `python -m docs/generate.py` from eventtrain/events.py. Do not edit.
+# Written by `python docs/generate.py` from eventtrain/events.py. Do not edit.
 from typing import Any
 
 from torch import Tensor
@@ -43,7 +43,7 @@ ARGUMENT_TYPES = {
 
 
 def stub() -> str:
-    """The text of ``hooks.pyi``."""
+    """Return the text of ``hooks.pyi``."""
     lines = ["class CallbackHooks:"]
     for name, event_type in EVENTS.items():
         lines += _method(f"on_{name}", f"trainer: Trainer, event: events.{event_type.__name__}", "None", event_type)
@@ -67,13 +67,13 @@ def _method(name: str, arguments: str, returned: str, event_type: type[Event]) -
 
 
 def first_sentence(event_type: type[Event]) -> str:
-    """An event's docstring up to its fields, on one line."""
+    """Return the docstring of an event up to its fields, on one line."""
     text = inspect.cleandoc(event_type.__doc__ or "").split("\n\nAttributes:")[0]
     return " ".join(text.split())
 
 
 def event_table() -> str:
-    """The Markdown table of all events. Fields that a listener may write bear an asterisk."""
+    """Return the Markdown table of all events. A field that a listener may write has an asterisk."""
     lines = ["| signal | event | when | fields |", "|---|---|---|---|"]
     for name, event_type in EVENTS.items():
         described = " (phase)" if issubclass(event_type, Phase) else ""
@@ -87,20 +87,20 @@ def event_table() -> str:
 
 
 def loop_map(*titles: str) -> str:
-    """The loop maps of the given titles as a Markdown block."""
+    """Return the loop maps with these titles as Markdown blocks."""
     return "\n\n".join(f"```text\n{text.rstrip()}\n```" for title, text in maps() if title in titles)
 
 
 def replaced(text: str, marker: str, content: str) -> str:
-    """A document with the block between a marker's two comments replaced.
+    """Return a document with a new text between the two comments of a marker.
 
     Args:
         text: The document.
-        marker: The marker's name.
-        content: What is to stand between them.
+        marker: The name in the comments.
+        content: The new text.
 
     Raises:
-        ValueError: The document has no such block.
+        ValueError: If the document has no such block.
     """
     begin, end = f"<!-- generated: {marker} -->", f"<!-- end: {marker} -->"
     if begin not in text or end not in text:
@@ -110,7 +110,7 @@ def replaced(text: str, marker: str, content: str) -> str:
 
 
 def generated(root: Path = ROOT) -> dict[Path, str]:
-    """Every derived file of a checkout with the text that it should have."""
+    """Return each derived file of a checkout, with the text that it should have."""
     readme, docs = root / "README.md", root / "docs" / "events.md"
     events_page = replaced(docs.read_text(), "event table", event_table())
     return {
@@ -121,9 +121,9 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes or checks; returns the exit status."""
+    """Write the files, or check them, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python docs/generate.py", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="say which files are stale, and fail if any is")
+    parser.add_argument("--check", action="store_true", help="write nothing, name stale files, and fail if there are any")
     check = parser.parse_args(arguments).check
     stale = [path for path, text in generated().items() if not path.exists() or path.read_text() != text]
     for path in stale:

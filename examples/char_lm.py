@@ -1,8 +1,8 @@
-"""Trains a character-level language model on Python's own documentation.
+"""Train a character-level language model on the documentation of Python.
 
-The text is the docstrings of the standard library, which every machine that runs this has. A small transformer learns
-to continue them; after each epoch it prints its perplexity on modules that it has not seen (96 characters at random
-would be 96) and writes a sample into TensorBoard, on the page Text::
+The text is the docstrings of the standard library, so there is nothing to download. A small transformer learns to continue
+them. After each epoch it prints its perplexity on modules that it has not seen (a model that guesses among the 96 characters
+has 96), and writes a sample into TensorBoard, on the page Text::
 
     python examples/char_lm.py
     tensorboard --logdir runs
@@ -29,12 +29,12 @@ class CharacterModel(LightningModule):
     """A decoder-only transformer.
 
     Args:
-        context: How many characters it sees at once.
-        size: The length of a character's vector.
-        heads: Attention heads.
-        layers: Blocks of attention and feed-forward layers.
-        max_lr: The learning rate after warm-up.
-        warmup_steps: The updates over which it rises to that.
+        context: The number of characters that it sees at once.
+        size: The length of the vector of a character.
+        heads: The number of attention heads.
+        layers: The number of blocks of attention and feed-forward layers.
+        max_lr: The learning rate after the warm-up.
+        warmup_steps: The number of updates over which the learning rate rises to ``max_lr``.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CharacterModel(LightningModule):
         self.embedding = nn.Embedding(len(ALPHABET), size)
         self.position = nn.Parameter(torch.empty(context, size))
         for table in (self.embedding.weight, self.position):
-            nn.init.normal_(table, std=0.05)  # small, and alike: neither drowns the other in their sum
+            nn.init.normal_(table, std=0.05)  # small and of the same size, so that both count in their sum
         block = nn.TransformerEncoderLayer(
             size, heads, 4 * size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -65,7 +65,7 @@ class CharacterModel(LightningModule):
         return self.head(self.blocks(vectors, mask=self.mask[:length, :length], is_causal=True))
 
     def loss(self, characters: Tensor) -> Tensor:
-        """The mean cross entropy of each character but the first, given those before it."""
+        """Return the mean cross entropy of each character but the first, given the characters before it."""
         logits = self(characters[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), characters[:, 1:].flatten())
 
@@ -89,7 +89,7 @@ class CharacterModel(LightningModule):
         warmup, total = self.hparams.warmup_steps, self.trainer.estimated_stepping_batches
 
         def rate(step: int) -> float:
-            """Rises in a line, then falls along half a cosine to a tenth."""
+            """Return a factor that rises linearly, then falls along half a cosine to a tenth."""
             if step < warmup:
                 return (step + 1) / warmup
             return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, total - warmup))
@@ -99,7 +99,7 @@ class CharacterModel(LightningModule):
 
     @torch.no_grad()
     def sample(self, prompt: str, length: int) -> str:
-        """Continues a prompt by so many characters, each drawn from the model's distribution."""
+        """Continue a prompt by ``length`` characters, each drawn from the distribution of the model."""
         characters = encode(prompt).unsqueeze(0).to(self.device)
         for _ in range(length):
             logits = self(characters[:, -self.hparams.context :])[0, -1]
@@ -109,21 +109,21 @@ class CharacterModel(LightningModule):
 
 
 def encode(text: str) -> Tensor:
-    """The index of each character; those outside of the alphabet are left out."""
+    """Return the index of each character. If a character is not in the alphabet, it is left out."""
     index = {character: i for i, character in enumerate(ALPHABET)}
     return torch.tensor([index[character] for character in text if character in index])
 
 
 def docstrings(path: Path) -> str:
-    """All docstrings of a source file, without its code being run."""
+    """Return all docstrings of a source file. Its code is not run."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = ast.walk(ast.parse(path.read_bytes()))
-    found = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
-    return "\n\n".join(text for text in found if text)
+    texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
+    return "\n\n".join(text for text in texts if text)
 
 
 def main() -> None:
-    """Reads the text, and trains."""
+    """Read the text, and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100, help="updates per epoch")
@@ -131,13 +131,13 @@ def main() -> None:
     parser.add_argument("--log-dir", default="runs")
     args = parser.parse_args()
 
-    seed_everything(args.seed)  # before the model is built, for its first weights too
-    torch.set_num_threads(1)  # a network this small gains little from more, and loses much where they have to wait
+    seed_everything(args.seed)  # before the model is built, so that its initial weights are the same too
+    torch.set_num_threads(1)  # a network this small gains little from more, and loses much if they wait for each other
     texts = [docstrings(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     model = CharacterModel()
 
     def loader(texts: list[str], **options: bool) -> DataLoader:
-        """Batches of pieces that are a character longer than the context, because the first is not predicted."""
+        """Return batches of pieces that are one character longer than the context, because the first is not predicted."""
         length = model.hparams.context + 1
         characters = encode("\n\n".join(texts))
         pieces = characters[: len(characters) // length * length].view(-1, length)
@@ -153,11 +153,11 @@ def main() -> None:
             TensorBoardLogger(args.log_dir, name="char_lm", log_every_n_steps=10),
         ],
     )
-    # Every tenth module is for validation.
+    # Validate on every tenth module.
     train = [text for i, text in enumerate(texts) if i % 10]
     trainer.fit(model, loader(train, shuffle=True), loader(texts[::10]))
 
-    print(f"Read what it wrote: tensorboard --logdir {args.log_dir}")
+    print(f"Read the samples: tensorboard --logdir {args.log_dir}")
     print(f"final perplexity {trainer.callback_metrics['val_perplexity']:.2f}")
 
 

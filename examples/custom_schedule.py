@@ -1,7 +1,7 @@
-"""Schedules of one's own: a callback's policy is one method to override, and a scheduler may have any ``step``.
+"""Write new schedules by overriding the policy of a callback, and by a scheduler whose ``step`` takes other arguments.
 
-Accumulation begins after a warm-up, the clipping threshold tightens from epoch to epoch, and the learning rate follows a
-scheduler whose ``step(epoch, metric)`` is not torch's::
+Accumulation begins after a warm-up, the clipping threshold falls from epoch to epoch, and the learning rate follows a scheduler
+with ``step(epoch, metric)``, which torch's schedulers do not have::
 
     python examples/custom_schedule.py
 """
@@ -19,25 +19,25 @@ from eventtrain.callbacks import GradientAccumulation, GradientClipping
 
 
 class Warmup(GradientAccumulation):
-    """Accumulates after the first 100 updates only: at first many updates help more than smooth ones."""
+    """Accumulates only after the first 100 updates, because many updates help more than smooth ones at first."""
 
     def batches_per_step(self, trainer: Trainer) -> int:
         return 1 if trainer.global_step < 100 else super().batches_per_step(trainer)
 
 
 class Tightening(GradientClipping):
-    """Clips a fifth lower in each epoch."""
+    """Lowers the threshold by a fifth in each epoch."""
 
     def threshold(self, trainer: Trainer) -> float:
         return super().threshold(trainer) * 0.8**trainer.current_epoch
 
 
 class Patience:
-    """Halves the learning rate where the metric has not fallen by a tenth, with the signature of another library.
+    """Halves the learning rate if the metric has not fallen by a tenth. Its ``step`` takes the arguments of another library.
 
     Args:
         optimizer: The optimizer.
-        first_epoch: Epochs before this one are left alone.
+        first_epoch: The first epoch in which it may change the learning rate.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, first_epoch: int) -> None:
@@ -46,23 +46,23 @@ class Patience:
         self.best = float("inf")
 
     def step(self, epoch: int, metric: float) -> None:
-        """Looks at an epoch's metric."""
+        """Halve the learning rate if the metric of an epoch is not good enough."""
         if epoch >= self.first_epoch and metric > 0.9 * self.best:
             for group in self.optimizer.param_groups:
                 group["lr"] /= 2
         self.best = min(self.best, metric)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return {"best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what a checkpoint kept."""
+        """Restore the state that a checkpoint kept."""
         self.best = state["best"]
 
 
 class Regression(LightningModule):
-    """A linear model of noisy data."""
+    """A linear model, which is fitted to noisy data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Regression(LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-        # With a metric to monitor, an epoch's step waits until the epoch's metrics are final.
+        # If a scheduler monitors a metric, its step waits until the metrics of the epoch are final.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": Patience(optimizer, 2), "monitor": "val_loss"}}
 
     def lr_scheduler_step(self, scheduler: Patience, metric: Tensor) -> None:
@@ -86,7 +86,7 @@ class Regression(LightningModule):
 
 
 def main() -> None:
-    """Trains, and prints what each epoch was trained with."""
+    """Train, and print the schedules of each epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +100,7 @@ def main() -> None:
     warmup, tightening = Warmup(4), Tightening(1.0)
     trainer = Trainer(max_epochs=args.epochs, callbacks=[warmup, tightening])
 
-    # Any callable is a listener: this one needs no class.
+    # A function can listen too, without a class.
     @trainer.signals.train_epoch_end.connect
     def report(trainer: Trainer, event: events.TrainEpochEnd) -> None:
         trainer.print(

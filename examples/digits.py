@@ -1,8 +1,8 @@
-"""Classifies handwritten digits: what most runs need, on one page.
+"""Classify handwritten digits. One page shows the callbacks that most runs need.
 
-The data are the 1,797 pictures of 8x8 pixels that come with scikit-learn. The run shows mixed precision, gradient
-accumulation and clipping that change with the epoch, a learning rate that follows the number of updates, validation,
-a test, and TensorBoard::
+The data are the 1,797 pictures of 8x8 pixels that come with scikit-learn. The run has mixed precision, gradient accumulation
+and clipping that change with the epoch, a learning rate that follows the number of updates, validation, a test, and
+TensorBoard::
 
     python examples/digits.py
     tensorboard --logdir runs
@@ -30,9 +30,9 @@ class DigitClassifier(LightningModule):
     """A small convolutional network.
 
     Args:
-        channels: Channels of the first layer; the second has twice as many.
-        dropout: The share of features that is dropped before the last layer.
-        max_lr: The learning rate at the top of its cycle.
+        channels: The number of channels of the first layer; the second layer has twice as many.
+        dropout: The fraction of features that is dropped before the last layer.
+        max_lr: The highest learning rate of the cycle.
     """
 
     def __init__(self, channels: int = 32, dropout: float = 0.3, max_lr: float = 0.01) -> None:
@@ -64,7 +64,7 @@ class DigitClassifier(LightningModule):
         self.evaluate(batch, "test")
 
     def evaluate(self, batch: list[Tensor], stage: str) -> Tensor:
-        """Logs loss and accuracy of a batch, and returns the loss."""
+        """Log the loss and the accuracy of a batch, and return the loss."""
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
@@ -75,7 +75,7 @@ class DigitClassifier(LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.max_lr / 25)
-        # Accumulation makes updates rarer than batches; the trainer knows how many there will be.
+        # If gradients are accumulated, there are fewer updates than batches; the trainer knows their number.
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=self.hparams.max_lr, total_steps=self.trainer.estimated_stepping_batches
         )
@@ -83,17 +83,17 @@ class DigitClassifier(LightningModule):
 
 
 def loaders(batch_size: int) -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Loaders for training, validation and the test."""
+    """Return loaders for training, validation and the test."""
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels count from 0 to 16
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels have values from 0 to 16
     dataset = TensorDataset(images, torch.tensor(digits.target))
-    # The split has a seed of its own: another --seed trains anew on the same pictures.
+    # The split has a fixed seed, so that runs with another --seed train on the same pictures.
     train, val, test = random_split(dataset, [0.7, 0.1, 0.2], torch.Generator().manual_seed(0))
     return DataLoader(train, batch_size, shuffle=True), DataLoader(val, 256), DataLoader(test, 256)
 
 
 def main() -> None:
-    """Trains, then tests."""
+    """Train, then test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -101,15 +101,15 @@ def main() -> None:
     parser.add_argument("--log-dir", default="runs")
     args = parser.parse_args()
 
-    seed_everything(args.seed)  # before the model is built, for its first weights too
-    torch.set_num_threads(1)  # a network this small would have more threads wait for each other
+    seed_everything(args.seed)  # before the model is built, so that its initial weights are the same too
+    torch.set_num_threads(1)  # if a network is this small, more threads would wait for each other
     train, val, test = loaders(args.batch_size)
     trainer = Trainer(
         max_epochs=args.epochs,
         callbacks=[
             MixedPrecision("bf16"),
-            GradientAccumulation({0: 1, 10: 2}),  # from the epoch with index 10: fewer updates, less noise
-            GradientClipping({0: 2.0, 5: 1.0}),  # tighter by the time the learning rate peaks
+            GradientAccumulation({0: 1, 10: 2}),  # from epoch 10 on: fewer updates, less noise
+            GradientClipping({0: 2.0, 5: 1.0}),  # lower before the learning rate reaches its peak
             LearningRateMonitor(),
             TensorBoardLogger(args.log_dir, name="digits", log_every_n_steps=10),
         ],

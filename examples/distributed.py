@@ -1,13 +1,13 @@
-"""Classifies handwritten digits in several processes at once, which share each batch.
+"""Classify handwritten digits in several processes, which share each batch.
 
-Started with torchrun it trains in as many processes as it is told; with plain Python in one. The script is the same::
+If you start the program with torchrun, it trains in the processes that torchrun starts; with plain Python, it trains in one::
 
     torchrun --nproc-per-node 2 examples/distributed.py
     python examples/distributed.py
     tensorboard --logdir runs
 
-``--batch-size`` is that of all processes together, so that the learning rate suits any number of them. docs/scaling.md says
-how to start on several machines, and what changes with the number of processes.
+``--batch-size`` is the size of a batch of all processes together, so that the learning rate suits any number of them.
+docs/scaling.md explains the start on several machines and the effects of the number of processes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from eventtrain.callbacks import DistributedDataParallel, GradientAccumulation, 
 
 
 class DigitClassifier(LightningModule):
-    """A small convolutional network. Nothing in it knows how many processes train it."""
+    """A small convolutional network. It is the same for any number of processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class DigitClassifier(LightningModule):
         self.evaluate(batch, "test")
 
     def evaluate(self, batch: list[Tensor], stage: str) -> Tensor:
-        """Logs loss and accuracy of a batch, and returns the loss. An epoch's values are those of all processes."""
+        """Log the loss and the accuracy of a batch, and return the loss. The values of an epoch count all processes."""
         images, labels = batch
         logits = self.net(images)
         loss = F.cross_entropy(logits, labels)
@@ -59,7 +59,7 @@ class DigitClassifier(LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.0004)
-        # A process has its share of the batches, and the trainer counts them.
+        # Each process trains on its share of the batches, and the trainer counts them.
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=0.01, total_steps=self.trainer.estimated_stepping_batches
         )
@@ -67,16 +67,16 @@ class DigitClassifier(LightningModule):
 
 
 def loaders(batch_size: int) -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Loaders for training, validation and the test: of all the data, as in one process. The callback shares it out."""
+    """Return loaders for training, validation and the test, of all the data. The callback splits it between processes."""
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels count from 0 to 16
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels have values from 0 to 16
     dataset = TensorDataset(images, torch.tensor(digits.target))
     train, val, test = random_split(dataset, [0.7, 0.1, 0.2], torch.Generator().manual_seed(0))
     return DataLoader(train, batch_size, shuffle=True), DataLoader(val, 64), DataLoader(test, 64)
 
 
 def main() -> None:
-    """Trains, then tests."""
+    """Train, then test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -85,16 +85,16 @@ def main() -> None:
     args = parser.parse_args()
 
     seed_everything(args.seed)
-    torch.set_num_threads(1)  # a network this small would have more threads wait for each other
+    torch.set_num_threads(1)  # if a network is this small, more threads would wait for each other
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     train, val, test = loaders(args.batch_size // processes)
     trainer = Trainer(
         max_epochs=args.epochs,
         callbacks=[
             DistributedDataParallel(),
-            GradientAccumulation({0: 1, 5: 2}),  # gradients are exchanged once in a window
+            GradientAccumulation({0: 1, 5: 2}),  # gradients are exchanged once per window
             GradientClipping(1.0),
-            TensorBoardLogger(args.log_dir, name="distributed", log_every_n_steps=10),  # the first process writes
+            TensorBoardLogger(args.log_dir, name="distributed", log_every_n_steps=10),  # only the first process writes
         ],
     )
     model = DigitClassifier()

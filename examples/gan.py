@@ -1,8 +1,8 @@
-"""Draws handwritten digits: manual optimization, with two optimizers that step at different frequencies.
+"""Draw handwritten digits by manual optimization, with two optimizers that step at different frequencies.
 
-A generator learns to draw what a discriminator takes for one of scikit-learn's 1,797 pictures of 8x8 pixels. The module
-zeroes, runs backward and steps for itself, the discriminator in each batch and the generator in every second, and puts
-what it draws into TensorBoard, on the page Images::
+A generator learns to draw pictures that a discriminator cannot tell from the 1,797 pictures of 8x8 pixels in scikit-learn. The
+module calls zero_grad, backward and step: for the discriminator in each batch, for the generator in every second batch. It
+writes its drawings into TensorBoard, on the page Images::
 
     python examples/gan.py
     tensorboard --logdir runs
@@ -24,9 +24,9 @@ class DigitGAN(LightningModule):
     """Two small networks that play against each other.
 
     Args:
-        latent_size: The length of the noise vector that a picture is drawn from.
-        generator_every: Batches between two steps of the generator.
-        draw_every: Epochs between two pictures in TensorBoard.
+        latent_size: The length of the noise vector from which a picture is drawn.
+        generator_every: The number of batches from one step of the generator to the next.
+        draw_every: The number of epochs from one picture in TensorBoard to the next.
     """
 
     def __init__(self, latent_size: int = 32, generator_every: int = 2, draw_every: int = 10) -> None:
@@ -48,13 +48,13 @@ class DigitGAN(LightningModule):
             nn.Flatten(),
             nn.Linear(64, 256),
             nn.LeakyReLU(0.2),
-            nn.Dropout(0.3),  # it has few pictures to learn by heart
+            nn.Dropout(0.3),  # there are few pictures, which it could learn by heart
             nn.Linear(256, 256),
             nn.LeakyReLU(0.2),
             nn.Dropout(0.3),
             nn.Linear(256, 1),
         )
-        # The same noise each time, so that one can watch each picture change.
+        # The same noise each time, so that you can watch each picture change.
         self.register_buffer("sample_noise", torch.randn(64, latent_size))
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ class DigitGAN(LightningModule):
         generator_optimizer, discriminator_optimizer = self.optimizers()
         noise = torch.randn(len(real), self.hparams.latent_size, device=self.device)
 
-        # Toggled: the other network's parameters need no gradients meanwhile, so nothing is computed for them.
+        # If an optimizer is toggled, the parameters of the other network need no gradients, so none are computed.
         with self.toggled_optimizer(discriminator_optimizer):
-            loss = (self.judge(real, 0.9) + self.judge(self(noise).detach(), 0.0)) / 2  # 0.9: never quite sure
+            loss = (self.judge(real, 0.9) + self.judge(self(noise).detach(), 0.0)) / 2  # 0.9, so that it is never quite sure
             discriminator_optimizer.zero_grad()
             self.manual_backward(loss)
             discriminator_optimizer.step()
@@ -82,7 +82,7 @@ class DigitGAN(LightningModule):
                 self.log("generator_loss", loss, prog_bar=True, on_step=False, on_epoch=True)
 
     def judge(self, images: Tensor, target: float) -> Tensor:
-        """How far the discriminator's verdict on pictures is from a target, 1 for real and 0 for drawn."""
+        """Return the loss of the discriminator's verdict on pictures. The target is 1 if they are real, else 0."""
         verdict = self.discriminator(images)
         return F.binary_cross_entropy_with_logits(verdict, torch.full_like(verdict, target))
 
@@ -102,13 +102,13 @@ class DigitGAN(LightningModule):
 
 
 def grid(images: Tensor, columns: int = 8, border: int = 1, zoom: int = 4) -> Tensor:
-    """Lays pictures out in rows on one.
+    """Return one picture that shows all pictures in rows.
 
     Args:
-        images: Shape (N, C, H, W), N a multiple of ``columns``.
-        columns: Pictures in a row.
-        border: Black pixels to the right of and below each picture.
-        zoom: The side of the square that a pixel becomes.
+        images: Shape (N, C, H, W); N is a multiple of ``columns``.
+        columns: The number of pictures in a row.
+        border: The number of black pixels to the right of each picture and below it.
+        zoom: The factor by which each picture is enlarged.
 
     Returns:
         Shape (C, rows * (H + border) * zoom, columns * (W + border) * zoom).
@@ -120,23 +120,23 @@ def grid(images: Tensor, columns: int = 8, border: int = 1, zoom: int = 4) -> Te
 
 
 def main() -> None:
-    """Plays the game."""
+    """Train both networks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", default="runs")
     args = parser.parse_args()
 
-    seed_everything(args.seed)  # before the model is built, for its first weights too
-    torch.set_num_threads(1)  # networks this small would have more threads wait for each other
-    images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16  # pixels count from 0 to 16
+    seed_everything(args.seed)  # before the model is built, so that its initial weights are the same too
+    torch.set_num_threads(1)  # if networks are this small, more threads would wait for each other
+    images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16  # pixels have values from 0 to 16
     loader = DataLoader(TensorDataset(images), batch_size=32, shuffle=True, drop_last=True)
 
     trainer = Trainer(max_epochs=args.epochs, callbacks=[LearningRateMonitor(), TensorBoardLogger(args.log_dir, name="gan")])
     trainer.fit(DigitGAN(draw_every=min(10, args.epochs)), loader)
 
     losses = trainer.callback_metrics
-    print(f"See what it drew: tensorboard --logdir {args.log_dir}")
+    print(f"See its drawings: tensorboard --logdir {args.log_dir}")
     print(f"final losses: discriminator {losses['discriminator_loss']:.3f}, generator {losses['generator_loss']:.3f}")
 
 

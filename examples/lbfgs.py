@@ -1,7 +1,7 @@
-"""Fits a curve with LBFGS: an optimizer that evaluates its closure as often as its line search wants.
+"""Fit a curve with LBFGS, an optimizer that evaluates its closure several times in a step.
 
-Automatic optimization needs nothing special for it: the optimizer is handed the closure itself, which runs
-``training_step``, zeroes and runs backward anew at each evaluation, as in plain PyTorch::
+Automatic optimization needs no options for this. The optimizer gets the closure, and each evaluation calls ``training_step``,
+zeroes the gradients and runs backward, as in plain PyTorch::
 
     python examples/lbfgs.py
 """
@@ -39,12 +39,12 @@ class Curve(LightningModule):
         return torch.optim.LBFGS(self.parameters(), max_iter=50, line_search_fn="strong_wolfe")
 
     def on_train_epoch_end(self) -> None:
-        loss = self.trainer.callback_metrics["loss"]  # at the step's last evaluation
+        loss = self.trainer.callback_metrics["loss"]  # of the last evaluation in the step
         self.print(f"step {self.global_step:2d}, after {self.evaluations:3d} evaluations: loss {loss:.2e}")
 
 
 def main() -> None:
-    """Fits the curve."""
+    """Fit the curve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -53,7 +53,7 @@ def main() -> None:
     seed_everything(args.seed)
     x = torch.linspace(-2, 2, 200).unsqueeze(1)
     y = torch.sin(3 * x) + x / 2
-    # All of the data in each batch: the curvature that LBFGS estimates has to be that of one function.
+    # Each batch holds all data, because LBFGS estimates the curvature of one function.
     loader = DataLoader(TensorDataset(x, y), batch_size=len(x))
 
     trainer = Trainer(max_steps=args.steps, default_callbacks=False)  # no progress bar: the module prints

@@ -1,8 +1,8 @@
-"""Watches a run from every side: what trains, what it costs, and what happens inside of a step.
+"""Watch a run with every logger and monitor: its metrics, its cost, and the events of a step.
 
-The network and the pictures are those of ``digits.py``. The run writes scalars, histograms, pictures, text and
-hyperparameters for TensorBoard, a file of JSON lines, a profile of its phases, a trace of torch's operators, and a
-page that shows the events of single steps::
+The network and the pictures are those of ``digits.py``. The run writes scalars, histograms, pictures, text and hyperparameters
+for TensorBoard, a file of JSON lines, a profile of its phases, a trace of torch's operators, and a page that shows the events
+of single steps::
 
     python examples/monitoring.py
     tensorboard --logdir runs
@@ -33,12 +33,12 @@ from eventtrain.events import MetricsLogged, ValidationBatchEnd
 
 
 class MistakenDigits(Callback):
-    """Draws the pictures that the network takes for another digit: a callback of one's own beside those that ship.
+    """Draws pictures that the network takes for another digit. It shows how to write a callback.
 
-    Listens to ``validation_batch_end`` and to the epoch's ``metrics_logged``.
+    Listens to ``validation_batch_end``, and to ``metrics_logged`` after each validation.
 
     Args:
-        most: How many pictures are drawn.
+        most: The largest number of pictures to draw.
     """
 
     def __init__(self, most: int = 16) -> None:
@@ -53,14 +53,14 @@ class MistakenDigits(Callback):
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
         if event.stage != "validation" or not self.pictures:
             return
-        # Four times as large, so that a picture of 8x8 pixels can be seen.
+        # Enlarged four times, because a picture of 8x8 pixels is too small to see.
         pictures = torch.stack(self.pictures).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
         trainer.callback(TensorBoardLogger).writer.add_images("mistaken", pictures, event.step)
         self.pictures.clear()
 
 
 def main() -> None:
-    """Trains, with everything attached that watches."""
+    """Train with every logger and monitor attached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(1)
     log_dir = Path(args.log_dir)
     model = DigitClassifier()
-    model.example_input_array = torch.zeros(1, 1, 8, 8)  # what the graph is drawn with, and the summary's shapes
+    model.example_input_array = torch.zeros(1, 1, 8, 8)  # an input for the graph and for the shapes in the summary
     train, val, _ = loaders(batch_size=32)
     trainer = Trainer(
         max_epochs=args.epochs,

@@ -1,12 +1,12 @@
-"""A run that cannot be lost: kill it at any moment, run it again, and it ends as if nothing had happened.
+"""Train a network in a run that cannot be lost: if you kill it and start it again, it still ends with the same weights.
 
-The last line is a fingerprint of the trained weights. However often the run was stopped, by Ctrl-C, ``kill``,
-``kill -9`` or the power, the fingerprint is that of a run that went through::
+The last line is a fingerprint of the trained weights. It is the same if the run was stopped by Ctrl-C, ``kill``, ``kill -9`` or
+a power failure, any number of times, and if it was never stopped::
 
     python examples/resume.py                # stop it, start it, stop it, start it
     tensorboard --logdir runs
 
-TensorBoard shows one curve: each step once.
+TensorBoard shows one curve, with each step once.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from eventtrain.callbacks import (
 
 
 class ShiftedDigits(Dataset):
-    """Pictures of digits, each shifted by up to a pixel whenever it is loaded."""
+    """Pictures of digits. A picture is shifted by at most ``shift`` pixels each time it is loaded."""
 
     def __init__(self, shift: int) -> None:
         digits = load_digits()
@@ -49,7 +49,7 @@ class ShiftedDigits(Dataset):
 
 
 class Classifier(LightningModule):
-    """A small network with dropout, so that it matters which random numbers a resumed run draws."""
+    """A small network with dropout: its weights differ if a resumed run draws other random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Classifier(LightningModule):
 
 
 def main() -> None:
-    """Trains, or goes on."""
+    """Start the run, or resume it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -96,7 +96,7 @@ def main() -> None:
             averages,
             EarlyStopping("accuracy/val", mode="max", patience=30),
             TensorBoardLogger(args.log_dir, name="resume", log_every_n_steps=10),
-            # A file a second, and the best of them; Ctrl-C and a scheduler's signal have one written too.
+            # A checkpoint every second, and the best of them. If a signal comes, Preemption has one written too.
             ModelCheckpoint(
                 Path(args.log_dir) / "resume" / "checkpoints", every_n_minutes=1 / 60, monitor="accuracy/val", mode="max"
             ),
@@ -105,8 +105,8 @@ def main() -> None:
     )
 
     @trainer.signals.train_start.connect
-    def say_where(trainer: Trainer, event: object) -> None:
-        print(f"goes on at update {trainer.global_step}" if trainer.global_step else "begins", flush=True)
+    def print_progress(trainer: Trainer, event: object) -> None:
+        print(f"resumes at update {trainer.global_step}" if trainer.global_step else "starts", flush=True)
 
     model = Classifier()
     trainer.fit(model, train, val, ckpt_path="last")

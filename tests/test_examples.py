@@ -279,7 +279,7 @@ def test_distributed_in_one_process(short_run: Callable[[str], Run]) -> None:
 
 def test_resume(short_run: Callable[[str], Run]) -> None:
     run = short_run("resume")
-    assert run.lines[0] == "begins"
+    assert run.lines[0] == "starts"
     assert re.fullmatch(r"weights [0-9a-f]{16}", run.lines[-1])
     assert (run.directory / "logs" / "resume" / "checkpoints" / "last.ckpt").exists()
     assert list(run.scalars("loss/train")) == [10, 20, 30, 40]
@@ -298,7 +298,7 @@ def test_resume_ends_alike_with_and_without_a_kill(tmp_path: Path) -> None:
                 command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
             )
         assert process.stdout is not None
-        assert process.stdout.readline().startswith("begins" if how == signal.SIGKILL else "goes on at update ")
+        assert process.stdout.readline().startswith("starts" if how == signal.SIGKILL else "resumes at update ")
         checkpoint = directory / "logs" / "resume" / "checkpoints" / "last.ckpt"
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:  # until it has written another
@@ -308,6 +308,6 @@ def test_resume_ends_alike_with_and_without_a_kill(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.wait() == (-signal.SIGKILL if how == signal.SIGKILL else 128 + signal.SIGTERM)
     last = Run("resume", directory, "--epochs", "25")
-    assert re.fullmatch(r"goes on at update \d+", last.lines[0])
+    assert re.fullmatch(r"resumes at update \d+", last.lines[0])
     assert last.lines[-1] == undisturbed.lines[-1]
     assert last.scalars("loss/train") == undisturbed.scalars("loss/train")

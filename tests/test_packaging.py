@@ -55,7 +55,7 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> st
 
 
 def files(folder: str) -> set[str]:
-    """Return the files below a folder of the project, without those that a link leads to."""
+    """Return the files below a folder of the project. Links to folders are not followed."""
     paths = {Path(top) / name for top, _, names in os.walk(ROOT / folder) for name in names}
     return {path.relative_to(ROOT).as_posix() for path in paths if path.parent.name != "__pycache__"}
 
@@ -94,7 +94,7 @@ def test_importing_the_callbacks_folder_names_the_right_import() -> None:
     assert "from eventtrain.callbacks import" in done.stderr
 
 
-# ------------------------------------------------------------------ what is built
+# ------------------------------------------------------------------ the sdist and the wheel
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_the_sdist_holds_the_whole_project_once(built: Path) -> None:
     assert {"tests/kit.py", "docs/resume.md", "examples/digits.py", "benchmarks/overhead.py", "LICENSE"} <= set(names)
 
 
-# ------------------------------------------------------------------ what is installed
+# ------------------------------------------------------------------ three ways to install
 
 
 def trained(tmp_path: Path, *arguments: str | Path) -> list[str]:
@@ -145,7 +145,7 @@ def trained(tmp_path: Path, *arguments: str | Path) -> list[str]:
 
     Args:
         tmp_path: The folder of the environment.
-        *arguments: The arguments of ``pip install``.
+        *arguments: Further arguments for ``pip install``.
 
     Returns:
         The folder of the package, that of the callbacks, and the number of updates.

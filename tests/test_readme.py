@@ -31,6 +31,10 @@ def test_the_code_runs_block_by_block(tmp_path: Path, monkeypatch: pytest.Monkey
         )
     trainer.fit(names["Regression"](), torch.randn(4, 2, 8))
     assert capsys.readouterr().out.startswith("0 {'loss': tensor(")
+    Trainer(max_epochs=3, device="cpu", callbacks=[names["PrintLosses"]()], default_callbacks=False).fit(
+        names["Regression"](), torch.randn(1, 2, 8)
+    )
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["0", "0"]
 
 
 def test_the_first_example_has_twelve_lines() -> None:

@@ -1,7 +1,7 @@
-"""The contestants, each written as its own documentation would have it.
+"""The contestants, each written as its documentation recommends.
 
-A contestant is a function ``(setting, batches, folder) -> module``: it trains and returns the trained network. The
-modules are imported when they take part, since some take seconds.
+A contestant is a function ``(setting, batches, folder) -> module``, which trains a network and returns it. A module is imported
+if its contestant takes part, because some imports take seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REGISTRY: dict[str, str] = {
     "Lightning, barebones": "with_lightning:barebones",
     "HF Trainer": "with_transformers:train",
 }
-"""Where each contestant stands, as ``module:function``, by its name in the tables."""
+"""The function of each contestant, as ``module:function``, by its name in the tables."""
 
 TAKES_PART: dict[str, tuple[str, ...]] = {
     "hand-written": ("bare", "standard", "monitored", "transformer"),
@@ -44,12 +44,12 @@ TAKES_PART: dict[str, tuple[str, ...]] = {
 
 
 def contestant(name: str) -> Contestant:
-    """Imports a contestant."""
-    module, _, function = REGISTRY[name].partition(":")
-    found: Contestant = getattr(importlib.import_module(f"benchmarks.contestants.{module}"), function)
-    return found
+    """Import a contestant."""
+    module, _, name_in_module = REGISTRY[name].partition(":")
+    function: Contestant = getattr(importlib.import_module(f"benchmarks.contestants.{module}"), name_in_module)
+    return function
 
 
 def described(name: str) -> str:
-    """What a contestant had switched on: its function's documentation."""
+    """Return the options that a contestant runs with: the docstring of its function."""
     return " ".join((contestant(name).__doc__ or "").split())

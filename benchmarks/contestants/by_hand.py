@@ -10,8 +10,7 @@ from benchmarks.work import CLIP, LOG_EVERY, Batches, Setting, make_loss, make_m
 
 
 def loop(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
-    """Plain PyTorch. In the standard setting with torch's SummaryWriter and a tqdm bar whose loss is set every 50
-    updates."""
+    """Plain PyTorch. In the standard setting, torch's SummaryWriter, and a tqdm bar that shows a new loss every 50 updates."""
     return _standard(setting, batches, folder) if setting.extras else _bare(setting, batches)
 
 
@@ -58,7 +57,7 @@ def _standard(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
 
 
 class Module(nn.Module):
-    """A network with a training_step method, as trainers want it."""
+    """A network with a ``training_step`` method, as trainers expect it."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -66,7 +65,7 @@ class Module(nn.Module):
         self.loss_function = make_loss(setting)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The batch's loss."""
+        """Return the loss of a batch."""
         x, y = batch
         return self.loss_function(self.network(x), y)
 

@@ -1,4 +1,4 @@
-"""eventtrain."""
+"""The contestant eventtrain."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from eventtrain.callbacks import (
 
 
 class Module(LightningModule):
-    """The setting's network."""
+    """A module with the network of a setting."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -35,31 +35,31 @@ class Module(LightningModule):
         self.loss_function = make_loss(setting)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The batch's loss."""
+        """Return the loss of a batch."""
         x, y = batch
         return self.loss_function(self.network(x), y)
 
     def configure_optimizers(self) -> Any:
-        """SGD."""
+        """Return SGD."""
         return make_optimizer(self.network)
 
 
 class LoggingModule(Module):
-    """The same with what the standard setting adds."""
+    """The same module with the additions of the standard setting."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.setting = setting
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The batch's loss, logged."""
+        """Log the loss of a batch, and return it."""
         x, y = batch
         loss = self.loss_function(self.network(x), y)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """SGD, and one cycle over the updates."""
+        """Return SGD, and one cycle over the updates."""
         optimizer = make_optimizer(self.network)
         return {
             "optimizer": optimizer,
@@ -71,7 +71,7 @@ def train(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
     """Bare: no callbacks at all. Standard: GradientAccumulation(4), GradientClipping(0.25), LRSchedulerStepping(),
     LearningRateMonitor(), TensorBoardLogger(log_every_n_steps=50), ProgressBar(), self.log(prog_bar=True). Monitored: those
     and GradientNormMonitor(), SystemMonitor(), Profiler(), TorchProfiler(), EventTimeline(), ModelSummary() and
-    JSONLinesLogger(), each as it comes."""
+    JSONLinesLogger(), each with its default options."""
     callbacks: list[Any] = []
     if setting.extras:
         callbacks = [

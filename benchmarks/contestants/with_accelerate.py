@@ -1,4 +1,4 @@
-"""Accelerate: the hand-written loop on prepared objects."""
+"""The contestant Accelerate: the hand-written loop on prepared objects."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from benchmarks.work import CLIP, LOG_EVERY, Batches, Setting, make_loss, make_m
 
 
 def train(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
-    """Accelerator(cpu=True), and everything through prepare(), the batches in a DataLoader(batch_size=None), since it
+    """Accelerator(cpu=True), and everything through prepare(). The batches are in a DataLoader(batch_size=None), because it
     prepares no other loader. Standard: accumulate() over 4 batches, with adjust_scheduler=False because OneCycleLR here
-    counts updates; clip_grad_norm_(0.25) where gradients sync; its TensorBoard tracker, and the loss on its tqdm bar,
-    every 50 updates."""
+    counts updates; clip_grad_norm_(0.25) if gradients sync; its TensorBoard tracker, and the loss on its tqdm bar, every
+    50 updates."""
     return _standard(setting, batches, folder) if setting.extras else _bare(setting, batches)
 
 

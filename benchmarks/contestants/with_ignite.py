@@ -1,4 +1,4 @@
-"""Ignite: an update function of one's own, and handlers around it."""
+"""The contestant Ignite: a custom update function, and handlers around it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from benchmarks.work import CLIP, LOG_EVERY, Batches, Setting, make_loss, make_m
 
 
 def train(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
-    """Bare: create_supervised_trainer as it comes, which reads each loss with item(), and no handlers. Standard: an
-    update function of one's own over 4 batches, since the supplied one has no place for clip_grad_norm_(0.25), with
-    item() too; handlers: LRScheduler before each update, TensorboardLogger every 50 updates, ProgressBar with the loss,
-    which redraws at each batch."""
+    """Bare: create_supervised_trainer with its default options, which reads each loss with item(), and no handlers. Standard:
+    a custom update function over 4 batches, because the supplied one has no place for clip_grad_norm_(0.25); it reads each
+    loss with item() too. Handlers: LRScheduler before each update, TensorboardLogger every 50 updates, ProgressBar with the
+    loss, which redraws at each batch."""
     return _standard(setting, batches, folder) if setting.extras else _bare(setting, batches)
 
 
@@ -46,7 +46,7 @@ def _standard(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
         return loss.item()
 
     trainer = Engine(update)
-    # At the start of the batch that closes a window: the wrapper sets the rate of the update that is about to come.
+    # At the start of the batch that closes a window, because the wrapper sets the rate of the next update.
     trainer.add_event_handler(Events.ITERATION_STARTED(every=setting.accumulate), LRScheduler(scheduler))
     ProgressBar().attach(trainer, output_transform=lambda loss: {"loss": loss})
     written = Events.ITERATION_COMPLETED(every=LOG_EVERY * setting.accumulate)

@@ -1,4 +1,4 @@
-"""Lightning."""
+"""The contestant Lightning, with its default options and in its barebones mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.work import CLIP, LOG_EVERY, Batches, Setting, make_loss, make_m
 
 
 class Module(LightningModule):
-    """The setting's network."""
+    """A module with the network of a setting."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -22,31 +22,31 @@ class Module(LightningModule):
         self.loss_function = make_loss(setting)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The batch's loss."""
+        """Return the loss of a batch."""
         x, y = batch
         return self.loss_function(self.network(x), y)
 
     def configure_optimizers(self) -> Any:
-        """SGD."""
+        """Return SGD."""
         return make_optimizer(self.network)
 
 
 class LoggingModule(Module):
-    """The same with what the standard setting adds."""
+    """The same module with the additions of the standard setting."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.setting = setting
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The batch's loss, logged."""
+        """Log the loss of a batch, and return it."""
         x, y = batch
         loss = self.loss_function(self.network(x), y)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """SGD, and one cycle over the updates."""
+        """Return SGD, and one cycle over the updates."""
         optimizer = make_optimizer(self.network)
         return {
             "optimizer": optimizer,
@@ -57,7 +57,7 @@ class LoggingModule(Module):
 def train(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
     """Checkpoints and the model summary are off. Bare: the logger and the progress bar too. Standard:
     accumulate_grad_batches=4, gradient_clip_val=0.25, TensorBoardLogger with log_every_n_steps=50, which counts updates,
-    LearningRateMonitor, TQDMProgressBar as it comes, which redraws at each batch, self.log(prog_bar=True)."""
+    LearningRateMonitor, TQDMProgressBar, which redraws at each batch by default, self.log(prog_bar=True)."""
     switched_on: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
     if setting.extras:
         switched_on = {
@@ -82,8 +82,8 @@ def train(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
 
 
 def barebones(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
-    """Trainer(barebones=True): what Lightning itself switches off to measure its overhead. It refuses loggers, bars and
-    checkpoints and drops what is logged, so it takes no part in the standard setting."""
+    """Trainer(barebones=True), the mode in which Lightning measures its overhead. It refuses loggers, bars and checkpoints,
+    and drops logged values, so it takes no part in the standard setting."""
     trainer = Trainer(max_epochs=1, accelerator="cpu", devices=1, barebones=True, default_root_dir=folder)
     module = Module(setting)
     trainer.fit(module, batches)

@@ -1,4 +1,4 @@
-"""The Trainer of transformers."""
+"""The contestant HF Trainer: the Trainer of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.work import CLIP, LOG_EVERY, Batches, Setting, make_loss, make_m
 
 
 class Model(nn.Module):
-    """The setting's network in the form that the Trainer asks for: with ``labels`` it returns the loss first."""
+    """The network of a setting in the form that the Trainer expects: if it gets ``labels``, it returns the loss first."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -21,16 +21,16 @@ class Model(nn.Module):
         self.loss_function = make_loss(setting)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and what the network predicts."""
+        """Return the loss and the predictions."""
         predicted = self.network(inputs)
         return self.loss_function(predicted, labels), predicted
 
 
 class InOrder(Trainer):
-    """Goes through the batches as they are: in order, and whole."""
+    """A Trainer that does not shuffle or split the batches."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The batches under the names of the model's arguments."""
+        """Return a loader of the batches, with the names of the model's arguments."""
         return DataLoader(
             self.train_dataset, batch_size=None, collate_fn=lambda batch: {"inputs": batch[0], "labels": batch[1]}
         )
@@ -38,10 +38,10 @@ class InOrder(Trainer):
 
 def train(setting: Setting, batches: Batches, folder: Path) -> nn.Module:
     """use_cpu=True, save_strategy="no", SGD through optimizers=, the batches from get_train_dataloader() in a
-    DataLoader(batch_size=None). Bare: max_grad_norm=0.0, which clips nothing but takes the norm all the same, a constant
-    rate, whose scheduler is stepped all the same, no logging, no bar. Standard: gradient_accumulation_steps=4,
-    max_grad_norm=0.25, TensorBoard every 50 updates, which gets the mean loss since the last time, and its bar, which
-    advances once an update. In both it looks for NaN in each loss, its default."""
+    DataLoader(batch_size=None). Bare: max_grad_norm=0.0, which clips nothing but still computes the norm; a constant rate,
+    whose scheduler is still stepped; no logging, no bar. Standard: gradient_accumulation_steps=4, max_grad_norm=0.25,
+    TensorBoard every 50 updates, which gets the mean loss since the last time, and its bar, which advances once an update.
+    In both, it looks for NaN in each loss, its default."""
     model = Model(setting)
     optimizer = make_optimizer(model)
     arguments: dict[str, Any] = {

@@ -1,4 +1,4 @@
-# Written by `python -m docs/generate.py` from eventtrain/events.py. Do not edit.
+# Written by `python docs/generate.py` from eventtrain/events.py. Do not edit.
 from typing import Any
 
 from torch import Tensor

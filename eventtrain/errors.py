@@ -19,13 +19,6 @@ class MisconfigurationError(Exception):
     """
 
 
-class NonFiniteGradientError(MisconfigurationError, FloatingPointError):
-    """Gradients have infinities or NaNs.
-
-    It is raised if the step cannot be skipped, or if too many steps were skipped in a row.
-    """
-
-
 class StepSkipped(BaseException):
     """Leaves an optimizer's ``step`` before it updates anything. Private to the core.
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsFloat, TypeVar
+from dataclasses import MISSING, dataclass, field
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsFloat, TypeVar, dataclass_transform
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,17 +32,23 @@ T = TypeVar("T")
 Stage = Literal["train", "validation", "test", "predict"]
 
 
-def _writable() -> Any:
-    """A field that a listener may write; the core reads it back after the event."""
-    return field(metadata={"writable": True})
-
-
-def _written(default: Any = None) -> Any:
-    """A field with a default that a listener may write."""
+def _writable(default: Any = MISSING) -> Any:
+    """Return a field that a listener may write; the core reads it back after the event."""
     return field(default=default, metadata={"writable": True})
 
 
-class Event:
+@dataclass_transform(field_specifiers=(field,))
+class EventType(type):
+    """Makes each event a slotted dataclass of its annotated fields."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        """Make the class."""
+        made: type = super().__new__(cls, name, bases, namespace)
+        # To add the slots, dataclass makes the class once more, by this function.
+        return made if "__slots__" in namespace else dataclass(slots=True)(made)
+
+
+class Event(metaclass=EventType):
     """The base class of events.
 
     Attributes:
@@ -69,7 +75,6 @@ class Phase(Event):
     """
 
     __slots__ = ("_entered",)
-    _entered: ExitStack | None
 
     def enter(self, context_manager: AbstractContextManager[T]) -> T:
         """Enter a context manager for as long as the phase lasts.
@@ -81,25 +86,20 @@ class Phase(Event):
         Returns:
             The value of the context manager's ``__enter__``.
         """
-        stack: ExitStack | None = getattr(self, "_entered", None)
-        if stack is None:
-            stack = self._entered = ExitStack()
-        return stack.enter_context(context_manager)
+        if not hasattr(self, "_entered"):
+            self._entered = ExitStack()
+        return self._entered.enter_context(context_manager)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        stack: ExitStack | None = getattr(self, "_entered", None)
-        return None if stack is None else stack.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.__exit__(*error) if hasattr(self, "_entered") else None
 
 
 # ------------------------------------------------------------------------------------ a run begins
 
 
-@dataclass(slots=True)
 class JoinProcesses(Event):
     """A run begins, and nothing of its module is built yet. The place to join a process group, and to choose this
     process's device.
@@ -108,6 +108,11 @@ class JoinProcesses(Event):
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         device: The device of the module and its batches.
         processes: This process's view of the others.
+
+    Example:
+        >>> class OnTheCpu(Callback):
+        ...     def on_join_processes(self, trainer, event):
+        ...         event.device = torch.device("cpu")
     """
 
     stage: str
@@ -115,7 +120,6 @@ class JoinProcesses(Event):
     processes: Processes = _writable()
 
 
-@dataclass(slots=True)
 class Setup(Event):
     """The module is built (its ``setup`` and ``configure_model`` have run) and on its device; loaders
     and optimizers do not exist yet. The place to wrap or shard the module.
@@ -127,7 +131,6 @@ class Setup(Event):
     stage: str
 
 
-@dataclass(slots=True)
 class FindCheckpoint(Event):
     """``ckpt_path="last"`` or ``"best"`` was given: the callbacks that keep checkpoints offer theirs.
 
@@ -135,10 +138,15 @@ class FindCheckpoint(Event):
         which: ``"last"`` or ``"best"``.
         paths: The answers; a damaged file is passed over. Of ``"last"`` the newest is tried first, of ``"best"`` the first.
             None if no listener keeps checkpoints.
+
+    Example:
+        >>> class FromTheArchive(Callback):
+        ...     def on_find_checkpoint(self, trainer, event):
+        ...         event.offer(*sorted(pathlib.Path("archive").glob("*.ckpt")))
     """
 
     which: Literal["last", "best"]
-    paths: list[Path] | None = _written()
+    paths: list[Path] | None = _writable(None)
 
     def offer(self, *paths: Path) -> None:
         """Add answers.
@@ -149,7 +157,6 @@ class FindCheckpoint(Event):
         self.paths = [*(self.paths or ()), *paths]
 
 
-@dataclass(slots=True)
 class CheckpointRead(Event):
     """A checkpoint has been read from its file. If a listener of ``checkpoint_gathered`` moved a part of it elsewhere, this is
     the place to put that part back. The module exists, loaders and optimizers do not.
@@ -161,7 +168,6 @@ class CheckpointRead(Event):
     checkpoint: dict[str, Any]
 
 
-@dataclass(slots=True)
 class LoadCheckpoint(Event):
     """A checkpoint is complete, and nothing is restored from it yet: loaders and optimizers do not exist. A module may
     take its shape from it here.
@@ -174,7 +180,6 @@ class LoadCheckpoint(Event):
     checkpoint: dict[str, Any]
 
 
-@dataclass(slots=True)
 class PrepareLoader(Event):
     """A run is about to use a loader for the first time. The place to let it read this process's share.
 
@@ -182,6 +187,15 @@ class PrepareLoader(Event):
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         dataloader_idx: Its index among those of the stage.
         loader: The loader. A listener may replace it.
+
+    Example:
+        >>> class OnlyFirstBatches(Callback):
+        ...     def on_prepare_loader(self, trainer, event):
+        ...         event.loader = list(itertools.islice(event.loader, 2))
+        >>> trainer = Trainer(max_epochs=1, callbacks=OnlyFirstBatches(), device="cpu", default_callbacks=False)
+        >>> trainer.fit(Line(), [torch.ones(4, 1)] * 5)
+        >>> trainer.global_step
+        2
     """
 
     stage: Stage
@@ -189,7 +203,6 @@ class PrepareLoader(Event):
     loader: Any = _writable()
 
 
-@dataclass(slots=True)
 class EstimateSteppingBatches(Event):
     """Asks how many batches of the whole run will update something; published whenever
     ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``.
@@ -200,15 +213,21 @@ class EstimateSteppingBatches(Event):
         max_epochs: Epochs of the whole run; None if only ``max_steps`` ends it.
         max_steps: Updates at most; None for no limit. The core caps the answer by it.
         stepping_batches: The answer. None if no listener accumulates: then every batch updates.
+
+    Example:
+        >>> class EveryOtherBatch(Callback):
+        ...     def on_train_batch_start(self, trainer, event):
+        ...         event.plan.step = event.batch_idx % 2 == 1
+        ...     def on_estimate_stepping_batches(self, trainer, event):
+        ...         event.stepping_batches = event.max_epochs * (event.batches_per_epoch // 2)
     """
 
     batches_per_epoch: int | None
     max_epochs: int | None
     max_steps: int | None
-    stepping_batches: int | None = _written()
+    stepping_batches: int | None = _writable(None)
 
 
-@dataclass(slots=True)
 class FitStart(Event):
     """``fit`` begins: module, loaders, optimizers and schedulers exist. The place for checks that
     need them."""
@@ -219,14 +238,12 @@ class FitStart(Event):
 # ------------------------------------------------------------------------------------ training
 
 
-@dataclass(slots=True)
 class TrainStart(Event):
     """Training begins, after the sanity check."""
 
     module_arguments: ClassVar = ()
 
 
-@dataclass(slots=True)
 class TrainEpochStart(Event):
     """An epoch of training begins, or continues after the batch at which a checkpoint was written.
 
@@ -240,7 +257,6 @@ class TrainEpochStart(Event):
     batches_done: int = 0
 
 
-@dataclass(slots=True)
 class BeforeBatchFetch(Phase):
     """The next batch is about to be waited for and moved to the device. All stages.
 
@@ -248,19 +264,30 @@ class BeforeBatchFetch(Phase):
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         transfer: How the batch that the loader gives is moved to its device: ``transfer(batch)``. A listener may put
             its own here, around the one that it finds.
+
+    Example:
+        >>> class InDoublePrecision(Callback):
+        ...     def on_before_batch_fetch(self, trainer, event):
+        ...         move = event.transfer
+        ...         event.transfer = lambda batch: move(batch).double()
     """
 
     stage: Stage
     transfer: Callable[[Any], Any] = _writable()
 
 
-@dataclass(slots=True)
 class AfterBatchFetch(Event):
     """The batch is on its device: augment it here. All stages.
 
     Attributes:
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         batch: The batch, as the loader and the module's transfer hooks made it.
+
+    Example:
+        >>> class AddNoise(Callback):
+        ...     def on_after_batch_fetch(self, trainer, event):
+        ...         if event.stage == "train":
+        ...             event.batch = event.batch + 0.1 * torch.randn_like(event.batch)
     """
 
     stage: Stage
@@ -286,7 +313,6 @@ class Plan:
     weighted: bool = False
 
 
-@dataclass(slots=True)
 class TrainBatchStart(Event):
     """A batch is about to be trained: the gate, at which accumulation writes the plan.
 
@@ -296,6 +322,16 @@ class TrainBatchStart(Event):
         is_last_batch: The batch is the epoch's last.
         plan: The batch's effect on its window. The core reads it after the event.
         skipped: :meth:`skip_batch` was called.
+
+    Example:
+        >>> class SkipEmptyBatches(Callback):
+        ...     def on_train_batch_start(self, trainer, event):
+        ...         if event.batch.abs().sum() == 0:
+        ...             event.skip_batch()
+        >>> trainer = Trainer(max_epochs=1, callbacks=SkipEmptyBatches(), device="cpu", default_callbacks=False)
+        >>> trainer.fit(Line(), [torch.ones(4, 1), torch.zeros(4, 1)])
+        >>> trainer.global_step
+        1
     """
 
     module_arguments: ClassVar = ("batch", "batch_idx")
@@ -316,7 +352,6 @@ class TrainBatchStart(Event):
         self.ends_epoch = True
 
 
-@dataclass(slots=True)
 class OptimizerStep(Phase):
     """An optimizer is about to step. The closure runs in this phase, because torch's optimizers evaluate it in ``step``.
 
@@ -332,7 +367,6 @@ def call_step(step: Callable[..., Any], *args: Any) -> Any:
     return step(*args)
 
 
-@dataclass(slots=True)
 class BeforeForward(Phase):
     """The module's step (``training_step``, ``validation_step``, ...) is about to run. All stages.
     In manual optimization the whole ``training_step``, backward included, runs inside.
@@ -344,16 +378,21 @@ class BeforeForward(Phase):
         closes_window: The batch's backward completes gradients: the one that a distributed wrapper
             has to synchronise in. False in manual optimization.
         call: How the step is called: ``call(step, *args)``. A distributed wrapper puts its own here.
+
+    Example:
+        >>> class Deterministic(Callback):
+        ...     def on_before_forward(self, trainer, event):
+        ...         call = event.call
+        ...         event.call = lambda step, *args: call(torch.compiler.disable(step), *args)
     """
 
     stage: Stage
     batch: Any
     batch_idx: int
     closes_window: bool
-    call: Callable[..., Any] = _written(call_step)
+    call: Callable[..., Any] = _writable(call_step)
 
 
-@dataclass(slots=True)
 class AfterForward(Event):
     """The module's step has returned. All stages.
 
@@ -364,6 +403,12 @@ class AfterForward(Event):
         outputs: The value that the step returned.
         loss: The raw loss, a scalar tensor with its graph; None if the batch has none, and in the
             other stages.
+
+    Example:
+        >>> class WeightDecayInTheLoss(Callback):
+        ...     def on_after_forward(self, trainer, event):
+        ...         if event.loss is not None:
+        ...             event.loss = event.loss + 0.01 * sum(p.square().sum() for p in trainer.module.parameters())
     """
 
     stage: Stage
@@ -373,7 +418,6 @@ class AfterForward(Event):
     loss: Tensor | None = _writable()
 
 
-@dataclass(slots=True)
 class BeforeZeroGrad(Phase):
     """An optimizer's gradients are about to be zeroed.
 
@@ -385,7 +429,6 @@ class BeforeZeroGrad(Phase):
     optimizer: LightningOptimizer
 
 
-@dataclass(slots=True)
 class AfterZeroGrad(Event):
     """An optimizer's gradients have been zeroed.
 
@@ -396,7 +439,6 @@ class AfterZeroGrad(Event):
     optimizer: LightningOptimizer
 
 
-@dataclass(slots=True)
 class BeforeBackward(Phase):
     """Backward is about to run.
 
@@ -405,6 +447,11 @@ class BeforeBackward(Phase):
             scale has changed.
         loss: The loss that backward runs on.
         evaluation: The number of this evaluation of the closure in its batch, from 1; 1 in manual optimization.
+
+    Example:
+        >>> class HalfTheGradients(Callback):
+        ...     def on_before_backward(self, trainer, event):
+        ...         event.loss = 0.5 * event.loss
     """
 
     module_arguments: ClassVar = ("raw_loss",)
@@ -413,7 +460,6 @@ class BeforeBackward(Phase):
     evaluation: int = 1
 
 
-@dataclass(slots=True)
 class AfterBackward(Event):
     """Backward has run: gradients were added to.
 
@@ -425,7 +471,6 @@ class AfterBackward(Event):
     raw_loss: Tensor
 
 
-@dataclass(slots=True)
 class ReduceGradients(Event):
     """The window is complete: average gradients over processes if backward has not done it.
 
@@ -438,7 +483,6 @@ class ReduceGradients(Event):
     skipped: bool = False
 
 
-@dataclass(slots=True)
 class UnscaleGradients(Event):
     """Loss scaling is to be taken off the gradients.
 
@@ -454,7 +498,6 @@ class UnscaleGradients(Event):
     can_skip: bool
 
 
-@dataclass(slots=True)
 class GradientsReady(Event):
     """Gradients are complete and unscaled: normalise those of short or weighted windows. After this event they
     are the true gradients.
@@ -472,7 +515,6 @@ class GradientsReady(Event):
     weight_reference: Tensor | float | None
 
 
-@dataclass(slots=True)
 class GradientsFinal(Event):
     """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now.
 
@@ -485,7 +527,6 @@ class GradientsFinal(Event):
     in_step: bool
 
 
-@dataclass(slots=True)
 class BeforeOptimizerStep(Event):
     """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones,
     unclipped. A listener may veto the step.
@@ -512,7 +553,6 @@ class BeforeOptimizerStep(Event):
             self.skip_reason = reason
 
 
-@dataclass(slots=True)
 class BeforeGradientClipping(Event):
     """Gradients may be clipped now: policies write the three fields.
 
@@ -521,15 +561,19 @@ class BeforeGradientClipping(Event):
         gradient_clip_val: The threshold, a positive number; None for no clipping.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``; None means ``"norm"``.
         norm_type: The order p of the norm for ``"norm"``.
+
+    Example:
+        >>> class ClipHarderLater(Callback):
+        ...     def on_before_gradient_clipping(self, trainer, event):
+        ...         event.gradient_clip_val = 1.0 if trainer.current_epoch < 5 else 0.1
     """
 
     optimizer: LightningOptimizer
-    gradient_clip_val: float | None = _written()
-    gradient_clip_algorithm: str | None = _written()
-    norm_type: float = _written(2.0)
+    gradient_clip_val: float | None = _writable(None)
+    gradient_clip_algorithm: str | None = _writable(None)
+    norm_type: float = _writable(2.0)
 
 
-@dataclass(slots=True)
 class ClippingDecided(Event):
     """The policies have written how gradients are clipped, and nothing is clipped yet: the last place to measure them.
 
@@ -548,7 +592,6 @@ class ClippingDecided(Event):
     by_module: bool
 
 
-@dataclass(slots=True)
 class AfterGradientClipping(Event):
     """Gradients were clipped.
 
@@ -568,7 +611,6 @@ class AfterGradientClipping(Event):
     total_norm: Tensor | None
 
 
-@dataclass(slots=True)
 class AfterOptimizerStep(Event):
     """The optimizer has updated its parameters.
 
@@ -579,7 +621,6 @@ class AfterOptimizerStep(Event):
     optimizer: LightningOptimizer
 
 
-@dataclass(slots=True)
 class OptimizerStepSkipped(Event):
     """The optimizer has not updated its parameters.
 
@@ -592,7 +633,6 @@ class OptimizerStepSkipped(Event):
     reason: str
 
 
-@dataclass(slots=True)
 class AfterUpdate(Event):
     """A batch's optimization is over, something was updated, and ``global_step`` has just been counted:
     the place of everything that happens every n steps. Once per value of ``global_step``.
@@ -604,7 +644,6 @@ class AfterUpdate(Event):
     global_step: int
 
 
-@dataclass(slots=True)
 class TrainDataEnd(Event):
     """The epoch's last batch has been optimized. Not published for an epoch that was ended early.
 
@@ -615,7 +654,6 @@ class TrainDataEnd(Event):
     epoch: int
 
 
-@dataclass(slots=True)
 class BeforeLRSchedulerStep(Event):
     """A learning rate scheduler is about to step.
 
@@ -623,15 +661,20 @@ class BeforeLRSchedulerStep(Event):
         config: The scheduler and when it steps.
         learning_rates: The rate of each parameter group, as the last update used it.
         metric: The monitored value that the scheduler is given; None if it monitors nothing.
+
+    Example:
+        >>> class SmoothMetric(Callback):
+        ...     def on_before_lr_scheduler_step(self, trainer, event):
+        ...         if event.metric is not None:
+        ...             event.metric = round(float(event.metric), 2)
     """
 
     signal_name: ClassVar = "before_lr_scheduler_step"
     config: LRSchedulerConfig
     learning_rates: list[float]
-    metric: Tensor | float | None = _written()
+    metric: Tensor | float | None = _writable(None)
 
 
-@dataclass(slots=True)
 class AfterLRSchedulerStep(Event):
     """A learning rate scheduler has stepped.
 
@@ -645,7 +688,6 @@ class AfterLRSchedulerStep(Event):
     learning_rates: list[float]
 
 
-@dataclass(slots=True)
 class TrainBatchEnd(Event):
     """A batch has been trained.
 
@@ -667,7 +709,6 @@ class TrainBatchEnd(Event):
 # ------------------------------------------------------------------------------------ evaluation
 
 
-@dataclass(slots=True)
 class ValidationStart(Phase):
     """A validation begins; the module is in evaluation mode. A context manager that is entered here is left after
     ``validation_end``, also if an error or an interruption ends the validation without that event."""
@@ -675,14 +716,12 @@ class ValidationStart(Phase):
     module_arguments: ClassVar = ()
 
 
-@dataclass(slots=True)
 class ValidationEpochStart(Event):
     """The pass over the validation loaders begins."""
 
     module_arguments: ClassVar = ()
 
 
-@dataclass(slots=True)
 class ValidationBatchStart(Event):
     """A validation batch is about to run.
 
@@ -698,7 +737,6 @@ class ValidationBatchStart(Event):
     dataloader_idx: int = 0
 
 
-@dataclass(slots=True)
 class ValidationBatchEnd(Event):
     """A validation batch has run.
 
@@ -716,76 +754,62 @@ class ValidationBatchEnd(Event):
     dataloader_idx: int = 0
 
 
-@dataclass(slots=True)
 class ValidationEpochEnd(Event):
     """The pass over the validation loaders is over; the module may still log here."""
 
     module_arguments: ClassVar = ()
 
 
-@dataclass(slots=True)
 class ValidationEnd(Event):
     """A validation is over and its metrics are final."""
 
     module_arguments: ClassVar = ()
 
 
-@dataclass(slots=True)
 class TestStart(ValidationStart):
     """A test begins; the module is in evaluation mode. A phase, as for validation."""
 
 
-@dataclass(slots=True)
 class TestEpochStart(ValidationEpochStart):
     """The pass over the test loaders begins."""
 
 
-@dataclass(slots=True)
 class TestBatchStart(ValidationBatchStart):
     """A test batch is about to run; fields as in :class:`ValidationBatchStart`."""
 
 
-@dataclass(slots=True)
 class TestBatchEnd(ValidationBatchEnd):
     """A test batch has run; fields as in :class:`ValidationBatchEnd`."""
 
 
-@dataclass(slots=True)
 class TestEpochEnd(ValidationEpochEnd):
     """The pass over the test loaders is over; the module may still log here."""
 
 
-@dataclass(slots=True)
 class TestEnd(ValidationEnd):
     """A test is over and its metrics are final."""
 
 
-@dataclass(slots=True)
 class PredictStart(ValidationStart):
     """Prediction begins; the module is in evaluation mode. A phase, as for validation."""
 
 
-@dataclass(slots=True)
 class PredictEpochStart(ValidationEpochStart):
     """The pass over the prediction loaders begins."""
 
 
-@dataclass(slots=True)
 class PredictBatchStart(ValidationBatchStart):
     """A prediction batch is about to run; fields as in :class:`ValidationBatchStart`."""
 
 
-@dataclass(slots=True)
 class PredictBatchEnd(ValidationBatchEnd):
     """A prediction batch has run; fields as in :class:`ValidationBatchEnd`."""
 
 
-@dataclass(slots=True)
 class PredictEpochEnd(ValidationEpochEnd):
     """The pass over the prediction loaders is over."""
 
 
-@dataclass(slots=True)
 class PredictEnd(ValidationEnd):
     """Prediction is over."""
 
@@ -793,7 +817,6 @@ class PredictEnd(ValidationEnd):
 # ------------------------------------------------------------------------------------ an epoch ends
 
 
-@dataclass(slots=True)
 class TrainEpochEnd(Event):
     """An epoch of training is over, its validation included; the module may still log here.
 
@@ -805,7 +828,6 @@ class TrainEpochEnd(Event):
     epoch: int
 
 
-@dataclass(slots=True)
 class MetricsLogged(Event):
     """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a
     batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over;
@@ -828,7 +850,6 @@ class MetricsLogged(Event):
     epoch_complete: bool = True
 
 
-@dataclass(slots=True)
 class SafePoint(Event):
     """Nothing is under way: the last place where the state of the run may change before a checkpoint. Published after each
     batch; after an epoch's last batch, once the epoch's own events are over.
@@ -842,7 +863,6 @@ class SafePoint(Event):
     window_open: bool
 
 
-@dataclass(slots=True)
 class RequestStop(Event):
     """The place to end a run at this safe point: call ``trainer.stop(reason)``, or ``trainer.interrupt(reason)`` for a run
     that is to be resumed. Listeners change nothing else.
@@ -856,10 +876,10 @@ class RequestStop(Event):
     window_open: bool
 
 
-@dataclass(slots=True)
 class TakeCheckpoint(Event):
     """The state of the run is final at this safe point: the place to write a checkpoint. Published at each safe point, after
-    ``request_stop``; before ``train_end`` if the run was asked to stop after its last safe point; and whenever ``trainer.keep_checkpoint`` is called.
+    ``request_stop``; before ``train_end`` if the run was asked to stop after its last safe point; and whenever
+    ``trainer.keep_checkpoint`` is called.
 
     Attributes:
         epoch_end: The epoch is complete.
@@ -867,15 +887,24 @@ class TakeCheckpoint(Event):
         reason: Why the run is interrupted; None if it is not. If there is a reason, a listener that keeps checkpoints writes
             one now, unless it holds this very state already.
         path: The file that holds this state; written by the listeners if there is a reason.
+
+    Example:
+        >>> class KeepEachEpoch(Callback):
+        ...     def on_take_checkpoint(self, trainer, event):
+        ...         if event.epoch_end:
+        ...             trainer.save_checkpoint(f"epoch-{trainer.current_epoch}.ckpt")
+        >>> trainer = Trainer(max_epochs=2, callbacks=KeepEachEpoch(), device="cpu", default_callbacks=False)
+        >>> trainer.fit(Line(), [torch.ones(4, 1)])
+        >>> sorted(path.name for path in pathlib.Path().glob("*.ckpt"))
+        ['epoch-0.ckpt', 'epoch-1.ckpt']
     """
 
     epoch_end: bool
     window_open: bool
     reason: str | None = None
-    path: str | None = _written()
+    path: str | None = _writable(None)
 
 
-@dataclass(slots=True)
 class RunInterrupted(Event):
     """The run was interrupted by ``trainer.interrupt``, and its state is on disk. ``fit`` returns after this event, unless a
     listener leaves it by an exception, such as ``SystemExit``.
@@ -889,7 +918,6 @@ class RunInterrupted(Event):
     path: str | None
 
 
-@dataclass(slots=True)
 class SaveCheckpoint(Event):
     """The state of the run was collected for a checkpoint: add to it, or change it.
 
@@ -901,7 +929,6 @@ class SaveCheckpoint(Event):
     checkpoint: dict[str, Any]
 
 
-@dataclass(slots=True)
 class CheckpointGathered(Event):
     """The content of a checkpoint is complete and about to be written. The place to move a part of it elsewhere, such as the
     shards of weights; ``checkpoint_read`` is the place to put it back.
@@ -913,7 +940,6 @@ class CheckpointGathered(Event):
     checkpoint: dict[str, Any]
 
 
-@dataclass(slots=True)
 class CheckpointSaved(Event):
     """A checkpoint is on disk under its final name.
 
@@ -927,21 +953,18 @@ class CheckpointSaved(Event):
 # ------------------------------------------------------------------------------------ a run ends
 
 
-@dataclass(slots=True)
 class TrainEnd(Event):
     """Training is over."""
 
     module_arguments: ClassVar = ()
 
 
-@dataclass(slots=True)
 class FitEnd(Event):
     """``fit`` is over, without an error."""
 
     module_arguments: ClassVar = ()
 
 
-@dataclass(slots=True)
 class ExceptionRaised(Event):
     """The run is ending by an error. Reaches every listener, even if one of them raises.
 
@@ -953,7 +976,6 @@ class ExceptionRaised(Event):
     exception: BaseException
 
 
-@dataclass(slots=True)
 class Teardown(Event):
     """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises.
 
@@ -983,92 +1005,12 @@ EVENTS: dict[str, type[Event]] = {
 }
 """Every event by its signal's name, in loop order."""
 
-_EVALUATION_MAP = """\
-{stage}_start
-{stage}_epoch_start
-for batch in {stage}_dataloader:
-    before_batch_fetch
-        batch = next(loader), moved to the device
-    after_batch_fetch
-    {stage}_batch_start
-    before_forward
-        {stage}_step(batch, batch_idx)
-    after_forward
-    {stage}_batch_end
-{stage}_epoch_end
-metrics_logged                              scope="epoch"
-{stage}_end
-"""
-
-LOOP_MAP = """\
-join_processes
-setup
-find_checkpoint                             with ckpt_path="last" or "best"
-checkpoint_read                             with ckpt_path
-load_checkpoint
-prepare_loader                              each loader, when it is needed first
-    configure_optimizers()
-estimate_stepping_batches                   when trainer.estimated_stepping_batches is read
-fit_start
-    sanity check: validation of a few batches, not if a checkpoint is resumed
-train_start
-for epoch in epochs:
-    train_epoch_start
-    for batch in train_dataloader:
-        before_batch_fetch
-            batch = next(loader), moved to the device
-        after_batch_fetch
-        train_batch_start                   the plan: does this batch zero_grad, does it step
-        optimizer_step                      optimizer.step(closure); a batch that only accumulates: closure()
-            before_forward
-                training_step(batch, batch_idx)
-            after_forward
-            before_zero_grad                if the batch opens a window
-                optimizer.zero_grad()
-            after_zero_grad
-            before_backward
-                loss.backward()
-            after_backward
-            reduce_gradients                if the batch closes a window
-            unscale_gradients
-            gradients_ready
-            gradients_final
-            before_optimizer_step
-            before_gradient_clipping
-            clipping_decided
-                clip_grad_norm_() or clip_grad_value_()
-            after_gradient_clipping
-                the optimizer's update
-        after_optimizer_step                or
-        optimizer_step_skipped
-        after_update                        global_step has been counted
-        train_data_end                      after the last batch
-        before_lr_scheduler_step            at after_update, train_data_end, validation_end or metrics_logged
-            lr_scheduler_step(scheduler, metric)
-        after_lr_scheduler_step
-        train_batch_end
-        metrics_logged                      scope="step", if the batch updated
-        if validation is due:
-            validation_start ... validation_end
-        if this was the last batch:
-            train_epoch_end
-            metrics_logged                  scope="epoch"
-        safe_point                          the last place where state may change
-        request_stop                        the place to end the run
-        take_checkpoint                     the state is final; also when trainer.keep_checkpoint is called
-            save_checkpoint                 for each checkpoint, and when trainer.save_checkpoint is called
-            checkpoint_gathered
-            checkpoint_saved
-        run_interrupted                     after trainer.interrupt, once the checkpoint is written
-train_end
-fit_end
-exception                                   if the run ends by an error
-teardown
-"""
+LOOP_MAP = files("eventtrain").joinpath("loop_map.txt").read_text(encoding="utf-8")
 """The loop, line by line. A line that begins with a signal's name is an event."""
 
 
 def evaluation_map(stage: str) -> str:
     """Return the loop map of ``"validation"``, ``"test"`` or ``"predict"``, which logs nothing."""
-    lines = _EVALUATION_MAP.format(stage=stage).splitlines(keepends=True)
+    template = files("eventtrain").joinpath("evaluation_map.txt").read_text(encoding="utf-8")
+    lines = template.format(stage=stage).splitlines(keepends=True)
     return "".join(line for line in lines if stage != "predict" or not line.startswith("metrics_logged"))

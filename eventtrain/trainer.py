@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from eventtrain import events
 from eventtrain.callback import attach, is_on_demand
 from eventtrain.checkpoint import contents, storage
 from eventtrain.checkpoint.find import interrupted_path
@@ -17,14 +18,6 @@ from eventtrain.data.limits import Limit
 from eventtrain.describe import describe, overview
 from eventtrain.distributed import Processes, SingleProcess
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import (
-    AfterLRSchedulerStep,
-    BeforeLRSchedulerStep,
-    CheckpointSaved,
-    EstimateSteppingBatches,
-    MetricsLogged,
-    TakeCheckpoint,
-)
 from eventtrain.metrics.metrics import Metrics
 from eventtrain.module.datamodule import LightningDataModule
 from eventtrain.module.module import LightningModule
@@ -224,9 +217,9 @@ class Trainer:
 
         Example:
             >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
-            >>> metrics = trainer.test(Line(), [[torch.zeros(4, 1)], [torch.ones(4, 1)]])
-            >>> len(metrics)
-            1
+            >>> metrics = trainer.test(Line(), torch.utils.data.DataLoader(torch.zeros(8, 1), batch_size=4))
+            >>> list(metrics[0])
+            ['test_loss']
         """
         return self._evaluate("test", model, dataloaders, ckpt_path, datamodule).results
 
@@ -447,7 +440,7 @@ class Trainer:
         """
         metrics = self.run_state.metrics
         metrics.logged_metrics.update(values)
-        self.signals.metrics_logged.publish(MetricsLogged(metrics.stage, "monitor", self.global_step, dict(values)))
+        self.signals.metrics_logged.publish(events.MetricsLogged(metrics.stage, "monitor", self.global_step, dict(values)))
 
     def step_lr_scheduler(self, config: LRSchedulerConfig, metric: Any = None) -> None:
         """Step a scheduler through the module's ``lr_scheduler_step``, with the events around it.
@@ -466,13 +459,13 @@ class Trainer:
         """
         signals = self.signals.table
         if signals.before_lr_scheduler_step.listeners:
-            event = BeforeLRSchedulerStep(config, config.learning_rates(), metric)
+            event = events.BeforeLRSchedulerStep(config, config.learning_rates(), metric)
             signals.before_lr_scheduler_step.publish(event)
             metric = event.metric
         assert self.run_state.module is not None
         self.run_state.module.lr_scheduler_step(config.scheduler, metric)
         if signals.after_lr_scheduler_step.listeners:
-            signals.after_lr_scheduler_step.publish(AfterLRSchedulerStep(config, config.learning_rates()))
+            signals.after_lr_scheduler_step.publish(events.AfterLRSchedulerStep(config, config.learning_rates()))
 
     def collect_checkpoint(self) -> dict[str, Any]:
         """Collect the state of the run, as :meth:`save_checkpoint` writes it; listeners of ``save_checkpoint`` add to it. In
@@ -508,7 +501,7 @@ class Trainer:
         checkpoint = self.collect_checkpoint()
         if self.is_global_zero:
             storage.write(checkpoint, path)
-            self.signals.checkpoint_saved.publish(CheckpointSaved(os.fspath(path)))
+            self.signals.checkpoint_saved.publish(events.CheckpointSaved(os.fspath(path)))
 
     def keep_checkpoint(self, reason: str) -> str | None:
         """Have a checkpoint written because the run is about to end early: by the listeners of ``take_checkpoint``, or, if none
@@ -529,7 +522,7 @@ class Trainer:
         """
         if self.fast_dev_run:
             return None
-        event = TakeCheckpoint(self.progress.epoch_is_over, self.window_open, reason)
+        event = events.TakeCheckpoint(self.progress.epoch_is_over, self.window_open, reason)
         try:
             self.signals.take_checkpoint.publish(event)
             if event.path is None:
@@ -730,7 +723,7 @@ class Trainer:
             MisconfigurationError: If the training loader has no length and ``max_steps`` is not set.
         """
         limits = self.run_state.limits
-        event = EstimateSteppingBatches(limits.batches_per_epoch, limits.max_epochs, limits.max_steps)
+        event = events.EstimateSteppingBatches(limits.batches_per_epoch, limits.max_epochs, limits.max_steps)
         if limits.max_epochs is None or limits.batches_per_epoch is None:
             if limits.max_steps is not None:
                 return limits.max_steps

@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import itertools
+import pathlib
 import pkgutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ class Line(kit.Line):
 
 NAMES: dict[str, Any] = {
     "torch": torch,
+    "itertools": itertools,
+    "pathlib": pathlib,
     "Line": Line,
     **{name: getattr(eventtrain, name) for name in eventtrain.__all__},
     **{name: getattr(callbacks, name) for name in callbacks.__all__},

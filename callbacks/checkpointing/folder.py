@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import string
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -56,7 +58,7 @@ class CheckpointFolder:
         previous = self.path / PREVIOUS
         storage.write(content, self.path / first, previous=previous if first == LAST else None)
         for name in more:
-            storage.link(self.path / first, self.path / name, previous=previous if name == LAST else None)
+            link(self.path / first, self.path / name, previous=previous if name == LAST else None)
         for name in surplus:
             (self.path / name).unlink(missing_ok=True)
 
@@ -68,6 +70,28 @@ class CheckpointFolder:
                 status = path.stat()
                 files.setdefault((status.st_dev, status.st_ino), path)
         return sorted(files.values(), key=storage.written_at, reverse=True)
+
+
+def link(path: Path, new: Path, *, previous: Path | None = None) -> None:
+    """Give a checkpoint a second name, without a second copy if the file system has hard links.
+
+    Args:
+        path: The file.
+        new: Its other name, in the same directory.
+        previous: As in :func:`~eventtrain.checkpoint.storage.write`.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    with storage.renamed_to(new, previous) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            with open(path, "rb") as source, open(temporary, "wb") as file:
+                shutil.copyfileobj(source, file)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def file_name(template: str, values: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from eventtrain.callback import Callback
+from eventtrain.callbacks.monitoring.numbered import numbered
 from eventtrain.checks import check_number, check_whole_number
-from eventtrain.core.optimizer import LightningOptimizer, numbered
+from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.events import (
     AfterGradientClipping,
     AfterOptimizerStep,

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from eventtrain.callback import Callback
-from eventtrain.core.optimizer import LightningOptimizer, numbered
+from eventtrain.callbacks.monitoring.numbered import numbered
+from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.events import AfterOptimizerStep, Teardown
 from eventtrain.trainer import Trainer
 

@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import torch
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from eventtrain._torch import version
 from eventtrain.callback import Callback
 from eventtrain.checks import check_option, check_whole_number
-from eventtrain.core.optimizer import LightningOptimizer, evaluates_often, has_gradients
-from eventtrain.errors import MisconfigurationError, NonFiniteGradientError
+from eventtrain.core.optimizer import LightningOptimizer, evaluates_often
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     AfterBackward,
     AfterOptimizerStep,
@@ -28,6 +29,13 @@ from eventtrain.trainer import Trainer
 
 HOLDINGS = ("scaled", "plain", "mixed")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteGradientError(MisconfigurationError, FloatingPointError):
+    """Gradients have infinities or NaNs.
+
+    It is raised if the step cannot be skipped, or if too many steps were skipped in a row.
+    """
 
 
 class MixedPrecision(Callback):
@@ -308,3 +316,8 @@ class UnscaledGradients:
         self.param_groups, param_groups = [{"params": [witness]}], self.param_groups
         scaler.unscale_(self)  # type: ignore[arg-type]
         self.param_groups = param_groups
+
+
+def has_gradients(optimizer: Optimizer) -> bool:
+    """Return whether any parameter of an optimizer holds a gradient."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

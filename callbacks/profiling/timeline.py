@@ -321,7 +321,7 @@ def ends_span(name: str, event: Event, span_type: SpanType) -> bool:
 
 
 PAYLOAD: dict[type[Any], list[str]] = {
-    event_type: [each.name for each in fields(event_type) if each.name not in ("batch", "outputs", "checkpoint")]  # type: ignore[arg-type]
+    event_type: [each.name for each in fields(event_type) if each.name not in ("batch", "outputs", "checkpoint")]
     for event_type in EVENTS.values()
 }
 """The fields of each event that may be shown in a few letters; batches can not."""

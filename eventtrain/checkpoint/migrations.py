@@ -38,17 +38,8 @@ def _from_1(old: dict[str, Any]) -> dict[str, Any]:
     window = {"open": False, "contributions": 0, "weight": None, "weight_reference": old["weight_reference"], "gradients": {}}
     steps = [old["global_step"]] * len(old["optimizer_states"])
     progress = old["progress"] | {"validated_at": old["progress"]["total_batch_idx"]}
-    added = {
-        "ranks": [],
-        "stop_reason": None,
-        "window": window,
-        "num_steps": steps,
-        "progress": progress,
-        "metrics": None,
-        "rng": None,
-        "data": None,
-    }
-    return {**old, **added, "schema_version": 2, "versions": {}}
+    absent: dict[str, Any] = {"ranks": [], "stop_reason": None, "metrics": None, "rng": None, "data": None, "versions": {}}
+    return {**old, **absent, "window": window, "num_steps": steps, "progress": progress, "schema_version": 2}
 
 
 MIGRATIONS: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}

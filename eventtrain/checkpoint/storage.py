@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import shutil
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -53,28 +52,6 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str], *, previous:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         file.flush()
         os.fsync(file.fileno())
-
-
-def link(path: Path, new: Path, *, previous: Path | None = None) -> None:
-    """Give a checkpoint a second name, without a second copy if the file system has hard links.
-
-    Args:
-        path: The file.
-        new: Its other name, in the same directory.
-        previous: As in :func:`write`.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    with renamed_to(new, previous) as temporary:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:
-            with open(path, "rb") as source, open(temporary, "wb") as file:
-                shutil.copyfileobj(source, file)
-                file.flush()
-                os.fsync(file.fileno())
 
 
 @contextmanager

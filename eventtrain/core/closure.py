@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ def backward(
         signals.after_backward.publish(AfterBackward(raw_loss))
 
 
+@dataclass(slots=True, eq=False)
 class Closure:
     """Evaluates the loss of the current batch and its gradients.
 
@@ -83,7 +85,7 @@ class Closure:
         stepping: The optimizer's steps in the run.
         training_step: Called as ``training_step(batch, batch_idx)``.
         takes_index: Whether ``training_step`` takes ``batch_idx``.
-        backward_hook: The module's overridden ``backward``, or None for ``loss.backward()``.
+        backward_hook: The module's overridden ``backward``; ``loss.backward()`` by default.
         zero_grad_hook: Called as ``hook(batch_idx, optimizer)``: the module's overridden ``optimizer_zero_grad``; None for
             ``optimizer.zero_grad()``.
 
@@ -105,29 +107,21 @@ class Closure:
         Closure
     """
 
-    # One object per run instead of one per batch: 3 % of a small step.
-    __slots__ = ("_backward", "_zero_grad", "batch", "signals", "stepping", "takes_index", "training_step")
+    # One object per run instead of one per batch, with slots: 3 % of a small step.
+    signals: SignalTable
+    batch: BatchState
+    stepping: Stepping
+    training_step: Callable[..., Any]
+    takes_index: bool = field(default=True, kw_only=True)
+    backward_hook: Callable[..., Any] = field(default=Tensor.backward, kw_only=True)
+    zero_grad_hook: Callable[..., Any] | None = field(default=None, kw_only=True)
+    _zero_grad: Callable[[], None] = field(init=False)
 
-    def __init__(
-        self,
-        signals: SignalTable,
-        batch: BatchState,
-        stepping: Stepping,
-        training_step: Callable[..., Any],
-        *,
-        takes_index: bool = True,
-        backward_hook: Callable[..., Any] | None = None,
-        zero_grad_hook: Callable[..., Any] | None = None,
-    ) -> None:
-        self.signals = signals
-        self.batch = batch
-        self.stepping = stepping
-        self.training_step = training_step
-        self.takes_index = takes_index
-        self._backward = backward_hook or Tensor.backward
-        self._zero_grad: Callable[[], None] = stepping.zero_grad
-        if zero_grad_hook is not None:
-            self._zero_grad = lambda: stepping.zero_grad_by(zero_grad_hook, batch.batch_idx, stepping.optimizer)
+    def __post_init__(self) -> None:
+        batch, stepping, hook = self.batch, self.stepping, self.zero_grad_hook
+        self._zero_grad = stepping.zero_grad
+        if hook is not None:
+            self._zero_grad = lambda: stepping.zero_grad_by(hook, batch.batch_idx, stepping.optimizer)
 
     def __call__(self) -> Tensor | None:
         """Evaluate the current batch and return its raw loss; None for a batch without one.
@@ -170,9 +164,9 @@ class Closure:
                 divisor = whole_divisor(plan.loss_scale)
                 scaled = loss / divisor if divisor else loss * plan.loss_scale
             if signals.before_backward.listeners or signals.after_backward.listeners:
-                backward(signals, self._backward, loss, scaled, evaluation=batch.evaluations)
+                backward(signals, self.backward_hook, loss, scaled, evaluation=batch.evaluations)
             else:
-                self._backward(scaled)
+                self.backward_hook(scaled)
         if plan.step and batch.contributions:
             if not stepping.ready:
                 stepping.complete_gradients()

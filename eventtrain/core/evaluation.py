@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from eventtrain import events
@@ -19,6 +20,7 @@ from eventtrain.events import AfterForward, MetricsLogged
 EvaluationStage = Literal["validation", "test", "predict"]
 
 
+@dataclass(kw_only=True, eq=False)
 class EvaluationLoop:
     """Runs a module's step over the loaders of one stage.
 
@@ -34,35 +36,21 @@ class EvaluationLoop:
         processes: The processes that ask each other before each batch; None in a run of one, and outside a fit.
     """
 
-    def __init__(
-        self,
-        stage: EvaluationStage,
-        *,
-        signals: SignalTable,
-        step: Callable[..., Any],
-        metrics: LoggedValues,
-        progress: Progress,
-        open_loaders: Sequence[Callable[[], Batches]],
-        context: Callable[[], AbstractContextManager[Any]],
-        is_interrupted: Callable[[], bool] | None,
-        processes: Processes | None,
-    ) -> None:
-        self.stage: EvaluationStage = stage
-        self.signals = signals
-        self.step = step
-        self.metrics = metrics
-        self.progress = progress
-        self.open_loaders = open_loaders
-        self.context = context
-        self.is_interrupted = is_interrupted
-        self.processes = processes
-        self.num_arguments = step_arguments(step, len(open_loaders))
+    stage: EvaluationStage
+    signals: SignalTable
+    step: Callable[..., Any]
+    metrics: LoggedValues
+    progress: Progress
+    open_loaders: Sequence[Callable[[], Batches]]
+    context: Callable[[], AbstractContextManager[Any]]
+    is_interrupted: Callable[[], bool] | None
+    processes: Processes | None
+
+    def __post_init__(self) -> None:
+        self.num_arguments = step_arguments(self.step, len(self.open_loaders))
         # The stage's own event classes, in the order in which they come.
-        prefix = stage.capitalize()
-        self._events = {
-            name: getattr(events, prefix + name)
-            for name in ("Start", "EpochStart", "BatchStart", "BatchEnd", "EpochEnd", "End")
-        }
+        names = ("Start", "EpochStart", "BatchStart", "BatchEnd", "EpochEnd", "End")
+        self._events = {name: getattr(events, self.stage.capitalize() + name) for name in names}
 
     def run(self, *, silent: bool = False) -> list[list[Any]]:
         """Evaluate.

@@ -11,14 +11,7 @@ from eventtrain.events import Stage
 Scope = Literal["batch", "epoch"]
 
 
-class _End:
-    """The type of :data:`END`."""
-
-    def __repr__(self) -> str:
-        return "END"
-
-
-END = _End()
+END: Any = object()
 """Returned by :meth:`Batches.fetch` if there is no batch left."""
 
 

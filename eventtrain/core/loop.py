@@ -9,32 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from eventtrain import events
 from eventtrain.core.closure import Closure, forward, parse_outputs
 from eventtrain.core.interfaces import END, Batches, LoggedValues
-from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError, StepSkipped
-from eventtrain.events import (
-    AfterForward,
-    AfterUpdate,
-    MetricsLogged,
-    RequestStop,
-    RunInterrupted,
-    SafePoint,
-    TakeCheckpoint,
-    TrainBatchEnd,
-    TrainBatchStart,
-    TrainDataEnd,
-    TrainEnd,
-    TrainEpochEnd,
-    TrainEpochStart,
-    TrainStart,
-)
 
 # Built once, since there is one in every batch and no listener writes to it.
-IN_WINDOW = SafePoint(epoch_end=False, window_open=True)
-BETWEEN_WINDOWS = SafePoint(epoch_end=False, window_open=False)
+IN_WINDOW = events.SafePoint(epoch_end=False, window_open=True)
+BETWEEN_WINDOWS = events.SafePoint(epoch_end=False, window_open=False)
 
 
 @dataclass(slots=True)
@@ -52,6 +36,7 @@ class Resumption:
     restore_generators: Callable[[], None]
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainLoop:
     """Trains a module, automatically or manually.
 
@@ -66,9 +51,7 @@ class TrainLoop:
         training_step: The module's, called as ``training_step(batch, batch_idx)``.
         takes_index: Whether ``training_step`` takes ``batch_idx``.
         closure: The closure of the run; None in manual optimization and without an optimizer.
-        optimizer: Its optimizer.
         optimizer_step: The module's overridden ``optimizer_step``, or None.
-        abandon_step: Publishes that a step of the wrapped optimizer was left, for a reason.
         validate: Runs a validation; None if there is nothing to validate.
         keep_checkpoint: Has a checkpoint written for a reason; returns its file.
 
@@ -79,44 +62,23 @@ class TrainLoop:
         known_request: The request to stop, as it was at the last safe point; None before the first.
     """
 
-    def __init__(
-        self,
-        *,
-        signals: SignalTable,
-        progress: Progress,
-        batch: BatchState,
-        stop: StopRequest,
-        metrics: LoggedValues,
-        limits: RunLimits,
-        open_epoch: Callable[[int, Mapping[str, Any] | None], Batches],
-        training_step: Callable[..., Any],
-        takes_index: bool,
-        closure: Closure | None,
-        optimizer: LightningOptimizer | None,
-        optimizer_step: Callable[..., Any] | None,
-        abandon_step: Callable[[str], None] | None,
-        validate: Callable[[], Any] | None,
-        keep_checkpoint: Callable[[str], str | None],
-    ) -> None:
-        self.signals = signals
-        self.progress = progress
-        self.batch = batch
-        self.stop = stop
-        self.metrics = metrics
-        self.limits = limits
-        self.open_epoch = open_epoch
-        self.training_step = training_step
-        self.takes_index = takes_index
-        self.closure = closure
-        self.optimizer = optimizer
-        self.optimizer_step = optimizer_step
-        self.abandon_step = abandon_step
-        self.validate = validate
-        self.keep_checkpoint = keep_checkpoint
-        self.is_last_batch = False
-        self.batches: Batches | None = None
-        self.resumption: Resumption | None = None
-        self.known_request: tuple[str | None, bool] | None = None
+    signals: SignalTable
+    progress: Progress
+    batch: BatchState
+    stop: StopRequest
+    metrics: LoggedValues
+    limits: RunLimits
+    open_epoch: Callable[[int, Mapping[str, Any] | None], Batches]
+    training_step: Callable[..., Any]
+    takes_index: bool
+    closure: Closure | None
+    optimizer_step: Callable[..., Any] | None
+    validate: Callable[[], Any] | None
+    keep_checkpoint: Callable[[str], str | None]
+    is_last_batch: bool = False
+    batches: Batches | None = None
+    resumption: Resumption | None = None
+    known_request: tuple[str | None, bool] | None = None
 
     # ------------------------------------------------------------------ fit, epoch, batch
 
@@ -124,7 +86,7 @@ class TrainLoop:
         """Train until the run is complete or a request stops it."""
         signals = self.signals
         self.metrics.enter("train", None)
-        signals.train_start.publish(TrainStart())
+        signals.train_start.publish(events.TrainStart())
         if self.resumption is not None:
             self.resumption.restore_generators()
         # A checkpoint of a run's last safe point in an epoch was written before the end of that epoch.
@@ -133,8 +95,8 @@ class TrainLoop:
             self.train_epoch()
         if self.known_request not in (None, (self.stop.reason, self.stop.force)) and signals.take_checkpoint.listeners:
             # The run was asked to stop after its last safe point, at which no listener knew of its end.
-            signals.take_checkpoint.publish(TakeCheckpoint(False, self.batch.window_open))
-        signals.train_end.publish(TrainEnd())
+            signals.take_checkpoint.publish(events.TakeCheckpoint(False, self.batch.window_open))
+        signals.train_end.publish(events.TrainEnd())
 
     def train_epoch(self) -> None:
         """Train an epoch: all of it, or the rest after the checkpoint that the run resumes from."""
@@ -158,14 +120,14 @@ class TrainLoop:
                 self.end_epoch(batches)
             if signals.safe_point.listeners:
                 safe_point = IN_WINDOW if self.batch.window_open else BETWEEN_WINDOWS
-                signals.safe_point.publish(SafePoint(True, self.batch.window_open) if ends_epoch else safe_point)
+                signals.safe_point.publish(events.SafePoint(True, self.batch.window_open) if ends_epoch else safe_point)
             if signals.request_stop.listeners:
-                signals.request_stop.publish(RequestStop(ends_epoch, self.batch.window_open))
+                signals.request_stop.publish(events.RequestStop(ends_epoch, self.batch.window_open))
                 self.agree()
             if stop.interruption is not None and self.interrupt():
                 pass  # keep_checkpoint has published take_checkpoint
             elif signals.take_checkpoint.listeners:
-                signals.take_checkpoint.publish(TakeCheckpoint(ends_epoch, self.batch.window_open))
+                signals.take_checkpoint.publish(events.TakeCheckpoint(ends_epoch, self.batch.window_open))
             self.known_request = stop.reason, stop.force
             if ends_epoch:
                 progress.count_epoch()
@@ -186,7 +148,7 @@ class TrainLoop:
             progress.batch_idx = -1
         stop.epoch_reason = None
         self.metrics.enter("train", "epoch")
-        self.signals.train_epoch_start.publish(TrainEpochStart(progress.current_epoch, progress.batch_idx + 1))
+        self.signals.train_epoch_start.publish(events.TrainEpochStart(progress.current_epoch, progress.batch_idx + 1))
         batches = self.batches = self.open_epoch(progress.current_epoch, position)
         if resumption is None or position is None:
             return batches, False
@@ -220,16 +182,16 @@ class TrainLoop:
         if state.updated:
             progress.global_step += 1
             if signals.after_update.listeners:
-                signals.after_update.publish(AfterUpdate(progress.global_step))
+                signals.after_update.publish(events.AfterUpdate(progress.global_step))
         if is_last and signals.train_data_end.listeners:
-            signals.train_data_end.publish(TrainDataEnd(progress.current_epoch))
+            signals.train_data_end.publish(events.TrainDataEnd(progress.current_epoch))
         if signals.train_batch_end.listeners:
             outputs, loss = detached_outputs(state)
-            signals.train_batch_end.publish(TrainBatchEnd(outputs, batch, batch_idx, loss))
+            signals.train_batch_end.publish(events.TrainBatchEnd(outputs, batch, batch_idx, loss))
         state.loss = state.outputs = None  # the graph ends with the batch
         metrics.scope = "epoch"
         if state.updated and signals.metrics_logged.listeners:
-            signals.metrics_logged.publish(MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
+            signals.metrics_logged.publish(events.MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
         if state.processes is not None:
             self.agree()
         ends_epoch = is_last or self.stop.epoch_reason is not None
@@ -242,7 +204,7 @@ class TrainLoop:
         plan.step = plan.zero_grad = True
         plan.loss_scale = 1.0
         plan.weighted = False
-        event = TrainBatchStart(batch, batch_idx, is_last, plan)
+        event = events.TrainBatchStart(batch, batch_idx, is_last, plan)
         self.signals.train_batch_start.publish(event)
         state.plan = event.plan
         if state.processes is not None:
@@ -256,15 +218,14 @@ class TrainLoop:
 
     def step_optimizer(self, state: BatchState, closure: Closure) -> None:
         """Optimize a batch that closes its window, automatically."""
-        optimizer = self.optimizer
-        assert optimizer is not None and self.abandon_step is not None
+        optimizer = closure.stepping.optimizer
         try:
             if self.optimizer_step is None:
                 optimizer.step(closure)
             else:
                 self.optimizer_step(self.progress.current_epoch, state.batch_idx, optimizer, closure)
         except StepSkipped as skip:  # from a step of the wrapped optimizer, which only the loop can leave
-            self.abandon_step(skip.reason)
+            closure.stepping.abandon(skip.reason)
         if state.evaluations == 0:
             raise MisconfigurationError(
                 f"optimizer_step of the module did not run its closure in batch {state.batch_idx}, nor did "
@@ -285,7 +246,7 @@ class TrainLoop:
         else:
             loss, _ = parse_outputs(outputs)
         if self.signals.after_forward.listeners:
-            event = AfterForward("train", state.batch, state.batch_idx, outputs, loss)
+            event = events.AfterForward("train", state.batch, state.batch_idx, outputs, loss)
             self.signals.after_forward.publish(event)
             outputs, loss = event.outputs, event.loss
         state.outputs, state.loss = outputs, loss
@@ -359,10 +320,10 @@ class TrainLoop:
         signals, progress = self.signals, self.progress
         self.metrics.scope = "epoch"
         self.metrics.show_epoch()
-        signals.train_epoch_end.publish(TrainEpochEnd(progress.current_epoch))
+        signals.train_epoch_end.publish(events.TrainEpochEnd(progress.current_epoch))
         self.metrics.scope = None
         values = self.metrics.end_epoch()
-        signals.metrics_logged.publish(MetricsLogged("train", "epoch", progress.global_step, values, complete))
+        signals.metrics_logged.publish(events.MetricsLogged("train", "epoch", progress.global_step, values, complete))
 
     def interrupt(self) -> bool:
         """Have a checkpoint of this safe point written and stop, if all processes know of the interruption.
@@ -375,7 +336,7 @@ class TrainLoop:
             return False
         path = self.keep_checkpoint(reason)
         stop.reason, stop.force, stop.is_agreed, stop.force_is_agreed = reason, True, True, True
-        self.signals.run_interrupted.publish(RunInterrupted(reason, path))
+        self.signals.run_interrupted.publish(events.RunInterrupted(reason, path))
         return True
 
     def agree(self) -> None:

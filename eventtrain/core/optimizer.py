@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -240,35 +239,8 @@ class LightningOptimizer(Optimizer):
     def __reduce_ex__(self, protocol: Any) -> tuple[type[LightningOptimizer], tuple[Optimizer]]:
         return LightningOptimizer, (self.optimizer,)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        LightningOptimizer.__init__(self, state["optimizer"])
-
-
-def has_gradients(optimizer: Optimizer) -> bool:
-    """Return whether any parameter of an optimizer holds a gradient."""
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-
 
 def evaluates_often(optimizer: Optimizer) -> bool:
     """Return whether an optimizer is known to evaluate its closure more than once a step."""
     wrapped = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
     return isinstance(wrapped, torch.optim.LBFGS)
-
-
-def numbered(names: Iterable[str]) -> list[str]:
-    """Return names in which those that occur several times are numbered: ``a, b, a`` becomes ``a-0, b, a-1``.
-
-    Example:
-        >>> numbered(["SGD", "Adam", "SGD"])
-        ['SGD-0', 'Adam', 'SGD-1']
-    """
-    names = list(names)
-    total, seen = Counter(names), Counter[str]()
-    result = []
-    for name in names:
-        result.append(f"{name}-{seen[name]}" if total[name] > 1 else name)
-        seen[name] += 1
-    return result

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from eventtrain import events
 from eventtrain.core.clipping import clip_gradients
 from eventtrain.errors import MisconfigurationError, StepSkipped
-from eventtrain.events import (
-    AfterGradientClipping,
-    AfterOptimizerStep,
-    AfterZeroGrad,
-    BeforeGradientClipping,
-    BeforeOptimizerStep,
-    BeforeZeroGrad,
-    ClippingDecided,
-    GradientsFinal,
-    GradientsReady,
-    OptimizerStep,
-    OptimizerStepSkipped,
-    ReduceGradients,
-    UnscaleGradients,
-)
 
 if TYPE_CHECKING:
     from eventtrain.core.optimizer import LightningOptimizer
@@ -33,6 +21,7 @@ if TYPE_CHECKING:
     from eventtrain.core.state import BatchState
 
 
+@dataclass(slots=True, eq=False)
 class Stepping:
     """Steps one optimizer in a run and publishes its events: the :class:`~eventtrain.core.optimizer.Stepper` of its wrapper.
 
@@ -43,7 +32,7 @@ class Stepping:
         optimizer: The wrapper.
         signals: The signals on which its events are published.
         batch: The current batch.
-        toggled: The module's ``toggled_optimizer``.
+        toggle: The module's ``toggled_optimizer``.
         clip_hook: The module's overridden ``configure_gradient_clipping`` in automatic optimization, or None.
 
     Attributes:
@@ -58,36 +47,30 @@ class Stepping:
         norm_type: The order of the norm that a policy wrote, while the module's hook clips.
     """
 
-    __slots__ = (
-        "_closure", "_evaluate", "_handles", "_toggled", "batch", "clip_hook", "depth", "evaluations", "norm_type",
-        "num_steps", "optimizer", "ready", "result", "signals", "stepping", "wrapped", "zeroing",
-    )  # fmt: skip
+    optimizer: LightningOptimizer
+    signals: SignalTable
+    batch: BatchState
+    toggle: Callable[[LightningOptimizer], AbstractContextManager[None]]
+    clip_hook: Callable[..., Any] | None
+    ready: bool = False
+    stepping: bool = False
+    zeroing: bool = False
+    depth: int = 0
+    evaluations: int = 0
+    num_steps: int = 0
+    result: Any = None
+    norm_type: float = 2.0
+    wrapped: Optimizer = field(init=False)
+    _closure: Callable[[], Any] | None = None
+    _evaluate: Callable[[], Any] = field(init=False)
+    _handles: list[Any] = field(init=False)
 
-    def __init__(
-        self,
-        optimizer: LightningOptimizer,
-        signals: SignalTable,
-        batch: BatchState,
-        toggled: Callable[[LightningOptimizer], AbstractContextManager[None]],
-        clip_hook: Callable[..., Any] | None,
-    ) -> None:
-        self.optimizer = optimizer
-        self.wrapped: Optimizer = optimizer.optimizer
-        self.signals = signals
-        self.batch = batch
-        self.clip_hook = clip_hook
-        self.ready = self.stepping = self.zeroing = False
-        self.depth = self.evaluations = self.num_steps = 0
-        self.result: Any = None
-        self.norm_type = 2.0
-        self._toggled = toggled
-        self._closure: Callable[[], Any] | None = None
+    def __post_init__(self) -> None:
+        self.wrapped = self.optimizer.optimizer
         self._evaluate = self.evaluate  # bound once
         # torch's own hooks, so that a step on the wrapped optimizer is counted too.
-        self._handles = [
-            self.wrapped.register_step_pre_hook(self._begin),
-            self.wrapped.register_step_post_hook(self._finish),
-        ]
+        pre_hook, post_hook = self.wrapped.register_step_pre_hook, self.wrapped.register_step_post_hook
+        self._handles = [pre_hook(self._begin), post_hook(self._finish)]
 
     def disconnect(self) -> None:
         """Remove the hooks from the wrapped optimizer."""
@@ -120,30 +103,14 @@ class Stepping:
             MisconfigurationError: If the closure was never called, or a later evaluation of it was vetoed.
         """
         signals = self.signals
-        if signals.optimizer_step.listeners:
-            with OptimizerStep(self.optimizer) as phase:
-                signals.optimizer_step.publish(phase)
-                skip_reason = self.update(closure, kwargs)
-        else:
-            skip_reason = self.update(closure, kwargs)
-        if skip_reason is None:
-            if signals.after_optimizer_step.listeners:
-                signals.after_optimizer_step.publish(AfterOptimizerStep(self.optimizer))
-        elif signals.optimizer_step_skipped.listeners:
-            signals.optimizer_step_skipped.publish(OptimizerStepSkipped(self.optimizer, skip_reason))
-        result, self.result = self.result, None
-        return result
-
-    def update(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> str | None:
-        """Let the wrapped optimizer update.
-
-        Returns:
-            Why the step was skipped; None if it was not.
-        """
-        self.stepping = True
-        self.evaluations = 0
-        self._closure = closure
+        skip_reason: str | None = None
+        phase = events.OptimizerStep(self.optimizer) if signals.optimizer_step.listeners else None
         try:
+            if phase is not None:
+                signals.optimizer_step.publish(phase)
+            self.stepping = True
+            self.evaluations = 0
+            self._closure = closure
             if closure is None:
                 self.evaluate()
                 self.result = self.wrapped.step(**kwargs)
@@ -151,16 +118,24 @@ class Stepping:
                 self.result = self.wrapped.step(self._evaluate, **kwargs)
                 if self.evaluations == 0 and not self.batch.automatic:  # else the loop raises, and names the hook
                     raise MisconfigurationError(
-                        f"{type(self.wrapped).__name__}.step did not run the closure that it was given, so there "
-                        "were no gradients. An optimizer has to call it: `loss = closure()` under `torch.enable_grad()`."
+                        f"{type(self.wrapped).__name__}.step did not run the closure that it was given, so there were no "
+                        "gradients. An optimizer has to call it: `loss = closure()` under `torch.enable_grad()`."
                     )
         except StepSkipped as skip:
-            return skip.reason
+            skip_reason = skip.reason
         finally:
             self.stepping = self.ready = False
             self.depth = self.evaluations = 0
             self._closure = None
-        return None
+            if phase is not None:
+                phase.__exit__(*sys.exc_info())
+        if skip_reason is None:
+            if signals.after_optimizer_step.listeners:
+                signals.after_optimizer_step.publish(events.AfterOptimizerStep(self.optimizer))
+        elif signals.optimizer_step_skipped.listeners:
+            signals.optimizer_step_skipped.publish(events.OptimizerStepSkipped(self.optimizer, skip_reason))
+        result, self.result = self.result, None
+        return result
 
     def evaluate(self) -> Any:
         """Run the closure, if there is one, complete the gradients, let listeners veto, and clip.
@@ -178,7 +153,7 @@ class Stepping:
             self.complete_gradients()
         reason: str | None = None
         if signals.before_optimizer_step.listeners:
-            event = BeforeOptimizerStep(self.optimizer, max(self.evaluations, 1))
+            event = events.BeforeOptimizerStep(self.optimizer, max(self.evaluations, 1))
             signals.before_optimizer_step.publish(event)
             reason = event.skip_reason
         if batch.processes is not None and batch.processes.any(reason is not None):
@@ -205,7 +180,7 @@ class Stepping:
     def abandon(self, reason: str) -> None:
         """Publish that a step of the wrapped optimizer was left before it updated anything."""
         self.depth = 0
-        self.signals.optimizer_step_skipped.publish(OptimizerStepSkipped(self.optimizer, reason))
+        self.signals.optimizer_step_skipped.publish(events.OptimizerStepSkipped(self.optimizer, reason))
 
     # ------------------------------------------------------------------ gradients
 
@@ -214,27 +189,27 @@ class Stepping:
         self.ready = True
         signals, batch = self.signals, self.batch
         if signals.reduce_gradients.listeners:
-            signals.reduce_gradients.publish(ReduceGradients(self.optimizer, batch.automatic and batch.skipped))
+            signals.reduce_gradients.publish(events.ReduceGradients(self.optimizer, batch.automatic and batch.skipped))
         if signals.unscale_gradients.listeners:
             can_skip = self.stepping or self.depth == 0
-            signals.unscale_gradients.publish(UnscaleGradients(self.optimizer, max(self.evaluations, 1), can_skip))
+            signals.unscale_gradients.publish(events.UnscaleGradients(self.optimizer, max(self.evaluations, 1), can_skip))
         if signals.gradients_ready.listeners:
             if batch.automatic:
-                ready = GradientsReady(self.optimizer, batch.contributions, batch.weight, batch.weight_reference)
+                ready = events.GradientsReady(self.optimizer, batch.contributions, batch.weight, batch.weight_reference)
             else:
-                ready = GradientsReady(self.optimizer, None, None, None)
+                ready = events.GradientsReady(self.optimizer, None, None, None)
             signals.gradients_ready.publish(ready)
         if signals.gradients_final.listeners:
-            signals.gradients_final.publish(GradientsFinal(self.optimizer, self.stepping or self.depth > 0))
+            signals.gradients_final.publish(events.GradientsFinal(self.optimizer, self.stepping or self.depth > 0))
 
     def _clip(self) -> None:
         """Ask the policies, and clip by the values that they wrote."""
         signals = self.signals
-        event = BeforeGradientClipping(self.optimizer)
+        event = events.BeforeGradientClipping(self.optimizer)
         signals.before_gradient_clipping.publish(event)
         value, algorithm, norm_type = event.gradient_clip_val, event.gradient_clip_algorithm, event.norm_type
         if signals.clipping_decided.listeners:
-            decided = ClippingDecided(self.optimizer, value, algorithm, norm_type, self.clip_hook is not None)
+            decided = events.ClippingDecided(self.optimizer, value, algorithm, norm_type, self.clip_hook is not None)
             signals.clipping_decided.publish(decided)
         if self.clip_hook is not None:
             self.norm_type = norm_type
@@ -261,7 +236,7 @@ class Stepping:
         norm_type = norm_type or self.norm_type
         total_norm = clip_gradients(self.wrapped, value, algorithm, norm_type)
         if self.signals.after_gradient_clipping.listeners:
-            event = AfterGradientClipping(self.optimizer, value, algorithm, norm_type, total_norm)
+            event = events.AfterGradientClipping(self.optimizer, value, algorithm, norm_type, total_norm)
             self.signals.after_gradient_clipping.publish(event)
         return total_norm
 
@@ -274,13 +249,13 @@ class Stepping:
         self.ready = False
         signals = self.signals
         if signals.before_zero_grad.listeners:
-            with BeforeZeroGrad(self.optimizer) as phase:
+            with events.BeforeZeroGrad(self.optimizer) as phase:
                 signals.before_zero_grad.publish(phase)
                 self.wrapped.zero_grad(set_to_none)
         else:
             self.wrapped.zero_grad(set_to_none)
         if signals.after_zero_grad.listeners:
-            signals.after_zero_grad.publish(AfterZeroGrad(self.optimizer))
+            signals.after_zero_grad.publish(events.AfterZeroGrad(self.optimizer))
 
     def zero_grad_by(self, hook: Callable[..., Any], *args: Any) -> None:
         """Zero the gradients by a module's ``optimizer_zero_grad``, with the same events around it.
@@ -292,13 +267,13 @@ class Stepping:
         self.ready = False
         self.zeroing = True
         try:
-            with BeforeZeroGrad(self.optimizer) as phase:
+            with events.BeforeZeroGrad(self.optimizer) as phase:
                 self.signals.before_zero_grad.publish(phase)
                 hook(*args)
         finally:
             self.zeroing = False
-        self.signals.after_zero_grad.publish(AfterZeroGrad(self.optimizer))
+        self.signals.after_zero_grad.publish(events.AfterZeroGrad(self.optimizer))
 
     def toggled(self) -> AbstractContextManager[None]:
         """Let only this optimizer's parameters get gradients, for the length of a ``with`` block."""
-        return self._toggled(self.optimizer)
+        return self.toggle(self.optimizer)

@@ -12,15 +12,8 @@ from typing import Any
 from eventtrain.events import EVENTS, module_hook
 
 MODULE_ONLY_HOOKS = (
-    "on_before_batch_transfer",
-    "on_after_batch_transfer",
-    "on_validation_model_eval",
-    "on_validation_model_train",
-    "on_validation_model_zero_grad",
-    "on_test_model_eval",
-    "on_test_model_train",
-    "on_predict_model_eval",
-    "on_predict_model_train",
+    *("on_before_batch_transfer", "on_after_batch_transfer", "on_validation_model_zero_grad"),
+    *(f"on_{stage}_model_{mode}" for stage in ("validation", "test", "predict") for mode in ("eval", "train")),
 )
 """Lightning's module hooks that the core calls, and that are not events."""
 

@@ -372,10 +372,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             scheduler.step(metric)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: LightningOptimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: LightningOptimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the gradients, in automatic optimization, before each update, with or without a clipping callback.
 
@@ -716,11 +713,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     @classmethod
     def load_from_checkpoint(
-        cls: type[Self],
-        checkpoint_path: str | PathLike[str],
-        map_location: Any = None,
-        strict: bool = True,
-        **kwargs: Any,
+        cls: type[Self], checkpoint_path: str | PathLike[str], map_location: Any = None, strict: bool = True, **kwargs: Any
     ) -> Self:
         """Build a module from a checkpoint, with the hyperparameters that it holds.
 

@@ -9,12 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from eventtrain.checkpoint import contents
 from eventtrain.checkpoint.find import read_checkpoint
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.core.closure import Closure
-from eventtrain.core.evaluation import step_arguments
+from eventtrain.core.evaluation import EvaluationLoop, step_arguments
 from eventtrain.core.loop import TrainLoop
 from eventtrain.core.state import BatchState
 from eventtrain.core.stepping import Stepping
@@ -119,16 +120,15 @@ class Fit(Run):
         module, state = self.module, self.state
         training_step = self.steps["training_step"]
         takes_index = step_arguments(training_step, 1, most=2) > 1
-        closure = stepping = None
+        closure = None
         if module.automatic_optimization and state.steppings:
-            (stepping,) = state.steppings
             closure = Closure(
                 self.signals,
                 state.batch,
-                stepping,
+                state.steppings[0],
                 training_step,
                 takes_index=takes_index,
-                backward_hook=overridden_method(module, "backward"),
+                backward_hook=overridden_method(module, "backward") or Tensor.backward,
                 zero_grad_hook=self._zero_grad_hook(),
             )
         return TrainLoop(
@@ -142,9 +142,7 @@ class Fit(Run):
             training_step=training_step,
             takes_index=takes_index,
             closure=closure,
-            optimizer=None if stepping is None else stepping.optimizer,
             optimizer_step=overridden_method(module, "optimizer_step"),
-            abandon_step=None if stepping is None else stepping.abandon,
             validate=validate,
             keep_checkpoint=self.trainer.keep_checkpoint,
         )
@@ -174,7 +172,7 @@ class Fit(Run):
             # Lightning zeroes all gradients here. Only a module that asks for it does, and never in an open window.
             if zero_grad is not None and not batch.window_open:
                 zero_grad()
-            self.evaluation_loop("validation", context=self._validating, is_interrupted=self._is_interrupted).run()
+            self._validation_loop().run()
 
         return validate
 
@@ -187,17 +185,15 @@ class Fit(Run):
         with isolated_rng(), torch.no_grad(), evaluation_mode(self.module, "validation"):
             yield
 
+    def _validation_loop(self, most: int | None = None) -> EvaluationLoop:
+        interrupted = self._is_interrupted
+        return self.evaluation_loop("validation", context=self._validating, is_interrupted=interrupted, most=most)
+
     def _sanity_check(self) -> None:
         self.sanity_checking = True
         try:
             steps = self.trainer.arguments.num_sanity_val_steps
-            loop = self.evaluation_loop(
-                "validation",
-                context=self._validating,
-                is_interrupted=self._is_interrupted,
-                most=None if steps == -1 else steps,
-            )
-            loop.run(silent=True)
+            self._validation_loop(most=None if steps == -1 else steps).run(silent=True)
         except EvaluationInterrupted:
             pass  # nothing was trained yet: the loop sees the request to stop
         finally:

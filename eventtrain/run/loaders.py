@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -22,18 +23,15 @@ from eventtrain.module.module import LightningModule
 from eventtrain.module.overriding import overridden
 from eventtrain.run.arguments import limit_name
 
-LOADER_HOOKS: dict[Stage, str] = {
-    "train": "train_dataloader",
-    "validation": "val_dataloader",
-    "test": "test_dataloader",
-    "predict": "predict_dataloader",
-}
-
+HOOKS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+LOADER_HOOKS: dict[Stage, str] = dict(zip(get_args(Stage), HOOKS, strict=True))
+"""The methods of modules and datamodules that return loaders, by stage."""
 
 FIT_STAGES: tuple[Stage, ...] = ("train", "validation")
 """The stages whose loaders a fit reads."""
 
 
+@dataclass(eq=False)
 class RunLoaders:
     """The loaders of one run, by stage, and the transfer of their batches to the device.
 
@@ -50,33 +48,25 @@ class RunLoaders:
         seed: The number that loaders' workers are seeded from, together with stage, pass and batch.
     """
 
-    def __init__(
-        self,
-        dataloaders: dict[Stage, Any],
-        module: LightningModule,
-        datamodule: LightningDataModule | None,
-        batch_limits: dict[Stage, Limit],
-        signals: SignalTable,
-        device: torch.device,
-        processes: Processes,
-    ) -> None:
-        self._module = module
-        self._datamodule = datamodule
-        self._limits = batch_limits
-        self._signals = signals
-        self._device = device
-        self._processes = processes
+    dataloaders: dict[Stage, Any]
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    batch_limits: dict[Stage, Limit]
+    signals: SignalTable
+    device: torch.device
+    processes: Processes
+
+    def __post_init__(self) -> None:
         self.seed = torch.initial_seed()
         self._opened: dict[tuple[Stage, int], ResumableLoader] = {}
         self._passes: dict[str, int] = {}  # begun by the run before, in another process for example
-        self._dataloaders = {stage: loader for stage, loader in dataloaders.items() if loader is not None}
         self._loaders: dict[Stage, Any] = {}
 
     def loader(self, stage: Stage) -> Any:
         """Return a stage's loader or loaders: those of the call, else the datamodule's, else the module's; None if there is
         none. They are made once a run."""
         if stage not in self._loaders:
-            loader = self._dataloaders.get(stage)
+            loader = self.dataloaders.get(stage)
             if loader is None:
                 hook = LOADER_HOOKS[stage]
                 loader = getattr(self._owner(hook, LightningModule, LightningDataModule, DataHooks), hook)()
@@ -85,13 +75,13 @@ class RunLoaders:
 
     def _prepared(self, stage: Stage, loader_or_loaders: Any) -> Any:
         """Let listeners replace a stage's loader or loaders."""
-        if loader_or_loaders is None or not self._signals.prepare_loader.listeners:
+        if loader_or_loaders is None or not self.signals.prepare_loader.listeners:
             return loader_or_loaders
         loaders = [loader_or_loaders] if stage == "train" else as_loaders(loader_or_loaders)
         prepared = []
         for index, loader in enumerate(loaders):
             event = PrepareLoader(stage, index, loader)
-            self._signals.prepare_loader.publish(event)
+            self.signals.prepare_loader.publish(event)
             prepared.append(event.loader)
         return prepared[0] if len(loaders) == 1 and loaders[0] is loader_or_loaders else prepared
 
@@ -101,10 +91,10 @@ class RunLoaders:
         Raises:
             MisconfigurationError: If the stage's limit does not fit the loader.
         """
-        length = limited_length(known_length(loader), self._limits[stage], limit_name(stage))
-        if stage != "train" or length is None or self._processes.world_size == 1:
+        length = limited_length(known_length(loader), self.batch_limits[stage], limit_name(stage))
+        if stage != "train" or length is None or self.processes.world_size == 1:
             return length
-        return min(self._processes.gather_for_all(length))  # no process trains on after others have nothing left
+        return min(self.processes.gather_for_all(length))  # no process trains on after others have nothing left
 
     def open(
         self,
@@ -131,11 +121,11 @@ class RunLoaders:
         resumable = self._opened.get((stage, dataloader_idx))
         if resumable is None:
             passes = self._passes.get(f"{stage}/{dataloader_idx}", 0)
-            rank = self._processes.global_rank
+            rank = self.processes.global_rank
             key = (self.seed, stage, dataloader_idx, *([rank] if rank else []))  # each process draws its own
             resumable = self._opened[stage, dataloader_idx] = ResumableLoader(loader, key, passes)
-        agree = self._processes.any if stage == "train" and self._processes.world_size > 1 else None
-        return LoaderPass(resumable, number, limit, stage, self._signals, self._transfer(dataloader_idx), position, agree)
+        agree = self.processes.any if stage == "train" and self.processes.world_size > 1 else None
+        return LoaderPass(resumable, number, limit, stage, self.signals, self._transfer(dataloader_idx), position, agree)
 
     def passes(self, stage: Stage, *, most: int | None = None, number: int = 0) -> list[Callable[[], LoaderPass]]:
         """Return for each loader of an evaluation a function that begins a pass over it.
@@ -205,12 +195,12 @@ class RunLoaders:
     def _transfer(self, dataloader_idx: int) -> Callable[[Any], Any]:
         hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
         before, move, after = (getattr(self._owner(hook, DataHooks), hook) for hook in hooks)
-        if not any(overridden(part, hook, DataHooks) for part in (self._datamodule, self._module) if part for hook in hooks):
-            return partial(move_to_device, device=self._device)  # no hooks: one call a batch in place of four
-        return lambda batch: after(move(before(batch, dataloader_idx), self._device, dataloader_idx), dataloader_idx)
+        if not any(overridden(part, hook, DataHooks) for part in (self.datamodule, self.module) if part for hook in hooks):
+            return partial(move_to_device, device=self.device)  # no hooks: one call a batch in place of four
+        return lambda batch: after(move(before(batch, dataloader_idx), self.device, dataloader_idx), dataloader_idx)
 
     def _owner(self, hook: str, *bases: type) -> LightningModule | LightningDataModule:
         """Return the datamodule if it overrides a hook, else the module."""
-        if self._datamodule is not None and overridden(self._datamodule, hook, *bases):
-            return self._datamodule
-        return self._module
+        if self.datamodule is not None and overridden(self.datamodule, hook, *bases):
+            return self.datamodule
+        return self.module

@@ -153,7 +153,7 @@ class Run(ABC):
         self.state.num_evaluation_batches = None if None in lengths else sum(length or 0 for length in lengths)
         several_processes = self.trainer.world_size > 1 and is_interrupted is not None
         return EvaluationLoop(
-            stage,
+            stage=stage,
             signals=self.signals,
             step=self.steps[f"{stage}_step"],
             metrics=self.state.metrics,

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eventtrain import LightningModule, LightningOptimizer, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, TensorBoardLogger
 from eventtrain.callbacks.monitoring.learning_rate_monitor import LearningRateMonitor
-from eventtrain.core.optimizer import numbered
+from eventtrain.callbacks.monitoring.numbered import numbered
 from tests.kit import On, Recorder, train
 
 BATCHES = list(torch.ones(6, 2, 2))

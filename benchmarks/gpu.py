@@ -137,7 +137,8 @@ class Block(nn.Module):
         queries, keys, values = split.permute(2, 0, 3, 1, 4)  # each (batch, heads, context, width of a head)
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         x = x + self.mix(attended.transpose(1, 2).flatten(-2))
-        return x + self.perceptron(self.perceptron_norm(x))
+        features: Tensor = x + self.perceptron(self.perceptron_norm(x))
+        return features
 
 
 class Decoder(nn.Module):
@@ -293,7 +294,8 @@ class Module(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
-        return self.network(*batch)
+        loss: Tensor = self.network(*batch)
+        return loss
 
     def configure_optimizers(self) -> Any:
         """Return fused AdamW."""
@@ -318,7 +320,8 @@ def by_lightning(setting: Setting, loader: Prefetcher, device: torch.device) -> 
             self.network = make_network(setting, device)
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-            return self.network(*batch)
+            loss: Tensor = self.network(*batch)
+            return loss
 
         def configure_gradient_clipping(
             self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None

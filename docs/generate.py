@@ -79,7 +79,7 @@ def event_table() -> str:
         described = " (phase)" if issubclass(event_type, Phase) else ""
         fields = [
             f"`{declared.name}`{'*' if declared.metadata.get('writable') else ''}"
-            for declared in dataclasses.fields(event_type)  # type: ignore[arg-type]
+            for declared in dataclasses.fields(event_type)
         ]
         when = re.sub(r":class:`~?([\w.]+)`", r"`\1`", first_sentence(event_type)).replace("``", "`").replace("|", "\\|")
         lines.append(f"| `{name}`{described} | `{event_type.__name__}` | {when} | {', '.join(fields)} |")

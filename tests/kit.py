@@ -39,7 +39,7 @@ class NoLength:
     """A loader without a length.
 
     Args:
-        batches: What it yields, in each pass.
+        batches: The batches of each pass.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:

@@ -1,6 +1,6 @@
-"""Pairs of a misconfiguration and the nearest form that trains, and the parts that they are made of.
+"""Pairs of a misconfiguration and the nearest form that trains, and their common parts.
 
-Each room's ``test_misconfiguration.py`` holds those that the room refuses.
+Each room's ``test_misconfiguration.py`` holds the pairs whose misconfiguration the room refuses.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def hooked(**hooks: Any) -> Trainer:
 
 
 class Log(ModuleOf):
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.given = given
+        self.options = options
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.log("value", **self.given)
+        self.log("value", **self.options)
         return self.loss(batch)
 
 

@@ -1,5 +1,5 @@
-"""What the tests of resuming share: a run that keeps a checkpoint of each safe point, and the comparison of a run that goes
-on from one with the run that was never interrupted."""
+"""The helpers that tests of resuming share: a run with a checkpoint of each safe point, and the comparison of a resumed run
+with the run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class KeepAll(Callback):
 
 
 class Record(Callback):
-    """What a run logs, and its learning rates."""
+    """Records the values that a run logs, and its learning rates."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[Any, ...]] = []
@@ -83,7 +83,7 @@ Build = Callable[[], tuple[Any, Any, Any, list[Any], dict[str, Any]]]
 
 
 def run(build: Build, *more: Any, ckpt_path: Any = None) -> Trainer:
-    """Trains what ``build`` makes, from generators in a known state."""
+    """Train a module, with all that ``build`` makes for it, from generators in a known state."""
     torch.manual_seed(7)
     random.seed(7)
     numpy.random.seed(7)
@@ -92,7 +92,7 @@ def run(build: Build, *more: Any, ckpt_path: Any = None) -> Trainer:
     trainer = Trainer(
         callbacks=[*callbacks, *more], device="cpu", **{"default_callbacks": False, "num_sanity_val_steps": 1, **options}
     )
-    if ckpt_path is not None:  # nothing of a resumed run may come from the process that it happens to be in
+    if ckpt_path is not None:  # a resumed run must not depend on the state of its process
         torch.manual_seed(99)
         random.seed(99)
         numpy.random.seed(99)
@@ -101,10 +101,15 @@ def run(build: Build, *more: Any, ckpt_path: Any = None) -> Trainer:
 
 
 def check_all_safe_points(build: Build, folder: Path, *, every: int = 1) -> int:
-    """Goes on from each safe point of a run and compares with the run itself.
+    """Resume a run from each of its safe points, and compare each resumed run with the run itself.
+
+    Args:
+        build: Makes the parts of the run.
+        folder: The folder of the checkpoints.
+        every: Resume from one in ``every`` safe points.
 
     Returns:
-        How many safe points there were.
+        The number of safe points.
     """
     record = Record()
     keep = KeepAll(folder, record)
@@ -121,48 +126,48 @@ def check_all_safe_points(build: Build, folder: Path, *, every: int = 1) -> int:
     return len(keep.kept)
 
 
-def assert_same_run(resumed: Trainer, straight: Trainer, what: str) -> None:
-    """Parameters, buffers, optimizers, schedulers, counters, callbacks and metrics, bit for bit."""
-    assert_same(resumed.module.state_dict(), straight.module.state_dict(), f"{what}: module")
+def assert_same_run(resumed: Trainer, straight: Trainer, name: str) -> None:
+    """Compare parameters, buffers, optimizers, schedulers, counters, callbacks and metrics, bit for bit."""
+    assert_same(resumed.module.state_dict(), straight.module.state_dict(), f"{name}: module")
     for mine, expected in zip(resumed.optimizers, straight.optimizers, strict=True):
-        assert_same(mine.state_dict(), expected.state_dict(), f"{what}: optimizer")
+        assert_same(mine.state_dict(), expected.state_dict(), f"{name}: optimizer")
         assert mine.num_steps == expected.num_steps
-    for mine, expected in zip(resumed.lr_scheduler_configs, straight.lr_scheduler_configs, strict=True):
-        assert_same(mine.scheduler.state_dict(), expected.scheduler.state_dict(), f"{what}: scheduler")
-    assert resumed.progress == straight.progress, what
-    assert_same(dict(resumed.callback_metrics), dict(straight.callback_metrics), f"{what}: callback_metrics")
+    for config, expected_config in zip(resumed.lr_scheduler_configs, straight.lr_scheduler_configs, strict=True):
+        assert_same(config.scheduler.state_dict(), expected_config.scheduler.state_dict(), f"{name}: scheduler")
+    assert resumed.progress == straight.progress, name
+    assert_same(dict(resumed.callback_metrics), dict(straight.callback_metrics), f"{name}: callback_metrics")
     for mine, expected in zip(resumed.callbacks, straight.callbacks, strict=False):
         # A log's position depends on how many digits the time of day has.
         if isinstance(mine, Callback) and not isinstance(mine, (Record, KeepAll, JSONLinesLogger)):
-            assert_same(mine.state_dict(), expected.state_dict(), f"{what}: {type(mine).__name__}")
+            assert_same(mine.state_dict(), expected.state_dict(), f"{name}: {type(mine).__name__}")
 
 
 def draws() -> list[Any]:
-    """What each of the process's generators would give next."""
+    """Return the next draw of each of the process's generators."""
     return [torch.rand(2), random.random(), float(numpy.random.random())]
 
 
-def assert_same(mine: Any, expected: Any, what: str) -> None:
-    """Equal values, tensors by ``torch.equal``, NaN equal to itself."""
-    assert type(mine) is type(expected), f"{what}: {mine!r} and {expected!r}"
+def assert_same(mine: Any, expected: Any, name: str) -> None:
+    """Compare nested values, tensors bit for bit; NaN equals itself."""
+    assert type(mine) is type(expected), f"{name}: {mine!r} and {expected!r}"
     if isinstance(mine, Tensor):
-        assert mine.shape == expected.shape and mine.dtype == expected.dtype, f"{what}: {mine} and {expected}"
+        assert mine.shape == expected.shape and mine.dtype == expected.dtype, f"{name}: {mine} and {expected}"
         same = (mine == expected) | (mine.isnan() & expected.isnan())
-        assert bool(same.all()), f"{what}: {mine} and {expected}"
+        assert bool(same.all()), f"{name}: {mine} and {expected}"
     elif isinstance(mine, dict):
-        assert list(mine) == list(expected), f"{what}: {list(mine)} and {list(expected)}"
+        assert list(mine) == list(expected), f"{name}: {list(mine)} and {list(expected)}"
         for key in mine:
-            assert_same(mine[key], expected[key], f"{what}[{key!r}]")
+            assert_same(mine[key], expected[key], f"{name}[{key!r}]")
     elif isinstance(mine, (list, tuple)):
-        assert len(mine) == len(expected), what
+        assert len(mine) == len(expected), name
         for index, pair in enumerate(zip(mine, expected, strict=True)):
-            assert_same(*pair, f"{what}[{index}]")
+            assert_same(*pair, f"{name}[{index}]")
     else:
-        assert mine == expected or (mine != mine and expected != expected), f"{what}: {mine!r} and {expected!r}"
+        assert mine == expected or (mine != mine and expected != expected), f"{name}: {mine!r} and {expected!r}"
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two nested values are the same, bit for bit."""
+    """Return whether two nested values are the same, bit for bit."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):

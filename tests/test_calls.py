@@ -1,4 +1,4 @@
-"""What a step costs, in Python-level calls: unlike time they are exact. They may shrink and not grow."""
+"""The cost of a step in Python-level calls, which are exact, unlike time. They may shrink and not grow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Module(LightningModule):
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         return self.layer(batch).mean()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None: ...
@@ -47,7 +47,7 @@ class Module(LightningModule):
 
 
 class Logging(Module):
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
         self.log("loss", loss)
         return loss
@@ -79,14 +79,14 @@ def standard(folder: Path, batches: int) -> Callable[[], None]:
     return lambda: trainer.fit(module, data)
 
 
-def validating(batches: int) -> Callable[[], None]:
+def validating(batches: int) -> Callable[[], Any]:
     trainer = Trainer(max_epochs=1, default_callbacks=False, device="cpu")
     module, data = Module(), [torch.ones(2, 1)] * batches
     return lambda: trainer.validate(module, data)
 
 
 def calls(run: Callable[[], Any]) -> dict[str, int]:
-    """How often each function in Python was called: ``"file:name"`` for eventtrain's, ``"elsewhere"`` for all others."""
+    """Return how often each function in Python is called: ``"file:name"`` for eventtrain's, ``"elsewhere"`` for all others."""
     counts: dict[str, int] = {}
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
@@ -96,7 +96,7 @@ def calls(run: Callable[[], Any]) -> dict[str, int]:
             name = f"{Path(code.co_filename).name}:{code.co_qualname}" if ours else ELSEWHERE
             counts[name] = counts.get(name, 0) + 1
 
-    gc.disable()  # what is finalized by chance is no part of a step
+    gc.disable()  # a finalizer that happens to run is no part of a step
     previous = sys.getprofile()
     sys.setprofile(count)
     try:
@@ -108,8 +108,8 @@ def calls(run: Callable[[], Any]) -> dict[str, int]:
 
 
 def per_round(make: Callable[[int], Callable[[], Any]], batches: int) -> dict[str, float]:
-    """The calls that one more round of so many batches makes: what comes once a run cancels out."""
-    calls(make(batches))  # what happens once in a process, such as imports
+    """Return the calls of one more round of ``batches`` batches; calls that come once in a run cancel out."""
+    calls(make(batches))  # so that imports, which come once in a process, are not counted
     few, many = calls(make(2 * batches)), calls(make(12 * batches))
     difference = {name: (count - few.get(name, 0)) / 10 for name, count in many.items()}
     return {name: count for name, count in difference.items() if count}
@@ -117,13 +117,13 @@ def per_round(make: Callable[[int], Callable[[], Any]], batches: int) -> dict[st
 
 def check(kind: str, counts: dict[str, float]) -> None:
     total = sum(counts.values())
-    own = total - counts[ELSEWHERE]
-    most_own, most = COMMITTED[kind]
+    ours = total - counts[ELSEWHERE]
+    most_ours, most = COMMITTED[kind]
     uneven = {name: count for name, count in counts.items() if not count.is_integer()}
     assert most is None or not uneven, f"not the same in each round: {uneven}"
-    assert own > 0
+    assert ours > 0
     table = "\n".join(f"  {count:4.0f}  {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
-    assert own <= most_own, f"{kind}: {own:.0f} calls of eventtrain's functions; {most_own} committed\n{table}"
+    assert ours <= most_ours, f"{kind}: {ours:.0f} calls of eventtrain's functions; {most_ours} committed\n{table}"
     if most is not None and torch.__version__.startswith(TORCH):
         assert total <= most, f"{kind}: {total:.0f} calls in all; {most} committed\n{table}"
 
@@ -144,6 +144,6 @@ def test_a_validation_batch() -> None:
     check("validation", per_round(validating, 1))
 
 
-def test_an_event_that_nobody_listens_to_calls_nothing() -> None:
+def test_an_event_without_listeners_calls_nothing() -> None:
     counts = per_round(lambda batches: bare(Module(), batches), 1)
     assert not [name for name in counts if name.startswith(("signals.py", "events.py"))]

@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from eventtrain import Callback, LightningModule, Trainer
+from eventtrain import Callback, Trainer
 from eventtrain import callbacks as shipped
 from eventtrain.callback import detach, has_state, state_key
+from tests.kit import Line, connections, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CALLBACKS = sorted((ROOT / "callbacks").rglob("*.py"))
 
-# How each is built where it cannot be without arguments; tmp_path is the run's directory.
+# The arguments of each callback that cannot be built without any.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "EarlyStopping": {"monitor": "loss"},
     "GradientAccumulation": {"batches": 2},
@@ -33,36 +34,27 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Module(LightningModule):
+class Scheduled(Line):
     def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.layer(batch).square().mean()
-        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.layer(batch).square().mean())
+        super().__init__(lr=0.01, on_step=True, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        optimizer = super().configure_optimizers()
         return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
 
 
-BATCHES = [torch.full((2, 1), float(x)) for x in (1, 2, 3)]
+BATCHES = rows(3)
 
 
 @pytest.fixture(params=shipped.__all__)
 def build(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """Builds one of the callbacks, a new one with each call."""
+    """Return a function that builds one of the callbacks, a new one with each call."""
     return lambda: getattr(shipped, request.param)(**ARGUMENTS.get(request.param, {}))
 
 
 @pytest.fixture
 def trainer_of(tmp_path: Path) -> Callable[..., Trainer]:
-    """Builds a trainer whose schedulers are stepped by hand, so that nothing but the callback is attached."""
+    """Return a function that builds a trainer with one callback, and a role in place of the default that steps schedulers."""
 
     class Steps(Callback):
         role = "lr_scheduler_stepping"
@@ -75,14 +67,10 @@ def trainer_of(tmp_path: Path) -> Callable[..., Trainer]:
     return make
 
 
-def connections(trainer: Trainer) -> dict[str, list[Any]]:
-    return {signal.name: signal.attached() for signal in trainer.signals if signal.attached()}
-
-
 # ------------------------------------------------------------------ every callback
 
 
-def test_it_says_what_it_does_and_listens_to(build: Callable[[], Any]) -> None:
+def test_it_has_a_docstring(build: Callable[[], Any]) -> None:
     docstring = type(build()).__doc__
     assert docstring
     assert docstring[0].isupper()
@@ -92,7 +80,7 @@ def test_it_trains_twice_in_a_row_with_the_same_trainer(build: Callable[[], Any]
     trainer = trainer_of(build())
     attached = connections(trainer)
     for _ in range(2):
-        module = Module()
+        module = Scheduled()
         before = module.layer.weight.clone()
         trainer.fit(module, BATCHES, BATCHES[:1])
         assert not torch.equal(module.layer.weight, before)
@@ -100,7 +88,7 @@ def test_it_trains_twice_in_a_row_with_the_same_trainer(build: Callable[[], Any]
 
 
 def test_it_evaluates_without_a_fit(build: Callable[[], Any], trainer_of: Callable[..., Trainer]) -> None:
-    (metrics,) = trainer_of(build()).validate(Module(), BATCHES)
+    (metrics,) = trainer_of(build()).validate(Scheduled(), BATCHES)
     assert metrics.keys() == {"val_loss"}
 
 
@@ -110,22 +98,22 @@ def test_it_leaves_no_connection_behind_when_it_is_detached(
     callback = build()
     trainer = trainer_of(callback)
     assert connections(trainer)  # it listens to something
-    trainer.fit(Module(), BATCHES)
+    trainer.fit(Scheduled(), BATCHES)
     detach(callback, trainer.signals, trainer.callbacks)
     assert connections(trainer) == {}
     assert callback not in trainer.callbacks
 
 
 def test_its_state_survives_a_checkpoint(build: Callable[[], Any], trainer_of: Callable[..., Trainer], tmp_path: Path) -> None:
-    """Through ``torch.save``, ``torch.load(weights_only=True)`` and ``load_state_dict``; clocks go on meanwhile."""
+    """Through ``torch.save``, ``torch.load(weights_only=True)`` and ``load_state_dict``; clocks run on meanwhile."""
     first = build()
     trainer = trainer_of(first)
-    trainer.fit(Module(), BATCHES)
+    trainer.fit(Scheduled(), BATCHES)
     path = tmp_path / "run.ckpt"
     trainer.save_checkpoint(path)
-    kept = torch.load(path, weights_only=True)["callbacks"]
+    saved = torch.load(path, weights_only=True)["callbacks"]
     if not has_state(first):
-        assert kept == {}
+        assert saved == {}
         return
 
     second = build()
@@ -137,14 +125,14 @@ def test_its_state_survives_a_checkpoint(build: Callable[[], Any], trainer_of: C
 
     resumed = trainer_of(second, max_epochs=2)
     resumed.signals.fit_start.connect(ReadsState().on_fit_start)
-    resumed.fit(Module(), BATCHES, ckpt_path=path)
-    restored[0].pop("event_files", None)  # what lies in a folder by now
-    kept[state_key(first)].pop("event_files", None)
-    assert approximately(kept[state_key(first)]) == approximately(restored[0])
+    resumed.fit(Scheduled(), BATCHES, ckpt_path=path)
+    restored[0].pop("event_files", None)  # the files in a folder by now
+    saved[state_key(first)].pop("event_files", None)
+    assert approximately(saved[state_key(first)]) == approximately(restored[0])
 
 
 def approximately(state: Any) -> Any:
-    """Equal to a state but for a few seconds in its floats."""
+    """Return an object that equals a state, but for a few seconds in its floats."""
     if isinstance(state, dict):
         return {name: approximately(value) for name, value in state.items()}
     if isinstance(state, Tensor):
@@ -160,7 +148,7 @@ def test_every_callback_class_is_exported() -> None:
 
 
 def test_importing_is_light() -> None:
-    """What is heavy is imported when it is used; what torch imports by itself is there anyway."""
+    """Heavy packages are imported when they are used; those of torch are there anyway."""
     code = (
         "import sys, torch; before = set(sys.modules); import eventtrain, eventtrain.callbacks; "
         "print(*{name.partition('.')[0] for name in sys.modules.keys() - before})"

@@ -67,7 +67,7 @@ def test_listeners_stand_below_their_event_in_the_order_in_which_they_are_called
 def print_nothing(trainer: Trainer, event: Any) -> None: ...
 
 
-def test_the_cores_own_work_comes_after_an_events_listeners() -> None:
+def test_the_work_of_the_core_comes_after_an_events_listeners() -> None:
     class Reads(Callback):
         def on_clipping_decided(self, trainer: Trainer, event: ClippingDecided) -> None: ...
 
@@ -81,7 +81,7 @@ def test_the_cores_own_work_comes_after_an_events_listeners() -> None:
     ]
 
 
-def test_without_all_events_only_those_with_listeners_are_shown() -> None:
+def test_events_without_listeners_may_be_left_out() -> None:
     trainer = new_trainer(Ends(), GradientClipping(1.0))
     assert describe(trainer.signals, all_events=False).splitlines() == [
         "fit",

@@ -99,7 +99,7 @@ def test_events_that_listeners_write_have_an_example() -> None:
     writable = [
         event
         for event in events.EVENTS.values()
-        if any(field.metadata.get("writable") for field in event.__dataclass_fields__.values())  # type: ignore[attr-defined]
+        if any(field.metadata.get("writable") for field in event.__dataclass_fields__.values())
     ]
     assert len(writable) > 8
     assert [event.__name__ for event in writable if not has_example(event)] == []

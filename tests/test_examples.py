@@ -1,4 +1,4 @@
-"""Every example runs, prints what it promises, and leaves in TensorBoard what it says."""
+"""Every example runs, prints the lines that it promises, and leaves the values that it promises in TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader, TensorDataset
 
 import eventtrain
@@ -42,7 +42,7 @@ WITHOUT_LOGS = ("custom_schedule", "lbfgs")
 
 
 class Run:
-    """An example that was run in a directory of its own, with every warning an error."""
+    """Runs an example in a new directory, with every warning an error."""
 
     def __init__(self, name: str, directory: Path, *options: str) -> None:
         self.directory = directory
@@ -60,19 +60,19 @@ class Run:
 
     @functools.cached_property
     def events(self) -> Any:
-        """What the run wrote for TensorBoard."""
+        """The events that the run wrote for TensorBoard."""
         (directory,) = self.directory.glob("logs/*/version_0")
         assert list(directory.glob("events.out.tfevents.*"))
         return EventAccumulator(str(directory), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
 
     def scalars(self, tag: str) -> dict[int, float]:
-        """The values of a tag by step."""
+        """Return the values of a tag by step."""
         return {event.step: event.value for event in self.events.Scalars(tag)}
 
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Run]]:
-    # Two at a time, because most of what a short run takes is imports.
+    # Two at a time, because a short run mostly imports.
     pool = ThreadPoolExecutor(2)
     runs = {name: pool.submit(Run, name, tmp_path_factory.mktemp(name), *options) for name, options in SHORT.items()}
     yield lambda name: runs[name].result()
@@ -101,7 +101,7 @@ def test_every_example_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SHORT))
-def test_docstring_says_how_to_run_it(name: str) -> None:
+def test_the_docstring_says_how_to_run_it(name: str) -> None:
     docstring = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8")))
     assert docstring is not None
     assert f"\n    python examples/{name}.py" in docstring
@@ -109,7 +109,7 @@ def test_docstring_says_how_to_run_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SHORT))
-def test_writes_where_it_was_told_and_nowhere_else(name: str, short_run: Callable[[str], Run]) -> None:
+def test_an_example_writes_only_to_the_given_folder(name: str, short_run: Callable[[str], Run]) -> None:
     run = short_run(name)
     assert [path.name for path in run.directory.iterdir()] == ([] if name in WITHOUT_LOGS else ["logs"])
     assert any("tensorboard --logdir logs" in line for line in run.lines) == (name not in WITHOUT_LOGS)
@@ -286,7 +286,7 @@ def test_resume(short_run: Callable[[str], Run]) -> None:
 
 
 @pytest.mark.slow
-def test_resume_ends_alike_whether_it_is_killed_or_not(tmp_path: Path) -> None:
+def test_resume_ends_alike_with_and_without_a_kill(tmp_path: Path) -> None:
     undisturbed = Run("resume", tmp_path / "straight", "--epochs", "25")
     directory = tmp_path / "killed"
     directory.mkdir()

@@ -15,23 +15,17 @@ from torch import Tensor
 
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision, TensorBoardLogger
+from tests.kit import Line, new_trainer
 
 BATCHES = 10_000
 WARM_UP = 2_000
 
 
-class Module(LightningModule):
+class Scheduled(Line):
+    """A module of the usual kind: it logs on the step and the epoch, and steps a schedule with each update."""
+
     def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 1)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.layer(batch).square().mean()
-        self.log("loss", loss, on_step=True, on_epoch=True)
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.layer(batch).square().mean())
+        super().__init__(4, on_step=True, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.001)
@@ -41,7 +35,7 @@ class Module(LightningModule):
 
 
 class SameBatch:
-    """As many batches as there are to be, without the memory for them."""
+    """Yields one batch many times, so that many batches need no memory."""
 
     def __init__(self, batches: int) -> None:
         self.batches = batches
@@ -56,14 +50,14 @@ class SameBatch:
 
 
 def live() -> tuple[int, int]:
-    """The objects that the garbage collector knows, and the tensors among them."""
+    """Return the number of objects that the garbage collector knows, and of tensors among them."""
     gc.collect()
     objects = gc.get_objects()
     return len(objects), sum(issubclass(type(each), Tensor) for each in objects)
 
 
 class Census(Callback):
-    """Counts what is alive, first after a warm-up."""
+    """Counts live objects, first after a warm-up."""
 
     def __init__(self) -> None:
         self.objects: list[int] = []
@@ -88,9 +82,9 @@ def test_ten_thousand_batches_of_the_standard_set_do_not_grow(tmp_path: Path) ->
         LRSchedulerStepping(),
         TensorBoardLogger(tmp_path, log_every_n_steps=50),
     ]
-    trainer = Trainer(max_epochs=1, callbacks=[*standard, census], default_callbacks=False, device="cpu")
+    trainer = new_trainer(*standard, census)
     try:
-        trainer.fit(Module(), SameBatch(BATCHES))
+        trainer.fit(Scheduled(), SameBatch(BATCHES))
     finally:
         tracemalloc.stop()
     assert trainer.global_step == BATCHES // 4
@@ -104,9 +98,9 @@ def test_ten_thousand_batches_of_the_standard_set_do_not_grow(tmp_path: Path) ->
 
 def test_many_epochs_and_validations_do_not_grow() -> None:
     counts: list[tuple[int, int]] = []
-    trainer = Trainer(max_epochs=60, default_callbacks=False, device="cpu", callbacks=[LRSchedulerStepping()])
+    trainer = new_trainer(LRSchedulerStepping(), max_epochs=60, num_sanity_val_steps=2)
     trainer.signals.train_epoch_start.connect(lambda _, event: counts.append(live()) if event.epoch in (20, 59) else None)
-    trainer.fit(Module(), SameBatch(3), SameBatch(2))
+    trainer.fit(Scheduled(), SameBatch(3), SameBatch(2))
     (objects_before, tensors_before), (objects, tensors) = counts
     assert objects - objects_before <= 20
     assert tensors - tensors_before <= 2
@@ -114,10 +108,10 @@ def test_many_epochs_and_validations_do_not_grow() -> None:
 
 def test_many_fits_of_one_trainer_do_not_grow() -> None:
     callbacks = [GradientAccumulation(2), MixedPrecision("fp16"), LRSchedulerStepping()]
-    trainer = Trainer(max_epochs=1, callbacks=callbacks, default_callbacks=False, device="cpu")
+    trainer = new_trainer(*callbacks, num_sanity_val_steps=2)
     counts: list[tuple[int, int]] = []
     for fit in range(30):
-        trainer.fit(Module(), SameBatch(3), SameBatch(2))
+        trainer.fit(Scheduled(), SameBatch(3), SameBatch(2))
         if fit in (10, 29):
             counts.append(live())
     (objects_before, tensors_before), (objects, tensors) = counts
@@ -128,7 +122,7 @@ def test_many_fits_of_one_trainer_do_not_grow() -> None:
 # ------------------------------------------------------------------ nothing outlives its trainer
 
 
-class Hooked(Module):
+class Hooked(Scheduled):
     def on_train_epoch_end(self) -> None: ...
 
 
@@ -173,7 +167,7 @@ def test_a_trainer_that_goes_out_of_scope_is_collected(
 
 
 def test_a_module_that_is_kept_can_train_with_another_trainer(tmp_path: Path) -> None:
-    """And then holds the first trainer no longer."""
+    """It then holds the first trainer no longer."""
     trainer, module, callbacks = fitted(tmp_path)
     first = weakref.ref(trainer)
     del trainer, callbacks
@@ -185,13 +179,13 @@ def test_a_module_that_is_kept_can_train_with_another_trainer(tmp_path: Path) ->
 def test_the_graph_of_a_batch_does_not_outlive_it() -> None:
     graphs: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    trainer = Trainer(max_epochs=1, default_callbacks=False, device="cpu", callbacks=[LRSchedulerStepping()])
+    trainer = new_trainer(LRSchedulerStepping())
     trainer.signals.after_forward.connect(lambda _, event: graphs.append(weakref.ref(event.loss)))
 
     @trainer.signals.safe_point.connect
     def count(sender: Trainer, event: Any) -> None:
         alive.append(sum(graph() is not None for graph in graphs))
 
-    trainer.fit(Module(), SameBatch(4))
+    trainer.fit(Scheduled(), SameBatch(4))
     assert len(graphs) == 4
     assert alive == [0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""What ships: the wheel and the sdist build, hold every file, and the wheel trains where there is no checkout."""
+"""Packaging: the wheel and the sdist build, hold every file, and the wheel trains without a checkout."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_the_wheel_trains_elsewhere(built: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--target", str(site), wheel)
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    where, steps = run(
+    folder, steps = run(
         sys.executable, str(script), cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}
     ).split()
-    assert Path(where) == site / "eventtrain"
+    assert Path(folder) == site / "eventtrain"
     assert steps == "4"
 
 
-def test_the_callbacks_folder_says_what_to_import() -> None:
+def test_importing_the_callbacks_folder_names_the_right_import() -> None:
     done = subprocess.run([sys.executable, "-c", "import callbacks"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "from eventtrain.callbacks import" in done.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
+from tests.kit import gradient, train
 
 BATCHES = [torch.tensor([[x, x + 1.0], [x - 1.0, 2.0]]) for x in (1.0, 2.0, -1.0, 0.5, 3.0)]
+Precision = Literal["bf16", "fp16"]
 INITIAL = torch.tensor([[0.3, -0.2]])
 
 
@@ -33,14 +35,18 @@ class Module(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
+def weight_of(trainer: Trainer) -> Tensor:
+    return next(trainer.module.parameters())
+
+
 class Logger(Callback):
-    """Reads what a logger reads: values, rates, and the norm of the true gradients."""
+    """Reads, as loggers do, values, rates, and the norm of the true gradients."""
 
     def __init__(self) -> None:
         self.lines: list[Any] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, event: Any) -> None:
-        self.lines.append(trainer.module.weight.grad.norm().item())
+        self.lines.append(gradient(weight_of(trainer)).norm().item())
 
     def on_after_optimizer_step(self, trainer: Trainer, event: Any) -> None:
         self.lines.append(event.optimizer.param_groups[0]["lr"])
@@ -59,10 +65,10 @@ class Average(Callback):
         self.average = INITIAL.clone()
 
     def on_after_update(self, trainer: Trainer, event: Any) -> None:
-        self.average.lerp_(trainer.module.weight.detach(), 0.5)
+        self.average.lerp_(weight_of(trainer).detach(), 0.5)
 
 
-def callbacks(precision: str) -> dict[str, Any]:
+def callbacks(precision: Precision) -> dict[str, Any]:
     # A scale at which the first of three windows overflows.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, backoff_factor=2.0**-6) if precision == "fp16" else None
     return {
@@ -75,12 +81,11 @@ def callbacks(precision: str) -> dict[str, Any]:
     }
 
 
-def trained(precision: str, order: tuple[str, ...]) -> tuple[list[float], list[float], list[Any]]:
-    """The weights, their average and what was logged, as plain numbers."""
+def trained(precision: Precision, order: tuple[str, ...]) -> tuple[list[float], list[float], list[Any]]:
+    """Return the weights, their average and the logged lines, as plain numbers."""
     made = callbacks(precision)
     module = Module()
-    trainer = Trainer(max_epochs=1, callbacks=[made[name] for name in order], default_callbacks=False, device="cpu")
-    trainer.fit(module, BATCHES)
+    train(module, BATCHES, *(made[name] for name in order))
     return module.weight.flatten().tolist(), made["average"].average.flatten().tolist(), made["logger"].lines
 
 
@@ -88,7 +93,7 @@ NAMES = tuple(callbacks("bf16"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_every_order_of_attachment_gives_the_same_bits(precision: str) -> None:
+def test_every_order_of_attachment_gives_the_same_bits(precision: Precision) -> None:
     # As text, because the norm of gradients that overflowed is not equal to itself; floats are written exactly.
     expected = repr(trained(precision, NAMES))
     different = [order for order in permutations(NAMES) if repr(trained(precision, order)) != expected]
@@ -98,7 +103,7 @@ def test_every_order_of_attachment_gives_the_same_bits(precision: str) -> None:
 @pytest.mark.parametrize("left_out", ["accumulation", "precision", "clipping", "scheduler"])
 @pytest.mark.filterwarnings("ignore:Module.configure_optimizers returned schedulers and nothing attached steps them")
 def test_each_of_them_matters(left_out: str) -> None:
-    """Else equal bits would show nothing."""
+    """If it did not, equal bits would show nothing."""
     without = (*(name for name in NAMES if name != left_out),)
     assert trained("bf16", without)[0] != trained("bf16", NAMES)[0]
 

@@ -23,7 +23,7 @@ def test_the_code_runs_block_by_block(tmp_path: Path, monkeypatch: pytest.Monkey
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert list((tmp_path / "runs" / "Regression" / "version_0").glob("events.out.*"))
-    # What was defined along the way works in a run too.
+    # The classes that the blocks define work in a run too.
     harder, warmup, anomalies = names["ClipHarderLater"](), names["Warmup"](), names["DetectAnomalies"]()
     with pytest.warns(UserWarning, match="Anomaly Detection"):
         Trainer(max_epochs=1, device="cpu", callbacks=[harder, warmup, anomalies], default_callbacks=False).fit(
@@ -37,7 +37,7 @@ def test_the_code_runs_block_by_block(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["0", "0"]
 
 
-def test_the_first_example_has_twelve_lines_of_its_own() -> None:
+def test_the_first_example_has_twelve_lines() -> None:
     body = [line for line in BLOCKS[0].splitlines() if line.strip() and not line.startswith(("import", "from"))]
     assert len(body) == 12
 
@@ -49,7 +49,7 @@ def test_the_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/events.md", "docs/coming-from-lightning.md"])
-def test_the_links_lead_somewhere(page: str) -> None:
+def test_the_links_lead_to_files(page: str) -> None:
     path = ROOT / page
     for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if not link.startswith("http"):

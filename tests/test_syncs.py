@@ -1,14 +1,14 @@
-"""Between logging steps nothing waits for the device: no value is read out of a tensor in the loop.
+"""Between logging steps nothing waits for the device: the loop reads no value out of a tensor.
 
-Three ways of looking, each of which sees what the others cannot:
+There are three ways to look, and each sees things that the others cannot:
 
 - On the CPU, :class:`Watch` sees every operator that reads a value out or copies between devices while the host waits, and
   every method of a tensor that does so without an operator (``cpu()``, ``numpy()``, ``tolist()``).
-- On the meta device there are no values: whoever reads one raises.
-- On a GPU, torch itself raises where the host waits.
+- On the meta device there are no values, so reading one raises.
+- On a GPU, torch itself raises if the host waits.
 
-fp16 alone may read, and once per optimizer step: ``torch.amp.GradScaler.step`` asks whether that optimizer's gradients are
-finite, which is how torch decides on the host whether to step.
+Only fp16 may read, once per optimizer step: ``torch.amp.GradScaler.step`` asks whether the gradients are finite, because
+torch decides on the host whether to step.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ from eventtrain.callbacks import (
     ProgressBar,
     TensorBoardLogger,
 )
+from tests.kit import new_trainer
+from tests.reference import backward
 
 BATCHES = list(torch.randn(24, 4, 3, generator=torch.Generator().manual_seed(0)))
 EVERY = 4  # updates from one logging step to the next
 
 # ------------------------------------------------------------------ the watch
 
-# What reads a value, or makes a shape of values.
+# Operators that read a value, or make a shape of values.
 OPERATORS = {
     "_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "repeat_interleave",
 }  # fmt: skip
-# What reads without an operator where the tensor is on the host already.
+# Methods that read without an operator if the tensor is on the host already.
 METHODS = {
     "item", "tolist", "numpy", "cpu", "__array__", "__dlpack__", "__repr__", "__bool__", "__float__", "__int__", "__index__",
 }  # fmt: skip
@@ -69,7 +71,7 @@ class Read(NamedTuple):
 
 
 class Watch:
-    """Notes each read-out inside of a ``with`` block."""
+    """Records each read-out within a ``with`` block."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -81,21 +83,21 @@ class Watch:
 
     def __enter__(self) -> Watch:
         for mode in self._modes:
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         for mode in reversed(self._modes):
-            mode.__exit__(*(error or (None, None, None)))
+            mode.__exit__(*(error or (None, None, None)))  # type: ignore[no-untyped-call]
 
     @property
     def steps(self) -> list[int]:
         return sorted({read.step for read in self.reads})
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, watch: Watch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,7 +109,7 @@ class _Operators(TorchDispatchMode):
 
 
 def operator_waits(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether the host waits for a copy to another device, or for the number of values that a mask selects."""
+    """Return whether the host waits for a copy to another device, or for the number of values that a mask selects."""
     if name == "_to_copy":
         target = kwargs.get("device")
         return target is not None and target.type != args[0].device.type and not kwargs.get("non_blocking")
@@ -131,7 +133,7 @@ class _Methods(TorchFunctionMode):
 
 
 def method_waits(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether a tensor of a GPU would be waited for on its way to the host, or as a number of another tensor."""
+    """Return whether the host would wait for a tensor of a GPU that moves to it, or becomes a number of another tensor."""
     if name == "to":
         devices = [each for each in (*args, kwargs.get("device")) if isinstance(each, (str, torch.device))]
         waits = not kwargs.get("non_blocking", any(each is True for each in args))
@@ -178,7 +180,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "nonzero": lambda v: torch.nonzero(v.reshape(1)),
     "mask": lambda v: v.reshape(1)[v.reshape(1) > 0],
     "masked_select": lambda v: torch.masked_select(v, v > 0),
-    "unique": lambda v: v.unique(),
+    "unique": torch.unique,
     "equal": lambda v: torch.equal(v, v + 1),
     "allclose": lambda v: torch.allclose(v, v),
     "new tensor": lambda v: torch.tensor([v, v]),
@@ -187,7 +189,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("how", READS)
 def test_the_watch_sees_every_way_of_reading(how: str) -> None:
-    trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+    trainer = new_trainer()
     value = torch.ones(())
     with Watch(trainer) as watch:
         READS[how](value)
@@ -195,11 +197,11 @@ def test_the_watch_sees_every_way_of_reading(how: str) -> None:
 
 
 def test_the_watch_sees_nothing_else() -> None:
-    trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+    trainer = new_trainer()
     value = torch.ones(2, requires_grad=True)
     with Watch(trainer) as watch:
         (value.detach() + 1).to(torch.float64).clone()
-        value.sum().backward()
+        backward(value.sum())
         assert value.grad is not None
         value.grad.mul_(torch.tensor(0.5))
         torch.where(value > 0, value, 1.0)
@@ -210,7 +212,7 @@ def test_the_watch_sees_nothing_else() -> None:
     assert watch.reads == []
 
 
-# ------------------------------------------------------------------ what is trained
+# ------------------------------------------------------------------ the modules
 
 
 class Automatic(LightningModule):
@@ -294,13 +296,13 @@ CASES: dict[str, Case] = {
 
 
 def trainer_of(case: str, precision: str, folder: Path, *, device: str = "cpu", every: int = EVERY) -> Trainer:
-    """The standard callbacks beside a case's own."""
+    """Return a trainer with the standard callbacks and those of a case."""
     callbacks = CASES[case][1]()
     if precision != "fp32":
         callbacks += [MixedPrecision("bf16" if precision == "bf16" else "fp16")]
     callbacks += [GradientClipping(1.0), LRSchedulerStepping(), ProgressBar(line_interval=1e9)]
     callbacks += [TensorBoardLogger(folder, log_every_n_steps=every)]
-    return Trainer(max_epochs=1, device=device, default_callbacks=False, callbacks=callbacks)
+    return new_trainer(*callbacks, device=device)
 
 
 # ------------------------------------------------------------------ on the CPU, watched
@@ -317,7 +319,7 @@ def test_nothing_is_read_out_between_logging_steps(case: str, precision: str, tm
     def count(trainer: Trainer, event: Any) -> None:
         steps[trainer.global_step] += 1
 
-    # From the first batch to the last: the epoch's own end may log.
+    # From the first batch to the last: the end of the epoch may log.
     trainer.signals.train_epoch_start.connect(lambda trainer, event: watch.__enter__())
     trainer.signals.train_epoch_end.connect(lambda trainer, event: watch.__exit__())
     trainer.signals.after_optimizer_step.connect(count)
@@ -327,12 +329,12 @@ def test_nothing_is_read_out_between_logging_steps(case: str, precision: str, tm
     by_scaler = [read for read in watch.reads if read.by_scaler]
     watch.reads = [read for read in watch.reads if not read.by_scaler]
     assert logged and watch.steps == logged, "each logging step reads, and no other"
-    # The update is counted after it, so what the scaler reads for step n + 1 is read at n.
+    # The update is counted after it, so the scaler reads at n for step n + 1.
     asked = Counter(read.step for read in by_scaler if read.how == "_local_scalar_dense")
     assert asked == (steps if precision == "fp16" else Counter()), "the scaler asks once per optimizer step"
 
 
-# ------------------------------------------------------------------ on the meta device, where there is nothing to read
+# ------------------------------------------------------------------ on the meta device, which has no values
 
 
 class Done(Exception):
@@ -360,12 +362,12 @@ def test_the_meta_device_has_no_values(how: str) -> None:
         READS[how](torch.ones((), device="meta"))
 
 
-# ------------------------------------------------------------------ on a GPU, by torch's own means
+# ------------------------------------------------------------------ on a GPU, by torch
 
 
 @pytest.fixture
 def raises_on_waiting() -> Iterator[Callable[[bool], None]]:
-    """Switches whether torch raises where the host waits for the GPU."""
+    """Return a switch: whether torch raises if the host waits for the GPU."""
 
     def switch(on: bool) -> None:
         torch.cuda.set_sync_debug_mode("error" if on else "default")
@@ -393,7 +395,7 @@ def test_the_host_does_not_wait_for_the_gpu_between_logging_steps(
 
 
 @needs_cuda
-def test_torch_raises_where_the_host_waits(raises_on_waiting: Callable[[bool], None]) -> None:
+def test_torch_raises_if_the_host_waits(raises_on_waiting: Callable[[bool], None]) -> None:
     value = torch.ones((), device="cuda")
     raises_on_waiting(True)
     for how in ("item", "float", "bool", "tolist", "cpu", "to host", "nonzero"):

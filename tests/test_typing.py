@@ -1,4 +1,4 @@
-"""Type checkers know the hooks: what they say of a user's callbacks and modules."""
+"""Type checkers know the hooks, and check those of a user's callbacks and modules."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_a_wrong_signature_is_found_before_anything_runs(tmp_path: Path) -> None
         text=True,
     )
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]
-    found = [(int(line.split(":")[1]), line.rsplit("[", 1)[1].rstrip("]")) for line in errors]
+    reported = [(int(line.split(":")[1]), line.rsplit("[", 1)[1].rstrip("]")) for line in errors]
     expected = [("class BadCallback", 1, "override"), ("class BadModule", 1, "override"), ("def misspelt", 1, "attr-defined")]
     lines = USER_CODE.splitlines()
     starts = [next(i for i, line in enumerate(lines, 1) if line.startswith(begin)) for begin, _, _ in expected]
-    assert found == [(start + after, kind) for start, (_, after, kind) in zip(starts, expected, strict=True)], done.stdout
+    assert reported == [(start + after, kind) for start, (_, after, kind) in zip(starts, expected, strict=True)], done.stdout

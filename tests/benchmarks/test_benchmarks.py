@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the same work by every contestant, and ratios of times that belong together."""
+"""The benchmarks keep their word: every contestant does the same work, and ratios compare times of one repetition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader
 
 from benchmarks import overhead, work
@@ -37,7 +37,7 @@ WARNINGS = {
 
 
 def entered(*setting_names: str) -> list[Any]:
-    """Every contestant but the baseline, in each of the named settings that it takes part in."""
+    """Return every contestant but the baseline, in each of these settings that it takes part in."""
     return [
         pytest.param(name, setting, id=f"{name}: {setting}", marks=WARNINGS.get(name.partition(",")[0], []))
         for name in REGISTRY
@@ -48,7 +48,7 @@ def entered(*setting_names: str) -> list[Any]:
 
 @dataclass
 class Outcome:
-    """What a contestant's run left behind: parameters, and what its event files hold."""
+    """The results of a contestant's run: parameters, and the losses and rates of its event files."""
 
     parameters: torch.Tensor
     losses: set[float]
@@ -57,7 +57,7 @@ class Outcome:
 
 @functools.cache
 def outcome(name: str, setting_name: str) -> Outcome:
-    """A run of a moment; in the standard setting it ends with the first update that is written."""
+    """Return the results of a short run; in the standard setting it ends with the first update that is written."""
     if name in MODULES:
         pytest.importorskip(MODULES[name])
     setting = SETTINGS[setting_name]
@@ -69,7 +69,7 @@ def outcome(name: str, setting_name: str) -> Outcome:
 
 
 def written(folder: Path) -> tuple[set[float], set[float]]:
-    """The losses and the rates in a folder's event files."""
+    """Return the losses and the rates in a folder's event files."""
     losses, rates = set(), set()
     for file in folder.rglob("events.out.tfevents.*"):
         accumulator = EventAccumulator(str(file)).Reload()
@@ -97,11 +97,11 @@ def test_a_contestant_ends_with_the_parameters_of_the_hand_written_loop(name: st
 
 @pytest.mark.parametrize(("name", "setting_name"), entered("standard"))
 def test_a_contestant_writes_the_loss_and_the_rate_that_the_hand_written_loop_writes(name: str, setting_name: str) -> None:
-    expected, found = outcome(BASELINE, setting_name), outcome(name, setting_name)
-    assert found.rates == expected.rates
-    assert len(found.rates) == len(found.losses) == len(expected.losses) == 1
+    expected, actual = outcome(BASELINE, setting_name), outcome(name, setting_name)
+    assert actual.rates == expected.rates
+    assert len(actual.rates) == len(actual.losses) == len(expected.losses) == 1
     # The Trainer of transformers writes the mean of all losses since the last time.
-    assert (found.losses == expected.losses) is (name != "HF Trainer")
+    assert (actual.losses == expected.losses) is (name != "HF Trainer")
 
 
 HOW_BATCHES_ARE_TAKEN = {"as a loader": iter, "as a data set": lambda batches: DataLoader(batches, batch_size=None)}
@@ -151,7 +151,7 @@ class Runs:
 
     @property
     def repetitions(self) -> list[list[str]]:
-        """Who ran, by repetition, after the baseline and the comparison of parameters."""
+        """The contestants of each repetition, after the baseline and the comparison of parameters."""
         timed, size = self.names[1 + len(self.speeds) :], len(self.speeds)
         return [timed[at : at + size] for at in range(0, len(timed) + 1, size)]
 

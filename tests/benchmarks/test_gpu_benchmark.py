@@ -29,7 +29,7 @@ DEVICES = ["cpu", pytest.param("cuda:0", marks=needs_gpu)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_objects() -> Iterator[None]:
-    """Leaves what is imported out of the garbage collections, of which there is one before each run: seconds, in all."""
+    """Exempt imported objects from the garbage collection before each run, which saves seconds."""
     importlib.import_module("lightning.pytorch")
     gc.freeze()
     yield
@@ -37,15 +37,15 @@ def _few_objects() -> Iterator[None]:
 
 
 def rows(text: str) -> dict[str, dict[str, list[str]]]:
-    """The cells of each contestant's line in each model's table, by model and contestant."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """Return the cells of each contestant's line in each model's table, by model and contestant."""
+    tables: dict[str, dict[str, list[str]]] = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] in gpu.SETTINGS and len(cells) == 7:
-            table = found.setdefault(cells[0], {})
+            table = tables.setdefault(cells[0], {})
         elif cells[0] in gpu.CONTESTANTS:
             table[cells[0]] = cells[1:]
-    return found
+    return tables
 
 
 # ------------------------------------------------------------------ the program
@@ -70,11 +70,11 @@ def test_all_contestants_train_to_equal_parameters_and_the_figures_are_kept(
     assert "compiled (eager)" in printed.out and "not compiled" in printed.out
     assert ("device: cpu" in printed.err) == (device == "cpu")
 
-    kept = json.loads(path.read_text())["gpu"]
-    assert kept["measured on"]["repetitions"] == 1
+    saved = json.loads(path.read_text())["gpu"]
+    assert saved["measured on"]["repetitions"] == 1
     for name, table in tables.items():
-        results = kept["figures"][name]["results"]
-        tokens = kept["figures"][name]["setting"]["batches"] * 2 * 8  # a tiny batch is 2 sequences of 8 tokens
+        results = saved["figures"][name]["results"]
+        tokens = saved["figures"][name]["setting"]["batches"] * 2 * 8  # a tiny batch is 2 sequences of 8 tokens
         for result in results:
             ((seconds,), (baseline,)) = result["seconds"], results[0]["seconds"]
             assert seconds > 0 and result["ratios"] == [baseline / seconds]
@@ -85,7 +85,7 @@ def test_all_contestants_train_to_equal_parameters_and_the_figures_are_kept(
     assert rows(text) == tables
 
 
-def test_without_a_gpu_it_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_names_the_options_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"torch sees no CUDA device.*--device cpu --tiny"):
         gpu.main([])
@@ -97,11 +97,11 @@ def test_the_check_of_waiting_is_refused_on_the_cpu(capsys: pytest.CaptureFixtur
     assert "--check-syncs needs a GPU" in capsys.readouterr().err
 
 
-def test_lightning_takes_part_only_where_it_is_installed(
+def test_lightning_takes_part_only_if_it_is_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "lightning" else found(name, *at))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "lightning" else find_spec(name, *at))
     monkeypatch.setattr(gpu, "compare", lambda _, names, *rest: [gpu.Result(name, True, 0.0, [1.0], [1.0]) for name in names])
     gpu.main(["--device", "cpu", "--tiny", "--models", "small", "--only", "eventtrain", "Lightning"])
     printed = capsys.readouterr()
@@ -125,10 +125,10 @@ def test_repetitions_are_interleaved_in_a_rotating_order(monkeypatch: pytest.Mon
     results = gpu.compare(TINY, names, 2, CPU)
     one, two, three = names
     assert [name for name, _ in trained] == [one, one, two, three, one, two, three, two, three, one]
-    # Those that are compared, and those that are timed: one that warms up, three that are measured, one that stops the clock.
+    # Batches of the comparison, then of the timed runs: one warms up, three are measured, one stops the clock.
     assert [count for _, count in trained] == [gpu.COMPARED] * 4 + [5] * 6
     for result in results:
-        assert result.ratios == [base / own for base, own in zip(results[0].seconds, result.seconds, strict=True)]
+        assert result.ratios == [base / seconds for base, seconds in zip(results[0].seconds, result.seconds, strict=True)]
 
 
 def test_a_contestant_that_does_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,11 +156,11 @@ def test_the_decoder_has_the_size_of_gpt2_small_and_ties_its_weights() -> None:
     assert network.head.weight is network.embedding.weight
 
 
-def test_no_token_sees_those_that_follow() -> None:
+def test_no_token_sees_later_ones() -> None:
     network = gpu.make_network(TINY, CPU)
     ((tokens, following),) = gpu.make_batches(TINY, CPU, 1)
     ignored = following.clone()
-    ignored[:, 4:] = -100  # cross_entropy's ignore_index: the loss is that of the first four predictions
+    ignored[:, 4:] = -100  # cross_entropy's ignore_index, so that only the first four predictions have a loss
     changed = tokens.clone()
     changed[:, 4:] = (changed[:, 4:] + 1) % TINY.vocabulary
     assert torch.equal(network(tokens, ignored), network(changed, ignored))
@@ -196,7 +196,7 @@ class NotedStream:
 
 
 class NotedDevice:
-    """Stands in for ``torch.cuda``: notes what is asked of it."""
+    """Stands in for ``torch.cuda``, and records the calls."""
 
     def __init__(self, notes: list[Any]) -> None:
         self.notes = notes
@@ -231,11 +231,11 @@ def test_each_batch_is_copied_during_the_one_before_and_the_host_waits_twice(mon
 # ------------------------------------------------------------------ waiting for the device
 
 
-class Watch(TorchDispatchMode):
-    """Does on the CPU what ``torch.cuda.set_sync_debug_mode`` does on a GPU: raises where a tensor is read."""
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises when a tensor is read, on the CPU, as ``torch.cuda.set_sync_debug_mode`` does on a GPU."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.modes: list[str] = []
 
     def set_sync_debug_mode(self, mode: str) -> None:
@@ -263,7 +263,7 @@ def test_eventtrain_does_not_wait_between_steps_that_log(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("at", [25, 59])
-def test_what_waits_is_found(at: int, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_waits_is_reported(at: int, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """In batch 25, of step 13; not in the last, whose step logs."""
 
     class Careless(gpu.LoggingModule):

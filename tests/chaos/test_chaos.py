@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from eventtrain.checkpoint import storage
 from tests.chaos.train import RENAMING, TRAINING, VALIDATING, WINDOW, WRITING
@@ -28,12 +28,12 @@ from tests.resuming import assert_same
 SCRIPT = Path(__file__).with_name("train.py")
 KILLS = int(os.environ.get("CHAOS_KILLS", "25"))
 PHASES = {WINDOW: "an open window", VALIDATING: "a validation", WRITING: "a write", RENAMING: "before a rename"}
-EPOCHS = 8 + 3 * KILLS // 4  # long enough for so many kills
+EPOCHS = 8 + 3 * KILLS // 4  # long enough for this many kills
 MOST_BATCHES = 12  # that a process trains before it is killed: more than there are between two checkpoints
 
 
 class Process:
-    """A training process, and what it says that it is doing.
+    """A training process, and the phase that it reports.
 
     Args:
         root: Its directory.
@@ -45,11 +45,11 @@ class Process:
         marks.write_bytes(bytes(8))
         with open(marks, "r+b") as file:
             self._memory = mmap.mmap(file.fileno(), 8)
-        command = [sys.executable, SCRIPT, root, str(EPOCHS), "--marks", marks]
+        command: list[str | Path] = [sys.executable, SCRIPT, root, str(EPOCHS), "--marks", marks]
         self.output = root / f"output-{time.monotonic_ns()}.txt"  # one each: workers of a killed process write to the end
         self._log = open(self.output, "wb")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command + ["--in-background"] * in_background, stdout=self._log, stderr=self._log, start_new_session=True
+            [*command, *["--in-background"] * in_background], stdout=self._log, stderr=self._log, start_new_session=True
         )
 
     @property
@@ -64,22 +64,22 @@ class Process:
         return self.phase in (PHASES if phase is None else (phase,))
 
     def kill_at(self, phase: int | None, batches: int, delay: float) -> int | None:
-        """Kills it.
+        """Kill the process.
 
         Args:
-            phase: In what; None for any of them.
-            batches: Batches that it trains before.
-            delay: Seconds from then on.
+            phase: The phase to kill it in; None for any of them.
+            batches: The number of batches that it trains before.
+            delay: Seconds between the start of the phase and the kill.
 
         Returns:
-            What it was killed in; None where it had ended before.
+            The phase that it was killed in; None if it had ended before.
         """
         self._memory[6] = batches
         self._memory[5] = phase or 0
         while self.process.poll() is None:
             if self.batches >= batches and self._is_in(phase):
                 time.sleep(delay)
-                # It is stopped first, to see where: it may have gone on meanwhile.
+                # It is stopped first, because the phase may be over by now.
                 self.process.send_signal(signal.SIGSTOP)
                 os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
                 if self._is_in(phase):
@@ -93,13 +93,13 @@ class Process:
 
 
 def logged(path: str) -> list[dict[str, Any]]:
-    """A log's lines, without the time of day."""
+    """Return a log's lines, without the time of day."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
 def scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run: each tag's values, in order."""
+    """Return the values of each tag that TensorBoard shows of a run, in order."""
     events = EventAccumulator(directory, size_guidance={"scalars": 0}).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: 
         number = killed_in.total()
         process = Process(chaos, in_background=number % 2 == 1)
         at = process.kill_at(wanted[number % len(wanted)], rng.randrange(MOST_BATCHES), rng.choice([0.0, 0.003 * rng.random()]))
-        ended = f"ended by itself after {number} kills with status {process.process.returncode}"
+        ended = f"ended without a kill after {number} kills with status {process.process.returncode}"
         assert at is not None, f"{ended}: {process.output.read_text()[-3000:]}"
         process.output.unlink()
         killed_in[at] += 1

@@ -1,9 +1,9 @@
-"""The training process that the chaos harness kills: a run with everything in it that draws, counts or holds something.
+"""The training process that the chaos harness kills: a run with all parts that draw, count or hold state.
 
     python tests/chaos/train.py ROOT EPOCHS [--marks FILE] [--in-background]
 
-It goes on from the newest checkpoint under ROOT, or begins, and writes ROOT/final.pt once it is complete. Into the file of
-marks, which the harness maps into its memory, it says what it is doing: so the harness knows in what it was killed.
+It resumes the newest checkpoint under ROOT if there is one, and writes ROOT/final.pt once it is complete. It writes its
+current phase into the file of marks, which the harness maps into its memory to know the phase that it killed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Model(LightningModule):
         torch.manual_seed(3)
         self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         inputs, targets = batch
         inputs = inputs + 0.01 * random.random() + 0.01 * float(numpy.random.random())
         loss = (self.net(inputs) - targets).pow(2).mean()
@@ -90,7 +90,7 @@ class Model(LightningModule):
 
 
 class Watched:
-    """A file that says so when half of a checkpoint is in it."""
+    """A file that marks the moment when half of a checkpoint is in it."""
 
     def __init__(self, file: Any, marks: Marks) -> None:
         self.file, self.marks, self.parts = file, marks, 0
@@ -107,7 +107,7 @@ class Watched:
 
 
 class Marks(Callback):
-    """Says what the process is doing."""
+    """Writes the current phase of the process into the file of marks."""
 
     def __init__(self, path: str) -> None:
         with open(path, "r+b") as file:
@@ -118,7 +118,7 @@ class Marks(Callback):
 
         def marking_save(content: Any, file: Any) -> None:
             self.before = self.memory[0]
-            save(content, Watched(file, self))
+            save(content, Watched(file, self))  # type: ignore[arg-type]
             self.mark(RENAMING)
 
         def marking_replace(*args: Any) -> None:
@@ -137,12 +137,12 @@ class Marks(Callback):
         self.mark(TRAINING)
 
     def on_train_batch_start(self, trainer: Trainer, event: Any) -> None:
-        self.mark(WINDOW if trainer.batch.window_open else TRAINING)
+        self.mark(WINDOW if trainer.window_open else TRAINING)
 
     def on_train_batch_end(self, trainer: Trainer, event: Any) -> None:
         self.batches += 1
         self.memory[1:5] = self.batches.to_bytes(4, "little")
-        self.mark(WINDOW if trainer.batch.window_open else TRAINING)
+        self.mark(WINDOW if trainer.window_open else TRAINING)
 
     def on_validation_start(self, trainer: Trainer, event: Any) -> None:
         if trainer.training or trainer.stage == "fit":
@@ -158,14 +158,14 @@ def main() -> None:
     parser.add_argument("epochs", type=int)
     parser.add_argument("--marks")
     parser.add_argument("--in-background", action="store_true")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "This DataLoader will create")  # on a machine with one core
     averages = ExponentialMovingAverage(0.9)
     logger, board = JSONLinesLogger(log_every_n_steps=1), TensorBoardLogger(log_every_n_steps=1)
     trainer = Trainer(
         callbacks=[
-            *([Marks(given.marks)] if given.marks else []),
+            *([Marks(arguments.marks)] if arguments.marks else []),
             GradientAccumulation(3),
             MixedPrecision("fp16"),
             GradientClipping(1.0),
@@ -175,18 +175,18 @@ def main() -> None:
             LearningRateMonitor(),
             logger,
             board,
-            ModelCheckpoint(every_n_steps=2, monitor="val_loss", in_background=given.in_background),
+            ModelCheckpoint(every_n_steps=2, monitor="val_loss", in_background=arguments.in_background),
         ],
         default_callbacks=False,
         device="cpu",
-        max_epochs=given.epochs,
+        max_epochs=arguments.epochs,
         val_check_interval=4,
-        default_root_dir=given.root,
+        default_root_dir=arguments.root,
         seed=11,
     )
     train = DataLoader(Noisy(), BATCH, shuffle=True, num_workers=2, multiprocessing_context="fork")
     validation = DataLoader(Noisy(), BATCH * 4)
-    trainer.fit(Model(given.epochs), train, validation, ckpt_path="last")
+    trainer.fit(Model(arguments.epochs), train, validation, ckpt_path="last")
     assert logger.run_path is not None
     final = {
         "state_dict": trainer.module.state_dict(),
@@ -194,14 +194,14 @@ def main() -> None:
         "averages": averages.averages,
         "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
         "draws": [torch.rand(3), random.random(), float(numpy.random.random())],
-        "reason": trainer.stop_request.reason,
+        "reason": trainer.stop_reason,
         "steps": trainer.global_step,
         "log": str(logger.run_path),
         "board": str(board.run_dir),
     }
     assert math.isfinite(float(trainer.callback_metrics["loss"]))
-    torch.save(final, given.root / "final.tmp")
-    os.replace(given.root / "final.tmp", given.root / "final.pt")
+    torch.save(final, arguments.root / "final.tmp")
+    os.replace(arguments.root / "final.tmp", arguments.root / "final.pt")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import nn
 from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, MixedPrecision
 from eventtrain.checkpoint import storage
+from tests.kit import new_trainer
 
 BATCHES = list(torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)))
 
@@ -48,10 +49,10 @@ class SaveAtEpochEnd(Callback):
 
 def trainer(*callbacks: Any, epochs: int) -> Trainer:
     standard = [GradientAccumulation(2), MixedPrecision("fp16"), LRSchedulerStepping()]
-    return Trainer(max_epochs=epochs, callbacks=[*standard, *callbacks], default_callbacks=False, device="cpu")
+    return new_trainer(*standard, *callbacks, max_epochs=epochs)
 
 
-def test_a_checkpoint_of_an_epochs_last_safe_point_goes_on_with_the_next_epoch(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_epochs_last_safe_point_resumes_with_the_next_epoch(tmp_path: Path) -> None:
     straight, resumed = Model(), Model()
     trainer(SaveAtEpochEnd(tmp_path / "a.ckpt"), epochs=4).fit(straight, BATCHES)
     second = trainer(epochs=4)
@@ -63,7 +64,7 @@ def test_a_checkpoint_of_an_epochs_last_safe_point_goes_on_with_the_next_epoch(t
     assert second.optimizers[0].state_dict()["param_groups"] == straight.trainer.optimizers[0].state_dict()["param_groups"]
 
 
-def test_the_old_file_is_whole_where_the_new_one_could_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_file_stays_whole_if_the_new_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(epochs=1)
     run.fit(Model(), BATCHES)
     path = tmp_path / "a.ckpt"
@@ -78,7 +79,7 @@ def test_the_old_file_is_whole_where_the_new_one_could_not_be_written(tmp_path: 
         assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
 
 
-def test_what_could_not_be_read_back_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+def test_state_that_could_not_be_read_back_is_refused_when_it_is_saved(tmp_path: Path) -> None:
     class Stateful(Callback):
         def state_dict(self) -> dict[str, Any]:
             return {"where": [Path("x")]}

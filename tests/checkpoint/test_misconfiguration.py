@@ -19,7 +19,7 @@ def resumed(content: Any) -> Trainer:
 
 
 def at_start() -> Any:
-    """A checkpoint that was written before the first batch."""
+    """Return a checkpoint that was written before the first batch."""
 
     class Saves(Callback):
         def on_train_start(self, trainer: Any, event: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run that goes on from any of its safe points ends with the bits of the run that was never interrupted."""
+"""A run that resumes from any of its safe points ends with the bits of the run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import LightningModule
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
+from tests.kit import train
 from tests.resuming import KeepAll, Model, Record, assert_same, assert_same_run, check_all_safe_points, run
 
 
 class Samples(Dataset[Any]):
-    """Samples with an augmentation that draws; counts what is loaded."""
+    """Samples with an augmentation that draws random numbers. Records the indices that are loaded."""
 
     def __init__(self, length: int = 20) -> None:
         self.values = torch.randn(length, 3, generator=torch.Generator().manual_seed(1))
@@ -33,7 +34,7 @@ class Samples(Dataset[Any]):
         return self.values[index] + 0.1 * torch.randn(3)
 
 
-@pytest.mark.parametrize("val_check_interval", [None, 2], ids=["at the end", "inside"])
+@pytest.mark.parametrize("val_check_interval", [None, 2], ids=["at the end", "within"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
 def test_every_safe_point_of_a_run(tmp_path: Path, shuffle: bool, accumulate: int, val_check_interval: int | None) -> None:
@@ -56,7 +57,7 @@ def test_every_safe_point_of_a_run(tmp_path: Path, shuffle: bool, accumulate: in
 
 
 def trained_with(loader: Any, tmp_path: Path, *, every: int = 1, **options: Any) -> int:
-    """Checks all safe points of two epochs over what ``loader()`` makes."""
+    """Check all safe points of two epochs over the loader that ``loader()`` makes."""
 
     def build() -> Any:
         callbacks = [GradientAccumulation(2), LRSchedulerStepping()]
@@ -70,7 +71,7 @@ def seeded(seed: int = 3) -> torch.Generator:
 
 
 def weighted_batches() -> Any:
-    sampler = WeightedRandomSampler(torch.arange(1.0, 21.0), 18)
+    sampler = WeightedRandomSampler([float(weight) for weight in range(1, 21)], 18)
     return DataLoader(Samples(), batch_sampler=BatchSampler(sampler, 4, drop_last=True))
 
 
@@ -79,8 +80,12 @@ def with_replacement() -> Any:
     return DataLoader(Samples(), batch_size=4, sampler=sampler)
 
 
+def ready_batches() -> Any:
+    return [torch.randn(4, 3, generator=seeded(n)) for n in range(6)]
+
+
 class Restarting(Sampler[int]):
-    """Draws while it goes, from generators of its own, and has no length."""
+    """Draws each index when it is needed, from its own generators, and has no length."""
 
     def __init__(self) -> None:
         self.generator = seeded()
@@ -118,7 +123,7 @@ LOADERS: dict[str, Any] = {
     "weighted": weighted_batches,
     "replacement": with_replacement,
     "no length": lambda: DataLoader(Samples(), batch_size=4, sampler=Restarting()),
-    "no batches": lambda: DataLoader([torch.randn(4, 3, generator=seeded(n)) for n in range(6)], batch_size=None, shuffle=True),
+    "no batches": lambda: DataLoader(ready_batches(), batch_size=None, shuffle=True),
     "list": lambda: [torch.randn(4, 3, generator=seeded(n)) for n in range(5)],
     "own state": Restartable,
     "stateful": lambda: StatefulDataLoader(Samples(), batch_size=4, shuffle=True),
@@ -127,7 +132,7 @@ LOADERS: dict[str, Any] = {
 }
 
 
-# torchdata's loader calls what torch 2.13 deprecates.
+# torchdata's loader calls a function that torch 2.13 deprecates.
 STATEFUL = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 
 
@@ -141,7 +146,7 @@ def test_loaders(tmp_path: Path, loader: Any, limit: int | None) -> None:
 @STATEFUL
 @pytest.mark.parametrize("max_steps", [3, 4])
 @pytest.mark.parametrize("loader", [LOADERS["generator"], LOADERS["stateful"]], ids=["generator", "stateful"])
-def test_a_run_that_ends_inside_of_an_epoch(tmp_path: Path, loader: Any, max_steps: int) -> None:
+def test_a_run_that_ends_within_an_epoch(tmp_path: Path, loader: Any, max_steps: int) -> None:
     trained_with(loader, tmp_path, max_steps=max_steps)
 
 
@@ -166,21 +171,21 @@ FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 )
 def test_workers(tmp_path: Path, options: dict[str, Any]) -> None:
     def loader() -> Any:
-        given = {"batch_size": 4, "shuffle": True, "num_workers": 2, **options}
-        if "generator" in given:
-            given["generator"] = seeded(given["generator"])
+        arguments = {"batch_size": 4, "shuffle": True, "num_workers": 2, **options}
+        if "generator" in arguments:
+            arguments["generator"] = seeded(arguments["generator"])
         dataset: Any = Samples()
-        if given["batch_size"] is None:
-            dataset = [torch.randn(4, 3, generator=seeded(n)) for n in range(6)]
-        return DataLoader(dataset, **given)
+        if arguments["batch_size"] is None:
+            dataset = ready_batches()
+        return DataLoader(dataset, **arguments)
 
-    # Each resumed run starts its workers anew, which takes a second where they are spawned.
+    # Each resumed run starts its workers anew, which takes a second if they are spawned.
     trained_with(loader, tmp_path, every=4 if options["multiprocessing_context"] == "spawn" else 2)
 
 
 @FEW_CORES
-def test_workers_of_a_run_that_is_not_resumed_read_what_a_plain_loop_reads(tmp_path: Path) -> None:
-    """Seeding by batch changes what workers draw, and neither the order nor the process's own generators."""
+def test_workers_of_a_run_that_is_not_resumed_read_the_batches_of_a_plain_loop(tmp_path: Path) -> None:
+    """Seeding by batch changes the draws of workers, but neither the order nor the generators of the process."""
 
     class Plain(Samples):
         def __getitem__(self, index: int) -> torch.Tensor:
@@ -204,14 +209,14 @@ def test_workers_of_a_run_that_is_not_resumed_read_what_a_plain_loop_reads(tmp_p
         def configure_optimizers(self) -> None:
             return None
 
-    module, given = Reader(), loader()
-    before = dict(given.__dict__)
+    module, its_loader = Reader(), loader()
+    before = dict(its_loader.__dict__)
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match="configure_optimizers"):
-        Trainer(max_epochs=2, default_callbacks=False, device="cpu").fit(module, given)
+        train(module, its_loader, max_epochs=2)
     assert_same(module.seen, expected, "batches")
     assert torch.equal(torch.rand(2), drawn)
-    assert given.__dict__ == before, "the given loader is never changed"
+    assert its_loader.__dict__ == before, "the user's loader is never changed"
 
 
 def test_nothing_is_loaded_for_batches_that_are_done(tmp_path: Path) -> None:
@@ -233,7 +238,7 @@ class Stream(IterableDataset[Any]):
         return iter(torch.randn(20, 3, generator=seeded()))
 
 
-def test_an_iterable_data_set_without_state_says_what_cannot_be_exact(tmp_path: Path) -> None:
+def test_an_iterable_data_set_without_state_warns_that_it_cannot_be_exact(tmp_path: Path) -> None:
     def build() -> Any:
         return Model(), DataLoader(Stream(), batch_size=4), None, [LRSchedulerStepping()], {"max_epochs": 2}
 
@@ -250,7 +255,7 @@ def test_an_iterable_data_set_without_state_says_what_cannot_be_exact(tmp_path: 
         run(build, ckpt_path=keep.kept[4][0])  # between two epochs there is no position to keep
 
 
-def test_a_stateful_iterable_data_set_goes_on_from_the_last_batch_used(tmp_path: Path) -> None:
+def test_a_stateful_iterable_data_set_resumes_after_the_last_batch_used(tmp_path: Path) -> None:
     class Stateful(Stream):
         def __init__(self) -> None:
             self.at = 0
@@ -275,8 +280,8 @@ def test_a_stateful_iterable_data_set_goes_on_from_the_last_batch_used(tmp_path:
 
 @STATEFUL
 @FEW_CORES
-def test_a_stateful_loader_with_workers_goes_on_after_the_last_batch_used(tmp_path: Path) -> None:
-    """Not after the last that its workers have loaded ahead. What workers draw is their own affair."""
+def test_a_stateful_loader_with_workers_resumes_after_the_last_batch_used(tmp_path: Path) -> None:
+    """It does not resume after the last batch that its workers have loaded ahead. Draws in workers are not compared."""
     values = list(torch.randn(24, 3, generator=seeded()))
 
     def loader() -> Any:
@@ -285,7 +290,7 @@ def test_a_stateful_loader_with_workers_goes_on_after_the_last_batch_used(tmp_pa
     trained_with(loader, tmp_path, every=2)
 
 
-def test_other_data_is_said_to_be_other(tmp_path: Path) -> None:
+def test_a_loader_of_another_length_is_a_warning(tmp_path: Path) -> None:
     length = 20
 
     def build() -> Any:

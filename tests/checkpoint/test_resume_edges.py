@@ -1,4 +1,4 @@
-"""What people do to runs besides: several checkpoint folders, copies, rollbacks, hooks with state, other kinds of loaders."""
+"""Unusual resumes: several checkpoint folders, copies, rollbacks, hooks with state, other kinds of loaders."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from eventtrain import Callback, LightningDataModule, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, ModelCheckpoint
 from eventtrain.checkpoint import storage
+from tests.kit import new_trainer
 from tests.resuming import KeepAll, Model, Record, assert_same_run, check_all_safe_points, run
 
 DATA = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
@@ -25,8 +26,7 @@ VALIDATION = [DATA[:4]]
 
 
 def trainer_of(root: Path, *callbacks: Any, **options: Any) -> Trainer:
-    given = {"max_epochs": 3, "default_callbacks": False, "device": "cpu", "num_sanity_val_steps": 0, **options}
-    return Trainer(callbacks=callbacks, default_root_dir=root, **given)
+    return new_trainer(*callbacks, default_root_dir=root, **{"max_epochs": 3, **options})
 
 
 def batches() -> DataLoader[Any]:
@@ -34,7 +34,7 @@ def batches() -> DataLoader[Any]:
 
 
 class Plain(LightningModule):
-    """Logs the given score of each epoch's validation."""
+    """Logs one of these scores in each epoch's validation."""
 
     def __init__(self, scores: tuple[float, ...] = (0.3, 0.1, 0.2)) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class Plain(LightningModule):
 
 
 class StopsAt(Callback):
-    def __init__(self, where: str, step: int) -> None:
+    def __init__(self, event: str, step: int) -> None:
         self.step = step
-        setattr(self, f"on_{where}", self.stop)
+        setattr(self, f"on_{event}", self.stop)
 
     def stop(self, trainer: Trainer, event: Any) -> None:
         if trainer.global_step == self.step:
@@ -67,7 +67,7 @@ class FailsAt(Callback):
         self.batch = batch
 
     def on_before_backward(self, trainer: Trainer, event: Any) -> None:
-        if trainer.progress.total_batch_idx == self.batch:
+        if trainer.total_batch_idx == self.batch:
             raise RuntimeError("a bug")
 
 
@@ -87,7 +87,7 @@ def test_of_two_folders_the_newest_file_is_the_last(tmp_path: Path) -> None:
     assert begun == [8]
 
 
-def test_best_is_by_the_one_that_has_a_metric(tmp_path: Path) -> None:
+def test_best_is_of_the_callback_that_has_a_metric(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, ModelCheckpoint("newest"), ModelCheckpoint("best", monitor="val"))
     trainer.fit(module := Plain(), batches(), VALIDATION)
     best = storage.read(tmp_path / "best" / "epoch=1-step=10.ckpt")["state_dict"]["layer.weight"]
@@ -96,7 +96,7 @@ def test_best_is_by_the_one_that_has_a_metric(tmp_path: Path) -> None:
 
 
 def test_a_copied_folder_is_in_the_same_order(tmp_path: Path) -> None:
-    """Whatever dates the copies have."""
+    """The dates of the copies do not matter."""
     trainer_of(tmp_path / "a", ModelCheckpoint(save_top_k=-1)).fit(Plain(), batches())
     (tmp_path / "b" / "checkpoints").mkdir(parents=True)
     for age, path in enumerate(sorted((tmp_path / "a" / "checkpoints").iterdir(), reverse=True)):
@@ -140,14 +140,14 @@ def test_state_that_changes_at_the_safe_point_is_in_its_checkpoint(tmp_path: Pat
     assert state[counts.state_key] == {"count": 15}
 
 
-def test_a_checkpoint_is_ranked_by_a_value_of_its_own_weights(tmp_path: Path) -> None:
+def test_a_checkpoint_is_ranked_by_a_value_of_the_weights_in_it(tmp_path: Path) -> None:
     """Validations come after steps 5, 10, 15; those of step 8 and 12 have none."""
     callback = ModelCheckpoint(monitor="val", every_n_steps=4, save_top_k=-1)
     trainer_of(tmp_path, callback).fit(Plain(), batches(), VALIDATION)
     assert list(callback.kept) == ["epoch=2-step=15.ckpt"]
 
 
-def test_two_with_other_schedules_are_no_clash_and_folders_may_be_at_home(
+def test_two_with_other_schedules_do_not_clash_and_folders_may_be_relative_to_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -213,7 +213,7 @@ def test_a_module_takes_its_shape_from_a_checkpoint_and_a_datamodule_its_split(t
     assert split.seed == 1
     assert resumed.layer.bias.shape == (2,)
     before = trainer.module.state_dict()["layer.weight"]
-    assert not torch.equal(resumed.layer.weight, before), "what replaced the layer is trained"
+    assert not torch.equal(resumed.layer.weight, before), "the new layer is trained"
 
 
 @pytest.mark.parametrize("manual", [False, True])
@@ -249,7 +249,7 @@ def test_gradients_that_an_error_left_do_not_join_the_resumed_run(tmp_path: Path
     assert torch.equal(module.layer.weight, straight.layer.weight)
 
 
-def test_a_learning_rate_that_numpy_made_is_no_reason_to_end_a_run(tmp_path: Path) -> None:
+def test_a_learning_rate_that_numpy_computed_is_saved_as_a_number(tmp_path: Path) -> None:
     class Numpy(Plain):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
@@ -278,7 +278,7 @@ def test_a_stop_that_min_epochs_hold_off_is_not_forgotten(tmp_path: Path) -> Non
     assert check_all_safe_points(build, tmp_path, every=3) == 15
 
 
-def test_state_that_nobody_takes_up_is_named(tmp_path: Path) -> None:
+def test_state_that_no_callback_takes_up_is_named(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, GradientAccumulation(2), max_epochs=1)
     trainer.fit(Plain(), batches())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -292,6 +292,7 @@ def test_state_that_nobody_takes_up_is_named(tmp_path: Path) -> None:
 class Anneals(Model):
     def __init__(self) -> None:
         super().__init__()
+        self.temperature: torch.Tensor
         self.register_buffer("temperature", torch.ones(()))
 
     def on_train_epoch_start(self) -> None:
@@ -299,12 +300,12 @@ class Anneals(Model):
         self.log("starts", 1.0, reduce_fx="sum")
 
 
-def test_an_epochs_hook_is_not_called_again_where_the_epoch_goes_on(tmp_path: Path) -> None:
+def test_an_epochs_hook_is_not_called_again_if_the_epoch_is_resumed(tmp_path: Path) -> None:
     check_all_safe_points(lambda: (Anneals(), batches(), None, [LRSchedulerStepping()], {"max_epochs": 2}), tmp_path)
 
 
 class Augmented(Dataset[Any]):
-    """Draws from what it holds."""
+    """Draws from the generator that it holds."""
 
     def __init__(self, draw: Callable[[], float]) -> None:
         self.draw = draw
@@ -366,7 +367,7 @@ def test_generators_of_a_data_set(tmp_path: Path, loader: Callable[[], Any]) -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*keeps no position")
-def test_a_loader_that_is_its_own_iterator_is_begun_once(tmp_path: Path) -> None:
+def test_a_loader_that_is_an_iterator_is_begun_once(tmp_path: Path) -> None:
     torch.manual_seed(1)
     expected = [batch for _ in range(2) for batch in OwnIterator()]
 
@@ -386,7 +387,7 @@ def test_a_loader_that_is_its_own_iterator_is_begun_once(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="configure_optimizers"):
         trainer_of(tmp_path, max_epochs=2).fit(module, OwnIterator())
     assert len(module.seen) == 10
-    assert all(torch.equal(mine, given) for mine, given in zip(module.seen, expected, strict=True))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(module.seen, expected, strict=True))
     keep = KeepAll(tmp_path, Record())
     straight = run(lambda: (Model(), OwnIterator(), None, [LRSchedulerStepping()], {"max_epochs": 2}), keep)
     again = run(lambda: (Model(), OwnIterator(), None, [LRSchedulerStepping()], {"max_epochs": 2}), ckpt_path=keep.kept[1][0])

@@ -35,6 +35,7 @@ from eventtrain.callbacks import (
     ModelCheckpoint,
     TerminateOnNaN,
 )
+from tests.kit import new_trainer
 from tests.resuming import KeepAll, Model, Record, assert_same, assert_same_run, check_all_safe_points, draws, run
 
 BATCHES = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0)))
@@ -45,11 +46,11 @@ def shuffled() -> DataLoader[Any]:
 
 
 def check(tmp_path: Path, module: Callable[[], Any], *callbacks: Callable[[], Any], every: int = 1, **options: Any) -> int:
-    """Checks all safe points of three epochs of a module, with callbacks that are built anew for each run."""
+    """Check all safe points of three epochs of a module, with callbacks that are built anew for each run."""
 
     def build() -> Any:
-        given = {"max_epochs": 3, "val_check_interval": 3, **options}
-        return module(), shuffled(), BATCHES[:2], [build() for build in callbacks], given
+        arguments = {"max_epochs": 3, "val_check_interval": 3, **options}
+        return module(), shuffled(), BATCHES[:2], [build() for build in callbacks], arguments
 
     return check_all_safe_points(build, tmp_path, every=every)
 
@@ -59,7 +60,7 @@ def check(tmp_path: Path, module: Callable[[], Any], *callbacks: Callable[[], An
 
 @pytest.mark.parametrize("remainder", ["step", "drop", "carry"])
 @pytest.mark.parametrize("normalize", ["window", "fixed"])
-def test_windows_and_what_is_left_of_them(tmp_path: Path, remainder: Any, normalize: Any) -> None:
+def test_windows_and_their_remainders(tmp_path: Path, remainder: Any, normalize: Any) -> None:
     check(tmp_path, Model, lambda: GradientAccumulation(3, remainder=remainder, normalize=normalize), LRSchedulerStepping)
 
 
@@ -77,7 +78,7 @@ def test_weighted_windows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overflows", [False, True], ids=["scale kept", "overflowing"])
-def test_loss_scaling_inside_of_a_window(tmp_path: Path, overflows: bool) -> None:
+def test_loss_scaling_within_a_window(tmp_path: Path, overflows: bool) -> None:
     scale = 2.0**126 if overflows else 2.0**10
 
     def precision() -> MixedPrecision:
@@ -179,7 +180,7 @@ class GAN(LightningModule):
         return optimizers, [torch.optim.lr_scheduler.StepLR(each, 2, 0.7) for each in optimizers]
 
 
-# Where the first steps overflow, the module steps its schedule before its optimizer.
+# If the first steps overflow, the module steps its schedule before its optimizer.
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
@@ -192,6 +193,7 @@ def test_a_run_without_optimizers(tmp_path: Path) -> None:
     class Counts(LightningModule):
         def __init__(self) -> None:
             super().__init__()
+            self.sum: Tensor
             self.register_buffer("sum", torch.zeros(3))
 
         def training_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -215,7 +217,7 @@ class Measured(Model):
     def __init__(self) -> None:
         super().__init__()
         self.mean = MeanMetric()
-        # Precision and recall are one group, which computes once what both need.
+        # Precision and recall are one group, whose common state is computed once.
         self.scores = MetricCollection([BinaryPrecision(), BinaryRecall(), BinaryF1Score()], prefix="train/")
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -224,7 +226,7 @@ class Measured(Model):
         self.log("mean", self.mean, on_step=True, on_epoch=True)
         output = self.net(batch).squeeze(1).sigmoid().detach()
         self.scores.update(output, (batch[:, 0] > 0).int())
-        self.log_dict(self.scores, on_step=False, on_epoch=True)
+        self.log_dict(self.scores, on_step=False, on_epoch=True)  # type: ignore[arg-type]
         return loss
 
 
@@ -244,6 +246,7 @@ class Data(LightningDataModule):
         return [DataLoader(torch.cat(BATCHES), batch_size=5, shuffle=True), DataLoader(torch.cat(BATCHES), 9)]  # type: ignore[arg-type]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        assert self.trainer is not None
         self.used += self.trainer.training
         return batch + 0.01 * self.used
 
@@ -261,8 +264,8 @@ class TwoLoaders(Model):
 
 def test_a_data_module_and_several_validation_loaders(tmp_path: Path) -> None:
     def build() -> Any:
-        given = {"max_epochs": 2, "val_check_interval": 2, "datamodule": Data()}
-        return TwoLoaders(), None, None, [LRSchedulerStepping()], given
+        arguments = {"max_epochs": 2, "val_check_interval": 2, "datamodule": Data()}
+        return TwoLoaders(), None, None, [LRSchedulerStepping()], arguments
 
     check_all_safe_points(build, tmp_path)
 
@@ -288,12 +291,12 @@ class Interrupts(Callback):
 @pytest.mark.parametrize(
     ("options", "validations"),
     [
-        ({"val_check_interval": 2}, 6),  # inside of an epoch
+        ({"val_check_interval": 2}, 6),  # within an epoch
         ({}, 3),  # at its end
-        ({"max_steps": 4}, 2),  # where the run ends
+        ({"max_steps": 4}, 2),  # at the end of the run
         ({"val_check_interval": 4, "check_val_every_n_epoch": None}, 3),
     ],
-    ids=["inside", "at the end", "at the last step", "across epochs"],
+    ids=["within", "at the end", "at the last step", "across epochs"],
 )
 def test_an_interrupted_validation_runs_again(tmp_path: Path, options: Any, validations: int) -> None:
     def build() -> Any:
@@ -322,15 +325,15 @@ def test_an_interrupted_validation_runs_again(tmp_path: Path, options: Any, vali
         assert [line for line in first.logged + second.logged if line[0] == "validation"] == validated
 
 
-def test_a_checkpoint_after_an_error_inside_of_an_epoch(tmp_path: Path) -> None:
-    """What an error in a batch left is no safe point, but somebody may want to look at it."""
+def test_a_checkpoint_after_an_error_within_an_epoch(tmp_path: Path) -> None:
+    """The state after an error in a batch is no safe point, but users may want to look at it."""
 
     class Fails(Callback):
         def on_before_backward(self, trainer: Trainer, event: Any) -> None:
-            if trainer.progress.total_batch_idx == 7:
+            if trainer.total_batch_idx == 7:
                 raise RuntimeError("a bug")
 
-    trainer = Trainer(callbacks=[Fails(), LRSchedulerStepping()], default_callbacks=False, device="cpu", max_epochs=2)
+    trainer = new_trainer(Fails(), LRSchedulerStepping(), max_epochs=2)
     with pytest.raises(RuntimeError, match="a bug"):
         trainer.fit(Plain(), shuffled())
     trainer.save_checkpoint(tmp_path / "after.ckpt")
@@ -341,7 +344,7 @@ def test_a_checkpoint_after_an_error_inside_of_an_epoch(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_the_first_schema(tmp_path: Path) -> None:
-    """Which kept what an epoch's end needs where nothing is random."""
+    """It held enough for a resume at an epoch's end, if nothing is random."""
 
     def build() -> Any:
         return Plain(), BATCHES, None, [GradientAccumulation(2), LRSchedulerStepping()], {"max_epochs": 3}
@@ -446,10 +449,10 @@ def check_stops(drawn: dict[str, Any], stops: list[int], folder: Path) -> None:
         if drawn["stopping"]:
             callbacks.append(EarlyStopping("val", patience=2, min_delta=0.05))
         data = torch.randn(20, 3, generator=torch.Generator().manual_seed(4))
-        loader = DataLoader(data, drawn["batch_size"], shuffle=drawn["shuffle"], drop_last=drawn["drop_last"])  # type: ignore[arg-type]
+        loader: DataLoader[Any] = DataLoader(data, drawn["batch_size"], shuffle=drawn["shuffle"], drop_last=drawn["drop_last"])  # type: ignore[arg-type]
         options = {name: drawn[name] for name in ("val_check_interval", "limit_train_batches", "max_steps")}
-        given = {"max_epochs": 3, "default_root_dir": root, **options}
-        return (Weighted() if drawn["weighted"] else Model()), loader, BATCHES[:2], callbacks, given
+        arguments = {"max_epochs": 3, "default_root_dir": root, **options}
+        return (Weighted() if drawn["weighted"] else Model()), loader, BATCHES[:2], callbacks, arguments
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*val_check_interval")

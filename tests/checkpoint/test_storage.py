@@ -1,4 +1,4 @@
-"""Checkpoint files: what is refused, what is noticed, and what is never run."""
+"""Checkpoint files: contents that are refused, damage that is noticed, and code that is never run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONTENT: dict[str, Any] = {
 }
 
 
-def test_what_is_accepted_comes_back(tmp_path: Path) -> None:
+def test_accepted_values_come_back(tmp_path: Path) -> None:
     content = {name: value for name, value in CONTENT.items() if name != "sparse"}
     storage.write(content, tmp_path / "a.ckpt")
     assert_same(storage.read(tmp_path / "a.ckpt"), content, "content")
@@ -56,7 +56,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("value", "kind"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused_could_not_be_read_back(tmp_path: Path, value: Any, kind: str) -> None:
+def test_refused_values_could_not_be_read_back(tmp_path: Path, value: Any, kind: str) -> None:
     with pytest.raises(MisconfigurationError, match="Convert it to tensors") as caught:
         storage.write({"state_dict": {}, "callbacks": {"Mine": {"at": [value]}}}, tmp_path / "a.ckpt")
     assert "checkpoint['callbacks']['Mine']['at'][0] is a " in str(caught.value)
@@ -67,19 +67,19 @@ def test_what_is_refused_could_not_be_read_back(tmp_path: Path, value: Any, kind
         torch.load(tmp_path / "bare.pt", weights_only=True)
 
 
-def test_numbers_of_other_kinds_become_pythons_own(tmp_path: Path) -> None:
+def test_numbers_of_other_kinds_become_python_numbers(tmp_path: Path) -> None:
     class Stage(enum.IntEnum):
         SECOND = 2
 
-    given = {"lr": numpy.float64(0.5), "count": numpy.int64(3), "flag": numpy.bool_(True), "stage": Stage.SECOND}
-    storage.write({"state_dict": {}, "given": [given]}, tmp_path / "a.ckpt")
-    (read,) = storage.read(tmp_path / "a.ckpt")["given"]
+    values = {"lr": numpy.float64(0.5), "count": numpy.int64(3), "flag": numpy.bool_(True), "stage": Stage.SECOND}
+    storage.write({"state_dict": {}, "values": [values]}, tmp_path / "a.ckpt")
+    (read,) = storage.read(tmp_path / "a.ckpt")["values"]
     assert read == {"lr": 0.5, "count": 3, "flag": True, "stage": 2}
     assert [type(value) for value in read.values()] == [float, int, bool, int]
 
 
 def test_the_versions_in_a_state_dict_are_kept(tmp_path: Path) -> None:
-    """By them a module knows whether it has to convert what it loads."""
+    """A module needs them to know whether to convert the state that it loads."""
     layer = torch.nn.BatchNorm1d(2)
     state = layer.state_dict()
     assert state._metadata[""]["version"] == 2  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ def test_the_versions_in_a_state_dict_are_kept(tmp_path: Path) -> None:
         assert storage.read(tmp_path / "a.ckpt")["state_dict"]._metadata == state._metadata  # type: ignore[attr-defined]
 
 
-def test_what_hangs_on_a_tensor_is_refused_too(tmp_path: Path) -> None:
+def test_attributes_of_a_tensor_are_checked_too(tmp_path: Path) -> None:
     tensor = torch.ones(1)
     tensor.note = Path("x")  # type: ignore[attr-defined]
     with pytest.raises(MisconfigurationError, match=r"vars\(checkpoint\['state_dict'\]\['w'\]\)\['note'\] is a pathlib"):
@@ -107,7 +107,7 @@ def pickled_call(function: Any, *args: Any) -> bytes:
 
 
 def opcodes(module: str, name: str, argument: str) -> bytes:
-    """A pickle that imports a module because it names it, and calls what it finds there."""
+    """Return a pickle that imports a module and calls one of its functions."""
     return f"c{module}\n{name}\n".encode() + b"(X" + struct.pack("<I", len(argument)) + argument.encode() + b"tR."
 
 
@@ -146,7 +146,7 @@ def test_a_malicious_file_runs_nothing_and_imports_nothing(tmp_path: Path, where
 
 
 @pytest.mark.parametrize("function", [eval, exec, getattr, os.system, open])
-def test_a_pickle_that_calls_what_is_there_is_refused(tmp_path: Path, function: Any) -> None:
+def test_a_pickle_that_calls_a_known_function_is_refused(tmp_path: Path, function: Any) -> None:
     path = tmp_path / "bad.ckpt"
     path.write_bytes(pickled_call(function, f"open({str(tmp_path / 'pwned')!r}, 'w')"))
     with pytest.raises(MisconfigurationError, match=r"bad\.ckpt is no checkpoint"):
@@ -207,7 +207,7 @@ def test_a_truncated_file_is_noticed(small: tuple[Path, dict[str, Any]]) -> None
         assert outcome(path, content) == "named"
 
 
-def test_checksums_are_written_where_the_user_has_turned_them_off(tmp_path: Path) -> None:
+def test_checksums_are_written_even_if_the_user_has_turned_them_off(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:
         storage.write({"state_dict": {"w": torch.ones(3)}}, tmp_path / "a.ckpt")
@@ -225,7 +225,7 @@ def test_a_file_that_is_not_there_is_another_error(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ copies
 
 
-def test_a_snapshot_is_what_was_there_when_it_was_taken() -> None:
+def test_a_snapshot_does_not_change_with_its_source() -> None:
     weight = torch.arange(6.0).reshape(2, 3)
     content = {
         **CONTENT,
@@ -266,4 +266,4 @@ def test_a_snapshot_uses_its_memory_again() -> None:
     assert torch.equal(again, weight)
     bigger = torch.full((2000,), 3.0)
     assert torch.equal(snapshot.copy({"w": bigger})["w"], bigger)
-    assert len(snapshot._buffers) == 1, "what is not used any more is let go"
+    assert len(snapshot._buffers) == 1, "a buffer that is not used any more is freed"

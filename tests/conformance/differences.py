@@ -1,4 +1,4 @@
-"""Where eventtrain is right and Lightning is measurably not: each case run by both.
+"""Cases in which eventtrain is right and Lightning is measurably not, each run by both.
 
 ``python -m tests.conformance.differences`` writes the table in docs/coming-from-lightning.md from these cases; a test
 runs them all and checks that the table is fresh.
@@ -32,10 +32,10 @@ class Difference:
 
     Attributes:
         rule: The rule's letter and number, as the tests of the semantics name it.
-        situation: What is trained, for people.
-        run: Trains it by one of them: ``run(Side)`` returns what is compared.
-        theirs: What Lightning gives.
-        ours: What eventtrain gives.
+        situation: The case, in a few words.
+        run: Trains the case: ``run(Side)`` returns the value that is compared.
+        theirs: The value of Lightning.
+        ours: The value of eventtrain.
     """
 
     rule: str
@@ -87,14 +87,15 @@ def scaler() -> Any:
 
 
 def loader(count: int) -> Any:
-    """Batches x = 1, 2, 3, ..."""
-    return torch.utils.data.DataLoader(torch.arange(1.0, count + 1), batch_size=1)
+    """Return a loader of the batches x = 1, 2, 3, ..."""
+    values: Any = torch.arange(1.0, count + 1)
+    return torch.utils.data.DataLoader(values, batch_size=1)
 
 
 def probe(base: type, **changes: Any) -> Any:
-    """w = 0, loss = w * x, plain SGD with rate 1: each update is the gradient that was used."""
+    """Return a module with w = 0, loss = w * x and plain SGD with rate 1, whose updates are the gradients."""
 
-    class Probe(base):  # type: ignore[misc, valid-type]
+    class Probe(base):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.zeros(()))
@@ -112,7 +113,7 @@ def probe(base: type, **changes: Any) -> Any:
 
 
 def outcome(action: Callable[[], Any]) -> Any:
-    """What an action gives, or the name of what it raises."""
+    """Return the result of an action, or the name of its error."""
     try:
         return action()
     except Exception as error:
@@ -120,7 +121,7 @@ def outcome(action: Callable[[], Any]) -> Any:
 
 
 def updates(side: Side, count: int, **options: Any) -> list[float]:
-    """The updates of the probe."""
+    """Return the updates of the probe."""
     values = [0.0]
 
     def on_train_batch_end(self: Any, *args: Any) -> None:
@@ -233,7 +234,7 @@ def unknown_key(side: Side) -> Any:
 
 
 def scheduler_steps(side: Side, count: int, *, frequency: int, step: Any = None, **options: Any) -> int:
-    calls = []
+    calls: list[None] = []
 
     def build(self: Any) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
@@ -485,7 +486,7 @@ DIFFERENCES = [
 
 
 def measured() -> Iterator[tuple[Difference, Any, Any]]:
-    """Every case with what the two of them gave."""
+    """Yield every case with the values of both."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice
         for difference in DIFFERENCES:
@@ -493,7 +494,7 @@ def measured() -> Iterator[tuple[Difference, Any, Any]]:
 
 
 def table() -> str:
-    """The table of the documentation, from what was measured."""
+    """Return the table of the documentation, from measured values."""
 
     def shown(value: Any) -> str:
         return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

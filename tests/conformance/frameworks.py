@@ -17,15 +17,16 @@ from eventtrain import callbacks as ours
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Lightning's own imports
-    import lightning.pytorch as lightning
+    from lightning import pytorch
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+lightning = pytorch
 ModuleFactory = Callable[[type], Any]
 
 
 @dataclass
 class Settings:
-    """What both trainers are told, in neither's own words."""
+    """The settings of both trainers, named like neither's arguments."""
 
     epochs: int = 2
     max_steps: int | None = None
@@ -42,7 +43,7 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What a run left behind."""
+    """The results of a run."""
 
     parameters: list[torch.Tensor]
     metrics: dict[str, float]
@@ -136,7 +137,7 @@ class _Listed(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def assert_same(make: ModuleFactory, settings: Settings, data: Any = None, val: Any = None) -> Outcome:
-    """Trains by both, and compares parameters, metrics and what the module wrote down."""
+    """Train by both, and compare parameters, metrics and the journals of the modules."""
     here, there = train_ours(make, settings, data, val), train_theirs(make, settings, data, val)
     assert here.journal == there.journal
     assert here.metrics == there.metrics

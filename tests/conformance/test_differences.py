@@ -1,4 +1,4 @@
-"""Where eventtrain is right and Lightning is not: both behaviours, measured."""
+"""Cases in which eventtrain is right and Lightning is not: both behaviours, measured."""
 
 from __future__ import annotations
 

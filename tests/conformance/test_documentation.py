@@ -10,7 +10,7 @@ from .frameworks import lightning
 
 
 def first_column(title: str) -> set[str]:
-    """The names in code that the first column of a section's table holds."""
+    """Return the names in code in the first column of a section's table."""
     section = PAGE.read_text().split(f"## {title}\n")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| ")]
     return {name for cell in cells for code in re.findall(r"`([^`]+)`", cell) for name in re.findall(r"^\w+", code)}

@@ -41,7 +41,7 @@ class Text(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def demo(name: str, *, here: bool) -> SimpleNamespace:
-    """A demo's source, with the import of the framework changed and nothing else."""
+    """Return the names of a demo, whose source differs only in the import of the framework."""
     source = (DEMOS / f"{name}.py").read_text()
     if here:
         for package, ours in PACKAGES.items():
@@ -93,7 +93,7 @@ def test_the_boring_demos(model: str, data: str | None) -> None:
     def build(demos: Any) -> Any:
         return getattr(demos, model)(), getattr(demos, data)() if data else None
 
-    # Where validation draws its data from the global generator, Lightning's training sees other numbers for it.
+    # If validation draws from the global generator, Lightning's training gets other numbers.
     draws = data == "BoringDataModuleNoLen"
     assert_both_train_alike("boring_classes", build, limit_train_batches=20, limit_val_batches=0 if draws else 5, max_epochs=2)
 
@@ -120,7 +120,7 @@ class Autoencoder(eventtrain.LightningModule):
         self.decoder = nn.Linear(width, 4)
         self.rates = rates
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.decoder(torch.relu(self.encoder(x)))
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
@@ -156,7 +156,7 @@ def test_hyperparameters_reach_the_checkpoint_and_come_back(tmp_path: Path) -> N
 
 
 def test_hyperparameters_reach_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     logger = TensorBoardLogger(tmp_path)
     run = eventtrain.Trainer(max_epochs=1, device="cpu", callbacks=[logger], num_sanity_val_steps=0)
@@ -166,7 +166,7 @@ def test_hyperparameters_reach_tensorboard(tmp_path: Path) -> None:
     assert b"width" in content and b"five" in content
 
 
-def test_a_run_goes_on_from_a_checkpoint_at_an_epochs_end(tmp_path: Path) -> None:
+def test_a_run_resumes_from_a_checkpoint_of_an_epochs_end(tmp_path: Path) -> None:
     straight = Autoencoder()
     halves = Autoencoder()
     halves.load_state_dict(straight.state_dict())
@@ -197,7 +197,7 @@ def test_a_transformer_with_warm_up_in_optimizer_step() -> None:
             self.losses.append(float(loss.detach()))
             return loss
 
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer.step(closure=optimizer_closure)
             for group in optimizer.param_groups:
                 group["lr"] = min(1.0, (self.trainer.global_step + 1) / 10) * 0.05
@@ -211,7 +211,7 @@ def test_a_transformer_with_warm_up_in_optimizer_step() -> None:
     assert model.trainer.optimizers[0].param_groups[0]["lr"] == 0.05
 
 
-def test_a_plateau_run_lowers_the_rate_where_the_metric_stays() -> None:
+def test_a_plateau_run_lowers_the_rate_if_the_metric_stays() -> None:
     class Stuck(Autoencoder):
         def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
             self.log("val_loss", torch.tensor(1.0))
@@ -222,9 +222,9 @@ def test_a_plateau_run_lowers_the_rate_where_the_metric_stays() -> None:
     assert model.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 0.1**2)
 
 
-def test_timms_own_schedulers() -> None:
-    """Where timm can be imported: its torchvision does not load beside every build of torch."""
-    timm = pytest.importorskip("timm.scheduler", exc_type=Exception)
+def test_schedulers_of_timm() -> None:
+    """Skipped if timm cannot be imported, because its torchvision does not load beside every build of torch."""
+    timm = pytest.importorskip("timm.scheduler", exc_type=Exception)  # type: ignore[arg-type]
 
     class Model(Autoencoder):
         def configure_optimizers(self) -> Any:

@@ -1,4 +1,4 @@
-"""Beside Lightning: what it does right, eventtrain does alike. The expected values come from running it here."""
+"""Behaviour that eventtrain shares with Lightning. The expected values come from running Lightning here."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .frameworks import Settings, assert_same, train_ours, train_theirs
 
 
 def regression(base: type, **changes: Any) -> Any:
-    """A linear regression that writes down the rate that each step uses, with methods replaced."""
+    """Return a linear regression that writes the rate of each step into a journal, with some methods replaced."""
 
-    class Regression(base):  # type: ignore[misc, valid-type]
+    class Regression(base):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(3)
             self.layer = nn.Linear(3, 1)
             self.journal: list[Any] = []
 
-        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        def loss(self, batch: torch.Tensor) -> Any:
             return (self.layer(batch) - batch.sum(1, keepdim=True)).pow(2).mean()
 
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
@@ -141,7 +141,7 @@ def test_optimizer_step_every_other_batch_with_the_wrapped_optimizer() -> None:
     assert_same(lambda base: regression(base, optimizer_step=optimizer_step), Settings())
 
 
-def test_a_scheduler_with_an_interface_of_its_own() -> None:
+def test_a_scheduler_with_another_interface() -> None:
     class ByEpoch:
         def __init__(self, optimizer: Any) -> None:
             self.optimizer = optimizer
@@ -180,7 +180,7 @@ def test_clipping_in_the_module() -> None:
 
 def test_backward_and_zero_grad_in_the_module() -> None:
     def backward(self: Any, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        (2 * loss).backward()
+        (2 * loss).backward()  # type: ignore[no-untyped-call]
 
     def optimizer_zero_grad(self: Any, epoch: int, batch_idx: int, optimizer: Any) -> None:
         self.journal.append(("zero_grad", epoch, batch_idx))
@@ -244,7 +244,7 @@ def test_torchmetrics_objects() -> None:
 
 
 def gan(base: type) -> Any:
-    class GAN(base):  # type: ignore[misc, valid-type]
+    class GAN(base):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(5)
@@ -326,7 +326,7 @@ def test_a_closure_by_hand() -> None:
     def step(self: Any, batch: torch.Tensor, batch_idx: int) -> None:
         optimizer = self.optimizers()
 
-        def closure() -> torch.Tensor:
+        def closure() -> Any:
             loss = self.loss(batch)
             optimizer.zero_grad()
             self.manual_backward(loss)
@@ -408,7 +408,7 @@ def test_the_order_of_the_modules_hooks(automatic: bool) -> None:
         return recording(base, automatic=automatic)
 
     def journal(outcome: Any) -> list[str]:
-        # Where a hook stands in its own framework's bookkeeping, before the first and after the last event, is left out.
+        # Hooks before the first and after the last event depend on each framework's bookkeeping, so they are left out.
         names = [entry for entry in outcome.journal if isinstance(entry, str)]
         names = names[names.index("on_fit_start") : names.index("on_fit_end") + 1]
         # In manual optimization Lightning has no zero_grad hook; here the same events come in both modes.

@@ -380,7 +380,7 @@ def test_an_exception_in_a_callback_ends_the_run_at_once_and_reaches_everyone() 
             "optimizer_step",
             *FORWARD,
             *ZERO_GRAD,
-            "before_backward",  # after_backward reached those that are attached before the one that raised
+            "before_backward",  # only callbacks before the one that raised got after_backward
             "exception",
             "teardown",
         ]
@@ -408,6 +408,21 @@ def test_a_stop_within_an_epoch_winds_it_down_after_the_safe_point() -> None:
     ]
     assert completeness == [False]
     assert trainer.current_epoch == 0
+
+
+def test_a_request_to_stop_after_the_last_safe_point_takes_one_more_checkpoint() -> None:
+    trainer = new_trainer(max_steps=1)
+    trainer.signals.train_epoch_end.connect(lambda t, event: t.stop("enough"))
+    assert recorded(trainer, lambda: trainer.fit(Line(), BATCHES)) == [
+        *ENTER_FIT,
+        "train_start",
+        "train_epoch_start",
+        *stepping_batch(),
+        *SAFE_POINT,
+        *END_OF_EPOCH,
+        "take_checkpoint",
+        *LEAVE_FIT,
+    ]
 
 
 def test_an_epoch_that_is_ended_early_still_validates_and_is_counted() -> None:

@@ -67,7 +67,7 @@ class FakeWrapper(Callback):
         return [name for name, _, _ in self.calls]
 
 
-# ------------------------------------------------------------------ what a distributed wrapper needs
+# ------------------------------------------------------------------ the needs of a distributed wrapper
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_wrapper_gets_the_steps_arguments_and_returns_the_loss() -> None:
     assert losses == [2.0]
 
 
-def test_a_batch_of_skipped_training_runs_nothing() -> None:
+def test_a_skipped_batch_runs_no_step() -> None:
     wrapper = FakeWrapper()
     trainer = new_trainer(wrapper)
     trainer.signals.train_batch_start.connect(lambda _, event: event.skip_batch() if event.batch_idx == 1 else None)

@@ -51,7 +51,7 @@ def steps_seen(connect: Callable[[EventSignal, Callable[..., Any]], Any]) -> lis
     return seen
 
 
-def test_signals_are_blinkers_own() -> None:
+def test_signals_are_signals_of_blinker() -> None:
     assert isinstance(new_trainer().signals.after_update, blinker.Signal)
 
 

@@ -14,10 +14,10 @@ CASES: dict[str, Case] = {
     **{
         f"logging {case}": Case(
             lambda value=value: fit(Log(value=value)),  # type: ignore[misc]
-            (r"self\.log\('value'", found, "Log a|log_dict"),
+            (r"self\.log\('value'", named, "Log a|log_dict"),
             lambda: fit(Log(value=1.0)),
         )
-        for case, value, found in (
+        for case, value, named in (
             ("a vector", torch.ones(2), r"shape \(2,\)"),
             ("a string", "high", "'high'"),
             ("None", None, "NoneType"),

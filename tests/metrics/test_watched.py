@@ -74,7 +74,7 @@ def test_another_metric_is_not_new() -> None:
         announce.metric.value(trainer)
 
 
-def test_a_new_value_is_not_taken_note_of_without_a_look() -> None:
+def test_a_value_stays_new_until_a_look() -> None:
     metric = watched("loss")
     trainer = new_trainer()
     trainer.fit(Line(on_step=True), BATCHES[:1])
@@ -109,7 +109,7 @@ def report(metric: WatchedMetric, **options: Any) -> None:
     metric.report_missing(trainer, **options)
 
 
-def test_a_missing_metric_is_reported_with_those_that_there_are() -> None:
+def test_a_missing_metric_is_reported_with_the_known_ones() -> None:
     with pytest.warns(UserWarning, match="losses") as caught:
         report(watched("losses"), strict=False, remedy="Or leave it.")
     assert str(caught[0].message) == (

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def configured(by: Callable[[SGD], Any], model: Any = None, **methods: Any) -> Trainer:
-    """Trains a module whose configure_optimizers returns a function of its SGD."""
+    """Train a module whose `configure_optimizers` returns a function of its SGD."""
     model = model or ModuleOf(**methods)
     model.configure_optimizers = lambda: by(SGD([model.w], lr=0.1))
     return fit(model, LRSchedulerStepping())

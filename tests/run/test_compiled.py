@@ -1,7 +1,7 @@
-"""``torch.compile`` changes how a step is computed and nothing else: the same bits, events and checkpoints, and nothing is
-compiled anew from step to step.
+"""``torch.compile`` changes how a step is computed and nothing else: bits, events and checkpoints stay the same, and nothing
+is compiled anew from step to step.
 
-What compiles here is a backend that runs the graphs it is given as they are, and counts them.
+The compiler here is a backend that runs its graphs unchanged, and counts them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision
 from tests import reference
 
-# torch looks at it as it traces what a graph is resumed with, and hides the warning by its own means.
+# torch looks at it when it traces the inputs of a resumed graph, and hides the warning itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -30,12 +30,12 @@ DATA = [(torch.randn(4, 3, generator=GENERATOR), torch.randn(4, 1, generator=GEN
 
 
 class Backend:
-    """Runs graphs as they are.
+    """Runs graphs unchanged.
 
     Attributes:
-        graphs: How many there were to compile.
-        runs: How often one of them ran.
-        options: What came with each.
+        graphs: The number of graphs.
+        runs: The number of calls of a graph.
+        options: The options of each graph.
     """
 
     def __init__(self) -> None:
@@ -69,18 +69,18 @@ class Net(nn.Module):
         self.dropout = nn.Dropout(0.25)
         self.out = nn.Linear(8, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.out(self.dropout(torch.tanh(self.norm(self.hidden(x)))))
 
 
 class Small(nn.Module):
-    """A class of its own: torch compiles no ``forward`` of its own layers that ``compile()`` was called on."""
+    """Wraps torch's layers, because torch does not compile their ``forward`` when ``compile()`` is called on them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = reference.net()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.layers(x)
 
 
@@ -90,7 +90,7 @@ class Module(LightningModule):
         torch.manual_seed(1)
         self.net = Net()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.net(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -106,7 +106,7 @@ class Module(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test_loss", F.mse_loss(self(batch[0]), batch[1]))
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self(batch[0])
 
     def configure_optimizers(self) -> Any:
@@ -145,7 +145,7 @@ class Gan(LightningModule):
     def generate(self, noise: Tensor) -> Tensor:
         return noise * torch.tanh(self.generator(noise))
 
-    def criticise(self, batch: Tensor) -> Tensor:
+    def criticise(self, batch: Tensor) -> Any:
         return self.critic(batch).mean(1)
 
     def configure_optimizers(self) -> Any:
@@ -174,7 +174,7 @@ def whole(module: LightningModule, **options: Any) -> Any:
     return torch.compile(module, **options)
 
 
-def by_itself(module: LightningModule, **options: Any) -> Any:
+def in_place(module: LightningModule, **options: Any) -> Any:
     module.compile(**options)
     return module
 
@@ -185,7 +185,7 @@ def wrapped_networks(module: LightningModule, **options: Any) -> Any:
     return module
 
 
-def networks_by_themselves(module: LightningModule, **options: Any) -> Any:
+def networks_in_place(module: LightningModule, **options: Any) -> Any:
     for network in module.children():
         network.compile(**options)
     return module
@@ -196,11 +196,11 @@ def its_step(module: LightningModule, **options: Any) -> Any:
     return module
 
 
-WAYS = [whole, by_itself, wrapped_networks, networks_by_themselves, its_step]
+WAYS = [whole, in_place, wrapped_networks, networks_in_place, its_step]
 
 
 class GraphsPerBatch(Callback):
-    """How many graphs there were by the end of each training batch."""
+    """Records how many graphs there were by the end of each training batch."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -218,13 +218,13 @@ def trainer_with(*callbacks: Any, **options: Any) -> Trainer:
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, under the names that they have where nothing is compiled."""
+    """Return parameters and buffers, under the names that they have without compilation."""
     return {name.replace("_orig_mod.", ""): value.clone() for name, value in module.state_dict().items()}
 
 
-def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys() and expected
-    different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+def check_equal(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys() and expected
+    different = [name for name, value in expected.items() if not torch.equal(actual[name], value)]
     assert different == []
 
 
@@ -237,7 +237,7 @@ def fitted(module: Any, *callbacks: Any, validates: bool = True, **options: Any)
 # ------------------------------------------------------------------ the same bits, and nothing compiled anew
 
 EXTRAS: dict[str, Callable[[], list[Any]]] = {
-    "alone": list,
+    "plain": list,
     "accumulating, clipping, bf16": lambda: [GradientAccumulation(5), GradientClipping(0.1), MixedPrecision("bf16")],
     "fp16": lambda: [MixedPrecision("fp16")],
 }
@@ -245,7 +245,7 @@ EXTRAS: dict[str, Callable[[], list[Any]]] = {
 
 @pytest.mark.parametrize(
     ("way", "extras"),
-    [(way, "alone") for way in WAYS] + [(way, extras) for way in (whole, by_itself) for extras in EXTRAS if extras != "alone"],
+    [(way, "plain") for way in WAYS] + [(way, extras) for way in (whole, in_place) for extras in EXTRAS if extras != "plain"],
 )
 def test_a_compiled_run_has_the_bits_of_an_eager_one(way: Callable[..., Any], extras: str) -> None:
     eager, module, backend = Module(), Module(), Backend()
@@ -272,7 +272,7 @@ def test_a_compiled_run_has_the_bits_of_the_loop_written_by_hand(way: Callable[.
             super().__init__()
             self.net = reference.net()
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.net(x)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -282,7 +282,7 @@ def test_a_compiled_run_has_the_bits_of_the_loop_written_by_hand(way: Callable[.
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
     model = reference.net()
-    compiled = torch.compile(model, backend=backend)
+    compiled: Any = torch.compile(model, backend=backend)
     reference.plain(compiled, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), DATA, epochs=2)
     module = Plain()
     trainer_with(max_epochs=2).fit(way(module, backend=backend), DATA)
@@ -290,7 +290,7 @@ def test_a_compiled_run_has_the_bits_of_the_loop_written_by_hand(way: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("way", "kind"), [(whole, Gan), (wrapped_networks, Gan), (networks_by_themselves, Gan), (whole, UntoggledGan)]
+    ("way", "kind"), [(whole, Gan), (wrapped_networks, Gan), (networks_in_place, Gan), (whole, UntoggledGan)]
 )
 def test_manual_optimization_has_the_bits_of_an_eager_run(way: Callable[..., Any], kind: type[Gan]) -> None:
     """Each toggling of ``requires_grad`` is one more state to compile for, not one more with every step."""
@@ -344,7 +344,7 @@ def test_the_counters_can_be_numbers_that_change() -> None:
     assert backend.graphs <= 5
 
 
-# ------------------------------------------------------------------ what a step calls of its trainer
+# ------------------------------------------------------------------ a step's calls of its trainer
 
 
 class ManyNames(Module):
@@ -385,7 +385,7 @@ def test_nothing_is_left_on_the_module_and_its_optimizers(kind: type[LightningMo
     trainer.signals.train_start.connect(lambda trainer, event: during.append(set(vars(trainer.module))))
     trainer.fit(torch.compile(module, backend="eager"), DATA)
     assert "log" in during[0]
-    # A mark of torch, and one of Accelerate where another test has imported it.
+    # A mark of torch, and one of Accelerate if another test has imported it.
     assert set(vars(module)) - set(vars(untouched)) <= {"_is_torch_compile", "_compile_kwargs"}
     assert [set(vars(optimizer)) for optimizer in trainer.optimizers] == [set(vars(each)) for each in eager.optimizers]
 
@@ -405,7 +405,7 @@ def test_nothing_is_left_after_an_error() -> None:
     assert all("step" not in vars(optimizer) for optimizer in trainer.optimizers)
 
 
-def test_a_step_that_was_patched_stays_so() -> None:
+def test_a_patched_step_stays_patched() -> None:
     """A scheduler that is built on the wrapper patches its ``step``."""
 
     class OnTheWrapper(Gan):
@@ -437,14 +437,14 @@ def test_the_trainers_module_is_the_original(tmp_path: Path) -> None:
     trainer = fitted(torch.compile(module, backend="eager"), max_epochs=1)
     assert trainer.module is module and module.trainer is trainer
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    kept = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
-    assert not [name for name in kept if "_orig_mod" in name]
-    check_equal(kept, weights(module))
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in saved if "_orig_mod" in name]
+    check_equal(saved, weights(module))
     check_equal(weights(Module.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
 
 
 @pytest.mark.parametrize("first", ["eager", "compiled"])
-def test_a_run_that_begins_in_one_mode_goes_on_in_the_other(first: str, tmp_path: Path) -> None:
+def test_a_run_that_begins_in_one_mode_resumes_in_the_other(first: str, tmp_path: Path) -> None:
     def model(compiled: bool) -> tuple[Module, Any]:
         module = Module()
         return module, torch.compile(module, backend="eager") if compiled else module
@@ -456,7 +456,7 @@ def test_a_run_that_begins_in_one_mode_goes_on_in_the_other(first: str, tmp_path
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     random = torch.get_rng_state()
     resumed, goes_on = model(first == "eager")
-    # Dropout goes on where the first half ended, rather than from the trainer's seed.
+    # Dropout draws from the state at the end of the first half, in place of the trainer's seed.
     trainer = trainer_with(max_epochs=3, seed=None, num_sanity_val_steps=0)
     trainer.signals.fit_start.connect(lambda trainer, event: torch.set_rng_state(random))
     trainer.fit(goes_on, DATA, DATA[:3], ckpt_path=tmp_path / "run.ckpt")
@@ -464,7 +464,7 @@ def test_a_run_that_begins_in_one_mode_goes_on_in_the_other(first: str, tmp_path
 
 
 class Hooked(Module):
-    """Overrides what a module may override of a step, and notes it."""
+    """Overrides all methods of a step that a module may override, and records their calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -480,7 +480,7 @@ class Hooked(Module):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self.seen.append("backward")
-        loss.backward()
+        reference.backward(loss)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.seen.append("on_before_optimizer_step")
@@ -524,13 +524,13 @@ def test_a_wrapper_of_the_step_is_given_the_compiled_one() -> None:
 def test_evaluation_runs_compiled(stage: str) -> None:
     module, backend = Module(), Backend()
     expected = getattr(trainer_with(), stage)(module, DATA)
-    found = getattr(trainer_with(), stage)(torch.compile(module, backend=backend), DATA)
+    actual = getattr(trainer_with(), stage)(torch.compile(module, backend=backend), DATA)
     assert backend.runs >= len(DATA)
     assert backend.graphs <= 2
     if stage == "predict":
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
     else:
-        assert found == expected
+        assert actual == expected
 
 
 def test_the_last_runs_module_stays_compiled_and_is_compiled_once() -> None:
@@ -545,7 +545,7 @@ def test_the_last_runs_module_stays_compiled_and_is_compiled_once() -> None:
     trainer.fit(compiled, DATA, DATA[:3])
     trainer_with(max_epochs=1).fit(compiled, DATA, DATA[:3])
     assert backend.graphs == graphs
-    trainer.fit(module, DATA)  # given as it is, it runs as it is
+    trainer.fit(module, DATA)  # passed without compilation, it runs without it
     runs = backend.runs
     trainer.validate(dataloaders=DATA)
     assert backend.runs == runs
@@ -554,15 +554,15 @@ def test_the_last_runs_module_stays_compiled_and_is_compiled_once() -> None:
 def test_options_reach_the_backend() -> None:
     backend = Backend()
     fitted(torch.compile(Module(), backend=backend, options={"some": "option"}), max_epochs=1)
-    assert backend.options and all(given == {"options": {"some": "option"}} for given in backend.options)
+    assert backend.options and all(each == {"options": {"some": "option"}} for each in backend.options)
     torch._dynamo.reset()
     backend = Backend()
     fitted(torch.compile(Module(), backend=backend, mode="reduce-overhead"), max_epochs=1)
-    assert backend.options and all(given == {"mode": "reduce-overhead"} for given in backend.options)
+    assert backend.options and all(each == {"mode": "reduce-overhead"} for each in backend.options)
 
 
 @pytest.mark.parametrize(("dynamic", "expected"), [(False, 3), (True, 1)])
-def test_shapes_are_dynamic_where_asked(dynamic: bool, expected: int) -> None:
+def test_shapes_are_dynamic_if_asked(dynamic: bool, expected: int) -> None:
     class Quiet(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.mse_loss(self(batch[0]), batch[1])
@@ -586,7 +586,7 @@ def test_fullgraph_is_kept() -> None:
         fitted(torch.compile(Module(), backend="eager", fullgraph=True), max_epochs=1)
 
 
-def test_what_is_no_module_is_named() -> None:
+def test_a_model_that_is_no_module_is_named() -> None:
     for model, named in ((nn.Linear(1, 1), "Linear"), (lambda x: x, "function")):
         with pytest.raises(MisconfigurationError, match=rf"The model is a {named}\. It has to derive from"):
             trainer_with().fit(torch.compile(model, backend="eager"), DATA)
@@ -596,7 +596,7 @@ def test_what_is_no_module_is_named() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_a_copy_of_a_module_that_compiles_itself_computes_with_its_own_weights(duplicate: Callable[..., Any]) -> None:
+def test_a_copy_of_a_module_that_was_compiled_in_place_has_separate_weights(duplicate: Callable[..., Any]) -> None:
     module = Module()
     module.compile(backend="eager")
     module(DATA[0][0])
@@ -627,10 +627,10 @@ def test_a_copy_made_during_a_compiled_run_has_the_original_weights_and_trains()
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # inductor imports what torch itself calls old
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # inductor imports deprecated parts of torch
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("way", [whole, wrapped_networks])
-def test_what_inductor_makes_trains_alike(way: Callable[..., Any]) -> None:
+def test_training_with_inductor_is_alike(way: Callable[..., Any]) -> None:
     class Deterministic(Module):
         def __init__(self) -> None:
             super().__init__()

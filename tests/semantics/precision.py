@@ -59,8 +59,8 @@ class Scales(On):
     """Records the scale at the end of each batch, once every callback has seen it."""
 
     def __init__(self, scaler: GradScaler) -> None:
-        self.kept: list[float] = []
-        super().__init__(safe_point=lambda trainer, event: self.kept.append(scaler.get_scale()))
+        self.values: list[float] = []
+        super().__init__(safe_point=lambda trainer, event: self.values.append(scaler.get_scale()))
 
 
 def assert_same(module: nn.Module, optimizer: Any, expected: nn.Module, expected_optimizer: Any) -> None:
@@ -150,4 +150,4 @@ def eager_scaler(**changes: Any) -> GradScaler:
 def run_pair(step: Any, xs: Any, scaler: GradScaler, *callbacks: Any) -> tuple[Pair, Any, list[float]]:
     module, scales = Pair(step), Scales(scaler)
     trainer = train(module, xs, MixedPrecision("fp16", scaler=scaler), scales, *callbacks)
-    return module, trainer, scales.kept
+    return module, trainer, scales.values

@@ -354,7 +354,7 @@ def test_a4_two_optimizers_are_an_error_that_says_manual_optimization() -> None:
 
 
 @pytest.mark.parametrize("returned", [None, []], ids=["none", "empty-list"])
-def test_a4_no_optimizer_warns_and_the_run_goes_on(returned: Any) -> None:
+def test_a4_a_run_without_an_optimizer_continues_with_a_warning(returned: Any) -> None:
     module = Probe(configure=lambda sgd: returned)
     recorder = Recorder("train_batch_end", "after_update", "train_epoch_end")
     with pytest.warns(UserWarning, match="no optimizer"):

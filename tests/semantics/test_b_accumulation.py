@@ -171,7 +171,7 @@ def test_b2_drop_with_an_epoch_shorter_than_the_window_is_an_error(windows: Any,
         train(Probe(), loader, GradientAccumulation(windows, remainder="drop"), max_epochs=2)
 
 
-def test_b2_drop_does_not_mind_windows_that_the_run_never_has() -> None:
+def test_b2_drop_ignores_windows_that_the_run_never_has() -> None:
     module = Probe()
     train(module, 3, GradientAccumulation({0: 2, 9: 4}, remainder="drop"), max_epochs=2)
     assert module.updates == [1.5, 1.5]

@@ -148,20 +148,20 @@ def test_b4_the_first_weight_is_kept_in_checkpoints(make: Any, tmp_path: Any) ->
 
 
 @pytest.mark.parametrize("make", [float, torch.tensor], ids=["float", "tensor"])
-def test_b4_weights_are_summed_across_ranks(make: Any) -> None:
-    """The other rank has the gradients 7 and 9 with the weights 4 and 2, in a window of two batches."""
+def test_b4_weights_are_summed_across_processes(make: Any) -> None:
+    """The other process has the gradients 7 and 9 with the weights 4 and 2, in a window of two batches."""
 
     def average(trainer: Any, event: Any) -> None:
-        parameter = trainer.module.w  # as an all-reduce with a mean does with the other rank's gradients
+        parameter = trainer.module.w  # as an all-reduce with a mean does with the other process's gradients
         theirs = (7.0 * 4.0 + 9.0 * 2.0) / (2 * 1.0)
         parameter.grad.add_(theirs).div_(2)
 
     module = Weighted()
     trainer = new_trainer(GradientAccumulation(2), On(reduce_gradients=average))
-    trainer.processes = ranks = FakeProcesses(reduce=lambda value, reduction: value + 6.0)
+    trainer.processes = processes = FakeProcesses(reduce=lambda value, reduction: value + 6.0)
     trainer.fit(module, weighted((1.0, make(1.0)), (2.0, make(3.0))))
     assert module.updates == [pytest.approx((1 * 1 + 2 * 3 + 7 * 4 + 9 * 2) / (1 + 3 + 4 + 2))]
-    ((value, reduction),) = ranks.reduced
+    ((value, reduction),) = processes.reduced
     assert reduction == "sum" and isinstance(value, torch.Tensor)
 
 

@@ -50,7 +50,7 @@ def test_c1_the_order_is_fixed_wherever_clipping_is_attached(place: int) -> None
     assert recorder.names == ORDER * 2
 
 
-def test_c1_before_optimizer_step_sees_complete_unscaled_unclipped_gradients() -> None:
+def test_c1_gradients_are_complete_unscaled_and_unclipped_at_before_optimizer_step() -> None:
     class Watching(Probe):
         hook: list[float] = []
 

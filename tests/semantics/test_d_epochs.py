@@ -83,8 +83,8 @@ def test_d5_a_checkpoint_at_the_epochs_end_has_them_all(tmp_path: Any) -> None:
             trainer.save_checkpoint(tmp_path / "run.ckpt")
 
     train(Logging(configure=every_interval), 3, LRSchedulerStepping(), On(safe_point=save), val=1, max_epochs=2)
-    kept = torch.load(tmp_path / "run.ckpt", weights_only=True)["lr_schedulers"]
-    assert [state["last_epoch"] for state in kept] == [2, 2, 2, 6, 2]  # mean, val, epoch, step, validation
+    states = torch.load(tmp_path / "run.ckpt", weights_only=True)["lr_schedulers"]
+    assert [state["last_epoch"] for state in states] == [2, 2, 2, 6, 2]  # mean, val, epoch, step, validation
 
 
 @pytest.mark.parametrize("how", ["max_steps", "train_batch_start", "after_update", "train_batch_end"])

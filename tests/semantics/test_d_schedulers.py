@@ -152,9 +152,9 @@ def test_d2_the_defaults() -> None:
 
 
 def test_d2_all_the_keys() -> None:
-    given = {"interval": "step", "frequency": 3, "strict": False, "name": "mine", "monitor": "x", "reduce_on_plateau": True}
-    config = config_of(scheduler=Metered, **given)
-    assert {name: getattr(config, name) for name in given} == given
+    keys = {"interval": "step", "frequency": 3, "strict": False, "name": "mine", "monitor": "x", "reduce_on_plateau": True}
+    config = config_of(scheduler=Metered, **keys)
+    assert {name: getattr(config, name) for name in keys} == keys
 
 
 def test_d2_reduce_on_plateau_is_set_by_the_type() -> None:
@@ -553,15 +553,15 @@ def test_d7_another_scheduler_does_not_warn() -> None:
 )
 def test_d8_the_hook_does_every_step(config: Any, expected: Any) -> None:
     class Hooked(Logging):
-        given: list[Any] = []
+        steps: list[Any] = []
 
         def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
             assert scheduler is self.lr_schedulers()
-            self.given.append(metric if metric is None else float(metric))
+            self.steps.append(metric if metric is None else float(metric))
 
     module = Hooked(configure=scheduled(**config))
     trainer = train(module, 2, LRSchedulerStepping(), val=1, max_epochs=2)
-    assert module.given == expected
+    assert module.steps == expected
     scheduler = trainer.lr_scheduler_configs[0].scheduler
     assert not (scheduler.metrics if isinstance(scheduler, Metered) else scheduler.last_epoch), "nothing steps beside it"
 

@@ -80,11 +80,11 @@ def test_e5_is_last_batch_with_every_kind_of_loader(sized: bool, limit: int | No
 @pytest.mark.parametrize("monitor", [False, True], ids=["no-monitor", "monitor"])
 def test_e5_a_plateau_stepped_with_the_epochs_metric(monitor: bool, options: Any) -> None:
     """As in the guide: no ``monitor`` is needed, because the config's keys are ignored."""
-    given: list[float] = []
+    stepped_with: list[float] = []
 
     class Plateau(ReduceLROnPlateau):
         def step(self, metrics: Any, *args: Any) -> None:  # type: ignore[override]
-            given.append(float(metrics))
+            stepped_with.append(float(metrics))
             super().step(metrics, *args)
 
     class Monitored(Manual):
@@ -102,7 +102,7 @@ def test_e5_a_plateau_stepped_with_the_epochs_metric(monitor: bool, options: Any
     module = Monitored(configure=configure)
     train(module, 3, LRSchedulerStepping(), max_epochs=3)
     last_or_mean = 2.0 if options.get("on_epoch") else 3.0
-    assert given == [last_or_mean, last_or_mean + 10.0, last_or_mean + 20.0]
+    assert stepped_with == [last_or_mean, last_or_mean + 10.0, last_or_mean + 20.0]
     assert module.rates == [1.0] * 6 + [0.5] * 3
 
 
@@ -163,10 +163,10 @@ def test_e5_a_gan() -> None:
 def test_e5_stepping_an_optimizer_that_the_module_made() -> None:
     class Own(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:
-            own = self.optimizers().optimizer
-            own.zero_grad()
+            wrapped = self.optimizers().optimizer
+            wrapped.zero_grad()
             self.manual_backward(self.loss(batch))
-            own.step()
+            wrapped.step()
 
     module = Own()
     trainer = train(module, 3)

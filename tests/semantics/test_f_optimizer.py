@@ -184,13 +184,13 @@ def test_f1_a_scheduler_built_on_the_wrapper_works(kind: str) -> None:
 
     def rates(optimizer: Any, parameter: nn.Parameter) -> list[float]:
         scheduler = SCHEDULERS[kind](optimizer)
-        found = []
+        result = []
         for _ in range(5):
             parameter.grad = torch.ones(2)
             optimizer.step()
             scheduler.step()
-            found.append(optimizer.param_groups[0]["lr"])
-        return found
+            result.append(optimizer.param_groups[0]["lr"])
+        return result
 
     parameter, optimizer, _ = wrapped()
     expected = rates(optimizer, parameter)

@@ -434,7 +434,7 @@ class Validating(Probe):
         self.log("val_loss", batch)
 
 
-def test_g3_max_steps_inside_an_epoch_stops_there_and_validates() -> None:
+def test_g3_max_steps_within_an_epoch_stops_there_and_validates() -> None:
     module = Validating()
     trainer = train(module, 5, val=2, max_epochs=4, max_steps=7)
     assert trainer.global_step == 7

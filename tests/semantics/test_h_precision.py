@@ -235,8 +235,8 @@ def test_h2_equals_the_documentations_loop(case: str, kind: Any, fused: bool) ->
     expected, optimizer, other, other_scales, steps = by_hand(make, batches_, accumulate=accumulate)
     assert_same(module, trainer.optimizers[0], expected, optimizer)
     assert scaler.state_dict() == other.state_dict()
-    assert scales.kept == other_scales
-    assert len(set(scales.kept)) > 1  # the case shows something
+    assert scales.values == other_scales
+    assert len(set(scales.values)) > 1  # the case shows something
     assert trainer.global_step == trainer.optimizers[0].num_steps == steps
     assert updates.count("after_update") == updates.count("after_optimizer_step") == steps
     assert updates.count("optimizer_step_skipped") == math.ceil(len(batches_) / accumulate) - steps
@@ -309,7 +309,7 @@ def test_h2_a_veto_under_loss_scaling(first: bool) -> None:
     trainer = train(module, 4, *([veto, precision] if first else [precision, veto]), scales, skipped)
     assert module.updates == [1.0, 3.0, 4.0]
     assert [event.reason for event in skipped.events] == ["mine"]
-    assert scales.kept == [16.0, 32.0, 64.0, 128.0]
+    assert scales.values == [16.0, 32.0, 64.0, 128.0]
     assert trainer.global_step == trainer.optimizers[0].num_steps == 3
 
 
@@ -319,7 +319,7 @@ def test_h2_a_vetoed_overflow_still_backs_off() -> None:
     scales, module = Scales(scaler), Probe()
     train(module, [1.0, INF, 3.0], veto, MixedPrecision("fp16", scaler=scaler), scales)
     assert module.updates == []
-    assert scales.kept == [16.0, 8.0, 16.0]
+    assert scales.values == [16.0, 8.0, 16.0]
 
 
 def test_h2_a_veto_in_manual_mode() -> None:

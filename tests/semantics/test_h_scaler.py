@@ -273,7 +273,7 @@ def test_h5_a_dropped_window_does_not_hold_the_scale_for_ever() -> None:
     scales = Scales(scaler)
     train(module, 3, GradientAccumulation(2, remainder="drop"), MixedPrecision("fp16", scaler=scaler), scales, max_epochs=3)
     assert module.updates == [1.5, 1.5, 1.5]
-    assert scales.kept == [8.0, 16.0, 16.0, 16.0, 32.0, 32.0, 32.0, 64.0, 64.0]
+    assert scales.values == [8.0, 16.0, 16.0, 16.0, 32.0, 32.0, 32.0, 64.0, 64.0]
 
 
 def test_h5_carried_windows_are_unscaled_by_the_scale_they_were_scaled_with() -> None:

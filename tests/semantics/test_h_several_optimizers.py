@@ -158,7 +158,7 @@ def test_h2_a_discriminator_accumulating_by_hand_beside_a_generator_that_steps(z
     assert module.d_updates == [1.5, 3.5]
     assert module.g.item() == -10.0
     assert module.g_updates == [1.0, 2.0, 3.0, 4.0]
-    assert held == [8.0, 8.0, 16.0, 16.0]  # kept while D holds scaled gradients, and no longer
+    assert held == [8.0, 8.0, 16.0, 16.0]  # the scale stays as long as D holds scaled gradients
     assert trainer.global_step == 4
 
 
@@ -236,7 +236,7 @@ def test_h2_gradients_that_were_zeroed_do_not_hold_the_scale() -> None:
     assert scales == [16.0, 32.0, 64.0]
 
 
-def test_h2_a_backward_through_the_other_model_leaves_it_right() -> None:
+def test_h2_a_backward_through_the_other_model_does_not_harm_it() -> None:
     """The usual GAN that does not detach: D's loss leaves scaled gradients in G, which G zeroes next."""
 
     def step(module: Pair, g: Any, d: Any, x: Tensor, batch_idx: int) -> None:

@@ -135,18 +135,18 @@ def test_i1_sync_dist(sync: bool) -> None:
         return [value, [entry | {"total": entry["total"] + 2.0} for entry in value] if isinstance(value, list) else value]
 
     trainer = new_trainer()
-    trainer.processes = ranks = FakeProcesses(reduce=lambda value, reduction: value + 2.0, gather=total_plus_two)
+    trainer.processes = processes = FakeProcesses(reduce=lambda value, reduction: value + 2.0, gather=total_plus_two)
     trainer.fit(Logs(logs(sync_dist=sync, reduce_fx="max", on_epoch=True)), batches(2))
-    # An epoch's value is always over all ranks, so that all decide alike; a step's only with sync_dist.
+    # An epoch's value is always over all processes, so that all decide alike; a step's only with sync_dist.
     step = 4.0 if sync else 2.0
     assert numbers(trainer.callback_metrics) == {"value": 4.0, "value_step": step, "value_epoch": 4.0}
-    reduced = [(value.item(), reduction) for value, reduction in ranks.reduced]
+    reduced = [(value.item(), reduction) for value, reduction in processes.reduced]
     assert reduced == ([(1.0, "max"), (2.0, "max")] if sync else [])
 
 
-def test_i1_a_synchronised_mean_is_weighted_over_all_ranks() -> None:
+def test_i1_a_synchronised_mean_is_weighted_over_all_processes() -> None:
     def with_the_other(value: Any) -> list[Any]:
-        """The other rank has seen twice as much, of twice the value."""
+        """The other process has seen twice as much, of twice the value."""
         if not isinstance(value, list):
             return [value, value]
         return [value, [entry | {"total": 4 * entry["total"], "weight": 2 * entry["weight"]} for entry in value]]
@@ -157,7 +157,7 @@ def test_i1_a_synchronised_mean_is_weighted_over_all_ranks() -> None:
     assert numbers(trainer.callback_metrics) == pytest.approx({"value": 3.0 * 5 / 3})
 
 
-def test_i1_a_rank_without_a_batch_has_the_others_values() -> None:
+def test_i1_a_process_without_a_batch_has_the_others_values() -> None:
     def with_the_other(value: Any) -> list[Any]:
         if not isinstance(value, list):
             return [value, value]
@@ -270,7 +270,7 @@ def test_i2_values_are_detached() -> None:
         assert value.grad_fn is None
 
 
-def test_i2_a_value_is_the_one_at_the_time_it_was_logged() -> None:
+def test_i2_a_value_is_read_at_the_time_of_the_log() -> None:
     """The weight itself: the update that follows changes it in place."""
 
     def log_weight(module: Any, batch: Tensor, batch_idx: int) -> None:
@@ -285,7 +285,7 @@ def test_i2_a_value_is_the_one_at_the_time_it_was_logged() -> None:
 
 
 @pytest.mark.parametrize("view", [lambda w: w[0], lambda w: w.view(()), lambda w: w.data, lambda w: w.detach()[0]])
-def test_i2_a_view_of_a_weight_is_the_one_at_the_time_too(view: Callable[[Tensor], Tensor]) -> None:
+def test_i2_a_view_of_a_weight_is_read_at_the_time_of_the_log_too(view: Callable[[Tensor], Tensor]) -> None:
     written = Logged()
     train(Logs(lambda module, x, i: module.log("weight", view(module.w))), 3, written)
     assert written.of_scope("step") == [{"weight": 0.0}, {"weight": -1.0}, {"weight": -3.0}]
@@ -293,11 +293,11 @@ def test_i2_a_view_of_a_weight_is_the_one_at_the_time_too(view: Callable[[Tensor
 
 def test_i2_values_stay_on_their_device() -> None:
     """On the device "meta", a transfer or a read-out would be an error."""
-    kept: list[Any] = []
-    look = On(train_batch_end=lambda t, e: kept.append(t.callback_metrics["value"].device.type))
+    devices: list[Any] = []
+    look = On(train_batch_end=lambda t, e: devices.append(t.callback_metrics["value"].device.type))
     module = Logs(lambda module, x, i: module.log("value", torch.zeros((), device="meta"), on_epoch=True))
     trainer = train(module, 3, look)
-    assert kept == ["meta"] * 3
+    assert devices == ["meta"] * 3
     assert {value.device.type for value in trainer.callback_metrics.values()} == {"meta"}
 
 

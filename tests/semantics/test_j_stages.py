@@ -22,8 +22,10 @@ from tests.kit import FakeProcesses, On, Probe, Recorder, batches, new_trainer, 
 class Evaluates(Probe):
     """Calls a function of ``(module, batch, batch_idx)`` in each evaluation step."""
 
-    def __init__(self, evaluate: Callable[[Any, Any, int], Any] = lambda module, batch, batch_idx: None, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(
+        self, evaluate: Callable[[Any, Any, int], Any] = lambda module, batch, batch_idx: None, **options: Any
+    ) -> None:
+        super().__init__(**options)
         self.evaluate = evaluate
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -211,7 +213,7 @@ def shuffled(n: int) -> DataLoader[Any]:
 
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("interval", [None, 1])
-def test_j1_the_training_rng_is_left_as_it_was_found(sanity: int, interval: int | None) -> None:
+def test_j1_evaluation_does_not_change_the_generators(sanity: int, interval: int | None) -> None:
     """Of torch, NumPy and Python; by the steps and by a validation loader that shuffles."""
     drawn = []
     for evaluates in (True, False):
@@ -225,7 +227,7 @@ def test_j1_the_training_rng_is_left_as_it_was_found(sanity: int, interval: int 
     assert drawn[0] == drawn[1]
 
 
-def test_j1_the_training_rng_is_left_as_it_was_found_after_an_error() -> None:
+def test_j1_evaluation_does_not_change_the_generators_even_if_it_fails() -> None:
     module = Draws(evaluates=True, fails=True)
     seeded()
     with pytest.raises(RuntimeError, match="mine"):
@@ -253,8 +255,8 @@ def test_j1_a_validation_does_not_change_a_bit_of_training() -> None:
 
 
 class Sane(Evaluates):
-    def __init__(self, **given: Any) -> None:
-        super().__init__(lambda module, batch, i: module.check(batch), **given)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(lambda module, batch, i: module.check(batch), **options)
         self.checks: list[float] = []
         self.validations: list[float] = []
 
@@ -361,7 +363,7 @@ def scheduler_steps(trainer: Any) -> int:
     return count
 
 
-def test_j3_stop_ends_the_run_after_the_batch_at_hand() -> None:
+def test_j3_stop_ends_the_run_after_the_current_batch() -> None:
     stop = On(before_backward=lambda trainer, event: trainer.stop("enough") if trainer.batch_idx == 2 else None)
     module = Evaluates(configure=epochwise)
     order = Recorder("train_batch_end", "train_epoch_end", "train_end", "fit_end", "validation_start", "safe_point")
@@ -410,7 +412,7 @@ def test_j3_skip_batch_in_manual_mode() -> None:
     assert module.seen == [1.0, 3.0]
 
 
-def test_j3_end_epoch_ends_it_after_the_batch_at_hand() -> None:
+def test_j3_end_epoch_ends_it_after_the_current_batch() -> None:
     end = On(train_batch_end=lambda trainer, event: trainer.end_epoch("enough") if event.batch_idx == 1 else None)
     module = Evaluates(configure=epochwise)
     order, safe = Recorder("validation_start", "train_epoch_end", "train_data_end"), Recorder("safe_point")
@@ -557,9 +559,10 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 
 
 def hooked() -> tuple[Any, list[str], dict[str, tuple[Any, ...]]]:
-    """A module that overrides every hook with exactly Lightning's arguments, and returns the result of the default."""
+    """Return a module that overrides every hook with exactly Lightning's arguments, and returns the result of the default; its
+    calls; and the arguments of each hook."""
     calls: list[str] = []
-    given: dict[str, tuple[Any, ...]] = {}
+    arguments_of: dict[str, tuple[Any, ...]] = {}
 
     class Module(Sane):
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
@@ -583,7 +586,7 @@ def hooked() -> tuple[Any, list[str], dict[str, tuple[Any, ...]]]:
 
         def called(self: Any, *args: Any) -> Any:
             calls.append(hook)
-            given[hook] = args
+            arguments_of[hook] = args
             return inherited(self, *args)
 
         # Exactly the arguments of Lightning's signature, by position.
@@ -598,7 +601,7 @@ def hooked() -> tuple[Any, list[str], dict[str, tuple[Any, ...]]]:
     def configure(sgd: Any) -> Any:
         return [sgd], [{"scheduler": LambdaLR(sgd, lambda n: 1.0), "interval": "step"}]
 
-    return Module(configure=configure), calls, given
+    return Module(configure=configure), calls, arguments_of
 
 
 FETCH = ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"]
@@ -625,24 +628,24 @@ def test_j5_the_modules_hooks_keep_lightnings_names_signatures_and_order() -> No
 
 
 def test_j5_the_hooks_get_lightnings_arguments() -> None:
-    module, _, given = hooked()
+    module, _, arguments_of = hooked()
     trainer = new_trainer(LRSchedulerStepping(), num_sanity_val_steps=0)
     trainer.fit(module)
     (optimizer,) = trainer.optimizers
     x = torch.tensor(1.0)
-    assert given["setup"] == given["teardown"] == ("fit",)
-    assert given["on_train_batch_start"] == (x, 0)
-    assert given["on_train_batch_end"] == ({"loss": torch.tensor(0.0)}, x, 0)
-    assert given["on_before_zero_grad"] == given["on_before_optimizer_step"] == (optimizer,)
-    assert given["optimizer_zero_grad"] == (0, 0, optimizer)
-    assert given["optimizer_step"][:3] == (0, 0, optimizer)
-    assert callable(given["optimizer_step"][3])
-    assert given["on_before_backward"][0].item() == 0.0
-    assert given["configure_gradient_clipping"] == (optimizer, None, None)
-    assert given["lr_scheduler_step"] == (trainer.lr_scheduler_configs[0].scheduler, None)
-    assert given["on_validation_batch_start"] == (x, 0, 0)
-    assert given["on_validation_batch_end"] == (None, x, 0, 0)
-    assert given["transfer_batch_to_device"] == (x, torch.device("cpu"), 0)
+    assert arguments_of["setup"] == arguments_of["teardown"] == ("fit",)
+    assert arguments_of["on_train_batch_start"] == (x, 0)
+    assert arguments_of["on_train_batch_end"] == ({"loss": torch.tensor(0.0)}, x, 0)
+    assert arguments_of["on_before_zero_grad"] == arguments_of["on_before_optimizer_step"] == (optimizer,)
+    assert arguments_of["optimizer_zero_grad"] == (0, 0, optimizer)
+    assert arguments_of["optimizer_step"][:3] == (0, 0, optimizer)
+    assert callable(arguments_of["optimizer_step"][3])
+    assert arguments_of["on_before_backward"][0].item() == 0.0
+    assert arguments_of["configure_gradient_clipping"] == (optimizer, None, None)
+    assert arguments_of["lr_scheduler_step"] == (trainer.lr_scheduler_configs[0].scheduler, None)
+    assert arguments_of["on_validation_batch_start"] == (x, 0, 0)
+    assert arguments_of["on_validation_batch_end"] == (None, x, 0, 0)
+    assert arguments_of["transfer_batch_to_device"] == (x, torch.device("cpu"), 0)
 
 
 def test_j5_callbacks_come_before_the_module() -> None:
@@ -699,61 +702,63 @@ def test_j5_events_without_a_counterpart_come_as_events() -> None:
     assert module.seen == [1.0, 1, 2.0, 2]
 
 
-# ------------------------------------------------------------------ J4: several ranks decide alike
+# ------------------------------------------------------------------ J4: several processes decide alike
 
 
-class TwoRanks(FakeProcesses):
-    """The first of two ranks. Of the two flags at a batch's start, only the first, whether it is skipped, is a question."""
+class TwoProcesses(FakeProcesses):
+    """The first of two processes. Of the two flags at a batch's start, only the first, whether it is skipped, is a question."""
 
     def any_of(self, flags: list[bool]) -> list[bool]:
         return [self.any(flags[0]), flags[1]] if len(flags) == 2 else flags
 
 
-def train_on_two_ranks(module: Probe, count: int, *callbacks: Any, elsewhere: Collection[int] = ()) -> tuple[Trainer, TwoRanks]:
-    """Train as one of two ranks; the other says yes to the questions with these numbers."""
-    ranks = TwoRanks(elsewhere=lambda question: question in elsewhere)
+def train_in_two_processes(
+    module: Probe, count: int, *callbacks: Any, elsewhere: Collection[int] = ()
+) -> tuple[Trainer, TwoProcesses]:
+    """Train as one of two processes; the other says yes to the questions with these numbers."""
+    processes = TwoProcesses(elsewhere=lambda question: question in elsewhere)
     trainer = new_trainer(*callbacks)
-    trainer.processes = ranks
+    trainer.processes = processes
     trainer.fit(module, batches(count))
-    return trainer, ranks
+    return trainer, processes
 
 
-@pytest.mark.parametrize("here", [True, False], ids=["on this rank", "on another"])
-def test_j4_a_none_loss_in_a_closing_batch_is_an_error_on_all_ranks(here: bool) -> None:
+@pytest.mark.parametrize("here", [True, False], ids=["in this process", "in another"])
+def test_j4_a_none_loss_in_a_closing_batch_is_an_error_in_all_processes(here: bool) -> None:
     module = Probe(nothing_for={1.0} if here else set())
     backwards = Recorder("before_backward")
-    with pytest.raises(MisconfigurationError, match=r"no loss on a rank in batch 0.*'weight': 0"):
-        train_on_two_ranks(module, 2, backwards, elsewhere=() if here else {0})
-    assert backwards.events == [], "before a backward that would wait for the other ranks"
+    with pytest.raises(MisconfigurationError, match=r"no loss in a process in batch 0.*'weight': 0"):
+        train_in_two_processes(module, 2, backwards, elsewhere=() if here else {0})
+    assert backwards.events == [], "before a backward that would wait for the other processes"
 
 
 def test_j4_a_none_loss_in_a_batch_that_only_accumulates_does_not_concern_the_others() -> None:
     module = Probe(nothing_for={1.0})
-    train_on_two_ranks(module, 2, GradientAccumulation(2))
+    train_in_two_processes(module, 2, GradientAccumulation(2))
     assert module.updates == [2.0]
 
 
-def test_j4_a_veto_holds_on_all_ranks() -> None:
+def test_j4_a_veto_holds_in_all_processes() -> None:
     """The questions in turn: is there no loss anywhere, is there a veto anywhere."""
     module, skips = Probe(), Recorder("optimizer_step_skipped")
-    trainer, ranks = train_on_two_ranks(module, 3, skips, elsewhere={3})
+    trainer, processes = train_in_two_processes(module, 3, skips, elsewhere={3})
     assert module.updates == [1.0, 3.0] and trainer.global_step == 2
-    assert [event.reason for event in skips.events] == ["another rank's veto"]
-    assert ranks.flags == [False] * 6
+    assert [event.reason for event in skips.events] == ["another process's veto"]
+    assert processes.flags == [False] * 6
 
 
-def test_j4_a_skipped_batch_is_skipped_on_all_ranks() -> None:
+def test_j4_a_skipped_batch_is_skipped_in_all_processes() -> None:
     """The questions in turn: is the batch skipped anywhere, and if not, is there no loss, is there a veto."""
     module = Probe()
     silent = On(train_batch_start=lambda trainer, event: None)
-    trainer, _ = train_on_two_ranks(module, 3, silent, elsewhere={3})
+    trainer, _ = train_in_two_processes(module, 3, silent, elsewhere={3})
     assert module.updates == [1.0, 3.0] and trainer.global_step == 2
 
 
 @pytest.mark.parametrize("part", ["the run", "the epoch"])
-def test_j4_an_end_that_another_rank_asks_for_holds_on_all_ranks(part: str) -> None:
+def test_j4_an_end_that_another_process_asks_for_holds_in_all_processes(part: str) -> None:
     class Asks(FakeProcesses):
-        """The other rank asks in its second batch."""
+        """The other process asks in its second batch."""
 
         exchanges = 0
 

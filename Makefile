@@ -54,4 +54,4 @@ $(VENV)-floor/stamp: setup.cfg constraints-floor.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-floor build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -1,15 +1,15 @@
-"""What a trainer adds to a step on a GPU: tokens per second beside a hand-tuned loop, in one run on one device.
+"""Compare the tokens per second of trainers with those of a hand-tuned loop, on one GPU.
 
 Every contestant trains the same network on the same prefetched batches, in bf16 with fused AdamW and gradients clipped at
-norm 1.0. The host waits for the device where the measured batches begin and where they end, and nowhere in between.
-Repetitions are interleaved: each contestant trains once a repetition, in a rotating order, and its speed is divided by the
-hand-tuned loop's of the same repetition, so that a ratio under 1 is slower. The loop's ratio to itself is the noise.
-Before timing, final parameters are compared after a few updates with deterministic kernels::
+norm 1.0. The host waits for the device only at the beginning and at the end of the measured batches. Repetitions are
+interleaved. In each repetition, every contestant trains once, in a rotating order, and its speed is divided by the speed of the
+hand-tuned loop in the same repetition. So if a ratio is below 1, the contestant is slower. The ratio of the hand-tuned loop to
+itself is the noise. Before timing, parameters are compared after a few updates with deterministic kernels::
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --models gpt2 --only eventtrain --repetitions 20
     python -m benchmarks.gpu --check-syncs            # does eventtrain wait for the device between steps that log?
-    python -m benchmarks.gpu --device cpu --tiny      # no figures: tries the program where there is no GPU
+    python -m benchmarks.gpu --device cpu --tiny      # no figures: try the program without a GPU
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ from eventtrain.events import BeforeBatchFetch, Teardown, TrainEpochEnd
 
 CLIP = 1.0
 COMPARED = 4
-"""Batches after which final parameters are compared."""
+"""The number of batches after which parameters are compared."""
 DISTINCT = 8
-"""Different batches; a run goes through them again and again."""
+"""The number of different batches, which a run repeats."""
 
 Batch = tuple[Tensor, Tensor]
-"""Tokens and the tokens that follow them, each ``(batch, context)``."""
+"""Tokens, and for each the token that follows it: two tensors ``(batch, context)``."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A network, its batches, and how many of them are measured.
+    """A network and its batches.
 
     Attributes:
-        layers: Blocks of attention and perceptron.
-        width: Features of a token.
-        heads: Of attention.
-        context: Tokens of a sequence.
-        vocabulary: Different tokens.
-        batch_size: Sequences of a batch.
-        batches: Batches that are measured.
-        warm_up: Batches before them: they compile, allocate, and let clocks settle.
-        compiler: The backend of :func:`torch.compile`; None where nothing is compiled.
+        layers: The number of blocks of attention and perceptron.
+        width: The number of features of a token.
+        heads: The number of heads of attention.
+        context: The number of tokens of a sequence.
+        vocabulary: The number of different tokens.
+        batch_size: The number of sequences of a batch.
+        batches: The number of measured batches.
+        warm_up: The number of batches before them: they compile, allocate, and let clocks settle.
+        compiler: The backend of :func:`torch.compile`; None if nothing is compiled.
     """
 
     layers: int
@@ -82,23 +82,23 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the measured batches."""
+        """Return the number of tokens of the measured batches."""
         return self.batches * self.batch_size * self.context
 
     @property
     def stretch(self) -> tuple[int, int]:
-        """The first measured batch, and the one after the last, whose handing out stops the clock."""
+        """Return the index of the first measured batch, and of the batch after the last, which stops the clock."""
         return self.warm_up, self.warm_up + self.batches
 
     def tiny(self) -> Setting:
-        """The same in a size for trying the program; compiled ones are traced, without code being generated."""
+        """Return a tiny copy to try the program with. If the setting is compiled, the copy is only traced."""
         sizes = {"layers": 1, "width": 16, "heads": 2, "context": 8, "vocabulary": 32, "batch_size": 2}
         return replace(self, **sizes, batches=3, warm_up=1, compiler=self.compiler and "eager")
 
 
 _SMALL = Setting(layers=2, width=128, heads=4, context=64, vocabulary=256, batch_size=8, batches=400, warm_up=50, compiler=None)
 SETTINGS = {
-    # Of the size of GPT-2 small, the vocabulary rounded up to a multiple of 128.
+    # The size of GPT-2 small, with the vocabulary rounded up to a multiple of 128.
     "gpt2": Setting(
         layers=12,
         width=768,
@@ -110,8 +110,8 @@ SETTINGS = {
         warm_up=10,
         compiler="inductor",
     ),
-    # So small that the device waits for the host: launching its operators one by one is most of a step, and then, where
-    # few are left to launch, Python is.
+    # So small that the device waits for the host: launching operators one by one takes most of a step. If the network is
+    # compiled and few operators are left, Python takes most of it.
     "small": _SMALL,
     "small-compiled": replace(_SMALL, compiler="inductor"),
 }
@@ -132,7 +132,7 @@ class Block(nn.Module):
         self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features ``(batch, context, width)`` of the same."""
+        """Return features ``(batch, context, width)``, the shape of the input."""
         split = self.queries_keys_values(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         queries, keys, values = split.permute(2, 0, 3, 1, 4)  # each (batch, heads, context, width of a head)
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
@@ -142,9 +142,9 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer whose output weights are its embedding's.
+    """A decoder-only transformer whose output weights are the weights of its embedding.
 
-    The loss is computed inside, so that a compiler sees all of a step's forward.
+    It computes the loss too, so that a compiler sees the whole forward of a step.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -161,24 +161,24 @@ class Decoder(nn.Module):
                 nn.init.normal_(each, std=0.02)
 
     def forward(self, tokens: Tensor, following: Tensor) -> Tensor:
-        """The mean cross-entropy of the tokens that follow, of ``(batch, context)`` each."""
+        """Return the mean cross-entropy of the following tokens. Both tensors are ``(batch, context)``."""
         logits = self.head(self.norm(self.blocks(self.embedding(tokens) + self.position)))
         return F.cross_entropy(logits.flatten(0, 1), following.flatten())
 
 
 def make_network(setting: Setting, device: torch.device) -> nn.Module:
-    """The setting's network, with the same weights at each call, compiled in place."""
+    """Return the network of a setting, compiled in place, with the same weights at each call."""
     torch.manual_seed(0)
     with device:
         network = Decoder(setting)
     if setting.compiler is not None:
-        # Sizes never change, and a break in the graph would be an error rather than a slower step.
+        # Sizes never change. A break in the graph is an error, so that it cannot make a step slower unnoticed.
         network.compile(backend=setting.compiler, fullgraph=True, dynamic=False)
     return network
 
 
 def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, whose update of all parameters is one kernel."""
+    """Return AdamW, whose update of all parameters is one kernel."""
     return torch.optim.AdamW(network.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
@@ -186,7 +186,7 @@ def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_batches(setting: Setting, device: torch.device, count: int) -> list[Batch]:
-    """Batches on the host, the same at each call, in memory that a GPU can copy from by itself."""
+    """Return batches on the host, the same at each call; if the device is a GPU, in pinned memory."""
     size = (DISTINCT, setting.batch_size, setting.context + 1)
     drawn = torch.randint(setting.vocabulary, size, generator=torch.Generator().manual_seed(1))
     distinct = [(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in drawn]
@@ -196,19 +196,19 @@ def make_batches(setting: Setting, device: torch.device, count: int) -> list[Bat
 
 
 class Prefetcher:
-    """A run's batches on their device, each copied there while the one before it is trained on.
+    """The batches of a run on their device. Each is copied to it during the training of the batch before.
 
-    Every contestant's loader, and its clock: the host waits for the device where the stretch that is measured begins and
-    where it ends. On the CPU a copy is made all the same, so that the code is the same.
+    It is the loader of every contestant, and the clock: the host waits for the device at the beginning and at the end of the
+    measured stretch. On the CPU it makes a copy too, so that the code is the same.
 
     Args:
-        batches: The batches on the host, pinned where the device is a GPU.
-        device: Where they are handed out.
-        stretch: The batch whose handing out starts the clock, and the one whose handing out stops it; None for no clock.
+        batches: The batches on the host, pinned if the device is a GPU.
+        device: The device on which they are handed out.
+        stretch: The index of the batch that starts the clock, and of the batch that stops it; None for no clock.
 
     Attributes:
-        seconds: What the stretch took.
-        peak_memory: The most bytes that were allocated on the GPU in it; None on the CPU.
+        seconds: The time of the stretch.
+        peak_memory: The largest number of bytes that were allocated on the GPU in it; None on the CPU.
     """
 
     def __init__(self, batches: Sequence[Batch], device: torch.device, stretch: tuple[int, int] | None = None) -> None:
@@ -229,7 +229,7 @@ class Prefetcher:
         ahead = self._copy(0, side)
         for index in range(count):
             batch = ahead
-            # Before the next copy is queued on the side stream: this waits for the batch at hand, and for no more.
+            # Before the next copy is queued on the side stream, so that this waits only for the current batch.
             backend.current_stream().wait_stream(side)
             if index + 1 < count:
                 ahead = self._copy(index + 1, side)
@@ -240,10 +240,10 @@ class Prefetcher:
             yield batch
 
     def _copy(self, index: int, side: Any) -> Batch:
-        """Queues the copy of a batch behind the steps that were queued so far, beside the one that comes now.
+        """Queue the copy of a batch: after the steps that were queued so far, and in parallel with the next one.
 
-        The memory belongs to the stream that trains, which no copy overtakes: it may be used anew as soon as the batch is
-        let go, and the allocator need not watch two streams.
+        The memory belongs to the stream that trains, and no copy overtakes that stream. So the memory can be used again once
+        the batch is released, and the allocator does not have to watch two streams.
         """
         tokens, following = self._batches[index]
         copied = torch.empty_like(tokens, device=self._device), torch.empty_like(following, device=self._device)
@@ -270,7 +270,7 @@ class Prefetcher:
 
 
 def by_hand(setting: Setting, loader: Prefetcher, device: torch.device) -> nn.Module:
-    """Plain PyTorch, without anything in the loop that could be outside of it."""
+    """Train with plain PyTorch. The loop contains only the work that has to be done in each step."""
     network = make_network(setting, device)
     optimizer = make_optimizer(network)
     clipped = list(network.parameters())
@@ -281,29 +281,29 @@ def by_hand(setting: Setting, loader: Prefetcher, device: torch.device) -> nn.Mo
         loss.backward()
         nn.utils.clip_grad_norm_(clipped, CLIP)
         optimizer.step()
-        optimizer.zero_grad()  # here, so that the next forward has their memory
+        optimizer.zero_grad()  # here, so that the next forward can use their memory
     return network
 
 
 class Module(LightningModule):
-    """The setting's network for eventtrain."""
+    """A module with the network of a setting, for eventtrain."""
 
     def __init__(self, setting: Setting, device: torch.device) -> None:
         super().__init__()
         self.network = make_network(setting, device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The batch's loss."""
+        """Return the loss of a batch."""
         loss: Tensor = self.network(*batch)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Fused AdamW."""
+        """Return fused AdamW."""
         return make_optimizer(self.network)
 
 
 def by_eventtrain(setting: Setting, loader: Prefetcher, device: torch.device) -> nn.Module:
-    """eventtrain."""
+    """Train with eventtrain."""
     module = Module(setting, device)
     callbacks = [MixedPrecision("bf16"), GradientClipping(CLIP)]
     Trainer(max_epochs=1, callbacks=callbacks, default_callbacks=False, device=device).fit(module, loader)
@@ -311,8 +311,8 @@ def by_eventtrain(setting: Setting, loader: Prefetcher, device: torch.device) ->
 
 
 def by_lightning(setting: Setting, loader: Prefetcher, device: torch.device) -> nn.Module:
-    """Lightning, with what it switches off itself to be measured."""
-    from lightning import pytorch as lightning  # when it takes part: importing it takes seconds
+    """Train with Lightning, in the mode in which it measures its overhead."""
+    from lightning import pytorch as lightning  # only if it takes part, because the import takes seconds
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -353,15 +353,15 @@ CONTESTANTS: dict[str, Callable[[Setting, Prefetcher, torch.device], nn.Module]]
 
 @dataclass
 class Result:
-    """One contestant's times in one setting.
+    """The times of one contestant in one setting.
 
     Attributes:
         name: The contestant.
-        equal: Whether its parameters are the hand-tuned loop's after a few updates, bit for bit.
+        equal: Whether its parameters equal those of the hand-tuned loop after a few updates, bit for bit.
         difference: The largest difference between them.
-        seconds: What the measured batches took, of each repetition.
-        ratios: The speed over the hand-tuned loop's of the same repetition.
-        peak_memory: The most bytes that were allocated on the GPU while they ran; None on the CPU.
+        seconds: The time of the measured batches, in each repetition.
+        ratios: The speed over the speed of the hand-tuned loop in the same repetition.
+        peak_memory: The largest number of bytes that were allocated on the GPU in that time; None on the CPU.
     """
 
     name: str
@@ -373,7 +373,7 @@ class Result:
 
 
 def train(name: str, setting: Setting, loader: Prefetcher, device: torch.device) -> nn.Module:
-    """Lets a contestant train, with the memory to itself."""
+    """Let a contestant train, after all unused memory was released."""
     gc.collect()
     torch.cuda.empty_cache()
     with quiet():
@@ -382,9 +382,9 @@ def train(name: str, setting: Setting, loader: Prefetcher, device: torch.device)
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Lets torch choose kernels whose bits do not change from run to run, which a GPU's fastest ones do.
+    """Let torch choose kernels that give the same bits each time; the fastest kernels of a GPU do not.
 
-    It warns and goes on where it knows of none, so that the loop's comparison with itself has the last word.
+    If torch has no such kernel, it warns and continues. Then the comparison of the hand-tuned loop with itself shows it.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -394,22 +394,22 @@ def deterministic() -> Iterator[None]:
 
 
 def final_parameters(name: str, setting: Setting, batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """What a contestant ends with after the first few batches, on the host."""
+    """Return the parameters of a contestant after the first few batches, on the host."""
     with deterministic():
         return parameters(train(name, setting, Prefetcher(batches[:COMPARED], device), device)).cpu()
 
 
 def compare(setting: Setting, names: list[str], repetitions: int, device: torch.device) -> list[Result]:
-    """Lets contestants train side by side, the hand-tuned loop first."""
-    # The networks of a setting share what is compiled for the first of them (Lightning's autocast, which keeps no casts,
-    # is compiled apart). It is let go between settings, because torch compiles few versions of one function.
+    """Let contestants train in turn, the hand-tuned loop first, and return their times."""
+    # The networks of a setting share the code that is compiled for the first of them, except under Lightning's autocast,
+    # which caches no casts. The code is dropped between settings, because torch compiles few versions of one function.
     torch.compiler.reset()
     batches = make_batches(setting, device, setting.stretch[1] + 1)
     expected = final_parameters(BASELINE, setting, batches, device)
     results = []
     for name in names:
-        found = final_parameters(name, setting, batches, device)
-        results.append(Result(name, torch.equal(found, expected), (found - expected).abs().max().item()))
+        ended_with = final_parameters(name, setting, batches, device)
+        results.append(Result(name, torch.equal(ended_with, expected), (ended_with - expected).abs().max().item()))
     for repetition in range(repetitions):
         at = repetition % len(results)
         for result in results[at:] + results[:at]:
@@ -424,7 +424,7 @@ def compare(setting: Setting, names: list[str], repetitions: int, device: torch.
 
 
 def table(name: str, setting: Setting, results: list[Result]) -> str:
-    """The results as a Markdown table."""
+    """Return the results as a Markdown table."""
     lines = [
         f"| {name} | ms per batch, minimum | tokens/s, best | ratio of minima | median of paired ratios | peak memory, MiB |"
         " parameters |",
@@ -443,7 +443,7 @@ def table(name: str, setting: Setting, results: list[Result]) -> str:
 
 
 def described(name: str, setting: Setting) -> str:
-    """What a setting is, in one line."""
+    """Return the description of a setting, in one line."""
     with torch.device("meta"):
         count = sum(each.numel() for each in Decoder(setting).parameters())
     compiled = "not compiled" if setting.compiler is None else f"compiled ({setting.compiler})"
@@ -456,47 +456,47 @@ def described(name: str, setting: Setting) -> str:
 # ------------------------------------------------------------------ waiting for the device
 
 ACCUMULATE, LOG_EVERY, CHECKED_STEPS = 2, 10, 30
-"""Of the run that is checked: batches per update, updates between two that log, and updates."""
+"""For the run that is checked: batches per update, updates from one that logs to the next, and the number of updates."""
 
 
 class SyncCheck(Callback):
-    """Lets torch raise where the host waits for the device, from the first step that logs on, up to which the run warms up,
-    and not in steps that log.
+    """Has torch raise an error if the host waits for the device. The check begins after the first step that logs, and leaves
+    out steps that log.
 
     Attributes:
-        batches: Batches that were trained under the check.
+        batches: The number of batches that were trained under the check.
     """
 
     def __init__(self) -> None:
         self.batches = 0
 
     def on_before_batch_fetch(self, trainer: Trainer, event: BeforeBatchFetch) -> None:
-        """Decides for the batch that is to come."""
-        step = trainer.global_step + 1  # the one that the batch belongs to
+        """Switch the check on or off for the next batch."""
+        step = trainer.global_step + 1  # the step of the batch
         checked = step > LOG_EVERY and step % LOG_EVERY != 0
         torch.cuda.set_sync_debug_mode("error" if checked else "default")
         self.batches += checked
 
     def on_train_epoch_end(self, trainer: Trainer, event: TrainEpochEnd) -> None:
-        """Lets the epoch's end log."""
+        """Switch the check off, because the end of the epoch logs."""
         torch.cuda.set_sync_debug_mode("default")
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        """Leaves torch as it was, after an error too."""
+        """Switch the check off, also after an error."""
         torch.cuda.set_sync_debug_mode("default")
 
 
 class LoggingModule(Module):
-    """The same network with what reads tensors where it is written carelessly: a schedule, and metrics."""
+    """The same network with a schedule and metrics, which would wait for the device if they were written carelessly."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The batch's loss, logged."""
+        """Log the loss of a batch, and return it."""
         loss = super().training_step(batch, batch_idx)
         self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Fused AdamW, and one cycle over the updates."""
+        """Return fused AdamW, and one cycle over the updates."""
         optimizer = make_optimizer(self.network)
         total = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-4, total_steps=total)
@@ -504,13 +504,14 @@ class LoggingModule(Module):
 
 
 def check_syncs(setting: Setting, device: torch.device) -> int:
-    """Trains with eventtrain while torch refuses to wait for the device, except in steps that log.
+    """Train with eventtrain while torch refuses to wait for the device, except in steps that log.
 
     Returns:
-        How many batches were trained so.
+        The number of batches that were trained under the check.
 
     Raises:
-        RuntimeError: Something waited: torch's own error, whose traceback leads there. Or torch would not have told.
+        RuntimeError: If the host waited for the device; the error is torch's, and its traceback shows the place. Also if torch
+            does not notice such a wait.
     """
     if not refuses_to_wait(device):
         raise RuntimeError("torch.cuda.set_sync_debug_mode('error') let a tensor be read: the check would see nothing.")
@@ -532,7 +533,7 @@ def check_syncs(setting: Setting, device: torch.device) -> int:
 
 
 def refuses_to_wait(device: torch.device) -> bool:
-    """Whether torch raises where a tensor is read, once it was told to."""
+    """Return whether torch raises an error if a tensor is read, after it was told to."""
     value = torch.ones((), device=device)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -548,7 +549,7 @@ def refuses_to_wait(device: torch.device) -> bool:
 
 
 def facts_of(device: torch.device, names: list[str], repetitions: int) -> dict[str, Any]:
-    """What the figures are measured on."""
+    """Return facts about the device, the machine and the software."""
     facts = environment() | {"device": device.type, "repetitions": repetitions}
     if device.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(device), "CUDA": torch.version.cuda}
@@ -558,14 +559,14 @@ def facts_of(device: torch.device, names: list[str], repetitions: int) -> dict[s
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     peers = [name for name in CONTESTANTS if not name.startswith(BASELINE)]
     parser.add_argument("--only", nargs="+", choices=peers, help="contestants beside the hand-tuned loop")
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--save", action="store_true", help="rewrite docs/performance.md and its JSON")
-    parser.add_argument("--check-syncs", action="store_true", help="measure nothing: let eventtrain fail where it waits")
+    parser.add_argument("--check-syncs", action="store_true", help="measure nothing; fail if eventtrain waits for the device")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="networks and runs too small for figures")
     options = parser.parse_args(arguments)

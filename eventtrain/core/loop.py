@@ -102,8 +102,6 @@ class TrainLoop:
         """Train an epoch: all of it, or the rest after the checkpoint that the run resumes from."""
         progress, stop, signals, max_steps = self.progress, self.stop, self.signals, self.limits.max_steps
         batches, ends_epoch = self.begin_epoch()
-        if stop.interruption is not None:  # in the validation that a resumed run repeats: at the same safe point again
-            self.interrupt()
         while ends_epoch or (
             (max_steps is None or progress.global_step < max_steps) and (stop.reason is None or not self.is_stopping())
         ):
@@ -124,11 +122,10 @@ class TrainLoop:
             if signals.request_stop.listeners:
                 signals.request_stop.publish(events.RequestStop(ends_epoch, self.batch.window_open))
                 self.agree()
-            if stop.interruption is not None and self.interrupt():
-                pass  # keep_checkpoint has published take_checkpoint
-            elif signals.take_checkpoint.listeners:
-                signals.take_checkpoint.publish(events.TakeCheckpoint(ends_epoch, self.batch.window_open))
             self.known_request = stop.reason, stop.force
+            interrupted = stop.interruption is not None and self.interrupt()  # takes a checkpoint too
+            if signals.take_checkpoint.listeners and not interrupted:
+                signals.take_checkpoint.publish(events.TakeCheckpoint(ends_epoch, self.batch.window_open))
             if ends_epoch:
                 progress.count_epoch()
                 self.agree()
@@ -156,7 +153,9 @@ class TrainLoop:
         stop.epoch_reason = resumption.epoch_reason
         self.is_last_batch = batches.is_last
         # A validation that was interrupted is left to do for the last batch, and then the epoch's end.
-        return batches, self.validate_if_due(progress.batch_idx, batches.is_last or stop.epoch_reason is not None)
+        ends_epoch = self.validate_if_due(progress.batch_idx, batches.is_last or stop.epoch_reason is not None)
+        self.interrupt()  # at the same safe point again, if that validation was interrupted once more
+        return batches, ends_epoch
 
     def train_batch(self, batch: Any, batch_idx: int, is_last: bool) -> bool:
         """Train one batch, and validate if that is due; return whether the epoch ends with it."""
@@ -336,6 +335,7 @@ class TrainLoop:
             return False
         path = self.keep_checkpoint(reason)
         stop.reason, stop.force, stop.is_agreed, stop.force_is_agreed = reason, True, True, True
+        self.known_request = reason, True
         self.signals.run_interrupted.publish(events.RunInterrupted(reason, path))
         return True
 

@@ -315,7 +315,7 @@ def test_a_resumed_run_keeps_the_files_of_the_run_before(tmp_path: Path, in_back
     copies = CopiesFolder(root, tmp_path)
     straight = run(build_in(root, in_background=in_background), copies)
     kept = straight.callback(ModelCheckpoint).kept
-    assert len(copies.copies) == 16
+    assert len(copies.copies) == 15
     for copy in copies.copies:
         # Nothing is written at the first safe point: that is a fresh start.
         resumed = run(build_in(copy, in_background=in_background), ckpt_path="last" if copy != copies.copies[0] else None)

@@ -467,9 +467,12 @@ class Trainer:
         if signals.after_lr_scheduler_step.listeners:
             signals.after_lr_scheduler_step.publish(events.AfterLRSchedulerStep(config, config.learning_rates()))
 
-    def collect_checkpoint(self) -> dict[str, Any]:
-        """Collect the state of the run, as :meth:`save_checkpoint` writes it; listeners of ``save_checkpoint`` add to it. In
-        several processes all have to call it, and the first has the whole.
+    def collect_checkpoint(self, *, publish: bool = True) -> dict[str, Any]:
+        """Collect the state of the run, as :meth:`save_checkpoint` writes it. In several processes all have to call it, and
+        the first has the whole.
+
+        Args:
+            publish: Whether ``save_checkpoint`` and ``checkpoint_gathered`` are published, so that listeners add to it.
 
         Returns:
             The checkpoint; ``docs/resume.md`` describes its keys. Its tensors are those of the run, not copies.
@@ -480,7 +483,7 @@ class Trainer:
             >>> trainer.collect_checkpoint()["global_step"]
             1
         """
-        return contents.gather(self)
+        return contents.gather(self) if publish else contents.state_of(self)
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write the run's state to a file. In several processes all have to call it.

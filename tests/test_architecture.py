@@ -314,6 +314,17 @@ def test_callbacks_use_the_trainer_as_users_do() -> None:
     assert wrong == []
 
 
+def test_callbacks_import_nothing_of_the_machinery_of_a_run() -> None:
+    machinery = ("eventtrain.run", *(f"eventtrain.core.{name}" for name in ("loop", "closure", "stepping", "evaluation")))
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in CALLBACKS
+        for name in imported(path)
+        if name.startswith((*machinery, "eventtrain.checkpoint.contents", "eventtrain.checkpoint.ranks"))
+    ]
+    assert wrong == []
+
+
 PROSE = {"what": 2.0, "where": 2.0, "at hand": 0.0, "inside of": 0.0, "outside of": 0.0}
 """How often a phrase may occur in 1,000 words of docstrings and comments."""
 

@@ -16,7 +16,6 @@ from eventtrain.callback import Callback
 from eventtrain.callbacks.checkpointing.folder import LAST, CheckpointFolder, check_template, file_name
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
-from eventtrain.checkpoint import contents as checkpoints
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
 from eventtrain.errors import MisconfigurationError
@@ -182,7 +181,9 @@ class ModelCheckpoint(Callback):
                     "Give each of them another dirpath."
                 )
         # Without the weights: those of a lazy module do not exist yet, and will when they are written.
-        storage.loadable({name: value for name, value in checkpoints.state_of(trainer).items() if name != "state_dict"})
+        storage.loadable(
+            {name: value for name, value in trainer.collect_checkpoint(publish=False).items() if name != "state_dict"}
+        )
         if trainer.is_global_zero:
             try:
                 self._folder.prepare(self._top.surplus)
@@ -211,7 +212,7 @@ class ModelCheckpoint(Callback):
             if self.is_due(trainer, event):
                 self._save(trainer, ranked=True)
             if self.save_on_exception:
-                self._copy = self._exception_staging.copy(checkpoints.gather(trainer))
+                self._copy = self._exception_staging.copy(trainer.collect_checkpoint())
         if event.reason is not None:
             if self._saved != place or self._path is None:
                 self._save(trainer, ranked=False)
@@ -264,7 +265,7 @@ class ModelCheckpoint(Callback):
         if not names:
             return
         self._path = self._folder.path / names[0]
-        content = checkpoints.gather(trainer)
+        content = trainer.collect_checkpoint()
         if not trainer.is_global_zero:
             return
         content = storage.loadable(content)

@@ -52,8 +52,8 @@ class EvaluationLoop:
         names = ("Start", "EpochStart", "BatchStart", "BatchEnd", "EpochEnd", "End")
         self._events = {name: getattr(events, self.stage.capitalize() + name) for name in names}
 
-    def run(self, *, silent: bool = False) -> list[list[Any]]:
-        """Evaluate.
+    def evaluate(self, *, silent: bool = False) -> list[list[Any]]:
+        """Evaluate the loaders, from the first to the last.
 
         Args:
             silent: Whether logged values are dropped, as in a sanity check.
@@ -68,13 +68,13 @@ class EvaluationLoop:
             self.metrics.silent = silent
             self.metrics.begin_stage(self.stage)
             try:
-                return self.evaluate(silent)
+                return self.evaluate_loaders(silent)
             finally:
                 self.metrics.enter(self.stage, None)
                 self.metrics.suffix = ""
                 self.metrics.silent = False
 
-    def evaluate(self, silent: bool) -> list[list[Any]]:
+    def evaluate_loaders(self, silent: bool) -> list[list[Any]]:
         """Publish the events of the stage around its loaders; return the outputs of each."""
         self.metrics.enter(self.stage, None)
         with self._events["Start"]() as phase:

@@ -69,7 +69,7 @@ class Evaluation(Run):
             self.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
             self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
             module.load_state_dict(checkpoint["state_dict"])
-        self.outputs = self.evaluation_loop(stage, context=self._evaluating).run()
+        self.outputs = self.evaluation_loop(stage, context=self._evaluating).evaluate()
         self.results = self.state.metrics.results(stage, len(passes))
 
     @contextmanager

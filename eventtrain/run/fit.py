@@ -172,7 +172,7 @@ class Fit(Run):
             # Lightning zeroes all gradients here. Only a module that asks for it does, and never in an open window.
             if zero_grad is not None and not batch.window_open:
                 zero_grad()
-            self._validation_loop().run()
+            self._validation_loop().evaluate()
 
         return validate
 
@@ -193,7 +193,7 @@ class Fit(Run):
         self.sanity_checking = True
         try:
             steps = self.trainer.arguments.num_sanity_val_steps
-            self._validation_loop(most=None if steps == -1 else steps).run(silent=True)
+            self._validation_loop(most=None if steps == -1 else steps).evaluate(silent=True)
         except EvaluationInterrupted:
             pass  # nothing was trained yet: the loop sees the request to stop
         finally:

@@ -74,17 +74,19 @@ class Fit(Run):
             # A resumed run had its check when it began.
             if validate is not None and trainer.arguments.num_sanity_val_steps and checkpoint is None:
                 self._sanity_check()
-            if state.limits.batches_per_epoch != 0:
-                loop.train()
+            try:
+                if state.limits.batches_per_epoch != 0:
+                    loop.train()
+            finally:  # workers go before callbacks give back the signals that they have taken over
+                if loop.batches is not None:
+                    loop.batches.close()
         signals.fit_end.publish(FitEnd())
 
     def release(self) -> None:
-        """Let go of the optimizers, and of the loaders' workers."""
+        """Let go of the optimizers and the loaders."""
         for optimizer, stepping in zip(self.state.optimizers, self.state.steppings, strict=True):
             stepping.disconnect()
             optimizer.leave()
-        if self.state.loop is not None and self.state.loop.batches is not None:
-            self.state.loop.batches.close()
         super().release()
 
     # ------------------------------------------------------------------ what the loop is made of

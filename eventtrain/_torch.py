@@ -195,9 +195,7 @@ def fsdp_parameters(part: FSDPModule) -> Iterator[Any]:
     held in the records alone: see :func:`held_gradient`. Missing: public access to unreduced gradients.
     """
     state: Any = part._get_fsdp_state()
-    # Before torch 2.10 there is one group instead of a list.
-    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else filter(None, [state._fsdp_param_group])
-    for group in groups:
+    for group in state._fsdp_param_groups:
         yield from group.fsdp_params
 
 

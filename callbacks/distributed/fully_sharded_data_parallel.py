@@ -204,7 +204,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
         # If the error came in the middle of a step, torch has left whole weights in the module.
         module: Any = trainer.module
-        if self._has_called_a_step and hasattr(module, "reset_iter_state"):  # newer versions of torch have it
+        if self._has_called_a_step:
             module.reset_iter_state()
 
     # ------------------------------------------------------------------ checkpoints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventtrain import events
 from eventtrain.callback import attach, is_on_demand
@@ -18,6 +18,7 @@ from eventtrain.data.limits import Limit
 from eventtrain.describe import describe, overview
 from eventtrain.distributed import Processes, SingleProcess
 from eventtrain.errors import MisconfigurationError
+from eventtrain.hints import MissingAttribute, explained
 from eventtrain.metrics.metrics import Metrics
 from eventtrain.module.datamodule import LightningDataModule
 from eventtrain.module.module import LightningModule
@@ -87,6 +88,7 @@ class Trainer:
         6
     """
 
+    @explained
     def __init__(
         self,
         *,
@@ -143,8 +145,17 @@ class Trainer:
         for callback in chosen:
             attach(callback, self.signals, self.callbacks)
 
+    if not TYPE_CHECKING:  # type checkers know the attributes
+
+        def __getattr__(self, name: str) -> Any:
+            # Reached only if there is no such attribute, or a property raised AttributeError.
+            if name.startswith("__") or hasattr(type(self), name):
+                return object.__getattribute__(self, name)
+            raise MissingAttribute(name=name, obj=self)
+
     # ------------------------------------------------------------------ the four stages
 
+    @explained
     def fit(
         self,
         model: Model,
@@ -177,6 +188,7 @@ class Trainer:
         loaders: dict[Any, Any] = {"train": train_dataloaders, "validation": val_dataloaders}
         self._execute(lambda: Fit(self, self._new_state(self.run_state.steps), model, datamodule, loaders, ckpt_path))
 
+    @explained
     def validate(
         self,
         model: Model | None = None,
@@ -206,6 +218,7 @@ class Trainer:
         """
         return self._evaluate("validate", model, dataloaders, ckpt_path, datamodule).results
 
+    @explained
     def test(
         self,
         model: Model | None = None,
@@ -223,6 +236,7 @@ class Trainer:
         """
         return self._evaluate("test", model, dataloaders, ckpt_path, datamodule).results
 
+    @explained
     def predict(
         self,
         model: Model | None = None,
@@ -485,6 +499,7 @@ class Trainer:
         """
         return contents.gather(self) if publish else contents.state_of(self)
 
+    @explained
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write the run's state to a file. In several processes all have to call it.
 

@@ -14,9 +14,8 @@ from eventtrain.core.interfaces import END, Batches, LoggedValues
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import Progress
 from eventtrain.distributed import Processes
-from eventtrain.errors import EvaluationInterrupted
+from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import AfterForward, MetricsLogged
-from eventtrain.hints import misfit
 
 EvaluationStage = Literal["validation", "test", "predict"]
 
@@ -151,6 +150,8 @@ def step_arguments(step: Callable[..., Any], loaders: int, *, most: int = 3) -> 
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     # A third argument without a default is needed whatever the number of loaders.
     needed = sum(parameter.default is parameter.empty for parameter in positional)
-    if not positional or needed > most or "optimizer_idx" in inspect.signature(step).parameters:
-        raise misfit(step, getattr(step, "__name__", "the step"), ("batch", "batch_idx", "dataloader_idx=0")[:most])
+    if not positional or needed > most:
+        name = getattr(step, "__name__", "the step")
+        form = ", ".join(("self", "batch", "batch_idx", "dataloader_idx=0")[: most + 1])
+        raise MisconfigurationError(f"{name}{inspect.signature(step)} does not fit. Write `def {name}({form}):`.")
     return min(len(positional), max(wanted, needed), most)

@@ -62,7 +62,7 @@ class Evaluation(Run):
         if not passes:
             raise MisconfigurationError(
                 f"There is nothing to {self.stage} on. Give {self.stage}(model, dataloaders=...), a datamodule, or define "
-                f"{LOADER_HOOKS[stage]} in the module."
+                f"{LOADER_HOOKS[stage]} in the module. {self.misnamed_loader(stage)}".rstrip()
             )
         checkpoint = None if self.ckpt_path is None else read_checkpoint(self.trainer, self.ckpt_path)
         if checkpoint is not None:

@@ -20,7 +20,7 @@ from eventtrain.core.loop import TrainLoop
 from eventtrain.core.state import BatchState
 from eventtrain.core.stepping import Stepping
 from eventtrain.data.limits import check_train_loader
-from eventtrain.errors import EvaluationInterrupted
+from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import FitEnd, FitStart, Stage
 from eventtrain.module.modes import evaluation_mode
 from eventtrain.module.overriding import overridden_method
@@ -62,6 +62,8 @@ class Fit(Run):
             checkpoint = contents.announce(trainer, checkpoint)
         state.loaders = self.loaders
         loader = self.loaders.loader("train")
+        if loader is None and (misnamed := self.misnamed_loader("train")):
+            raise MisconfigurationError(f"There is nothing to train on: {misnamed}")
         check_train_loader(loader)
         self._measure(loader)
         self._configure_optimizers()
@@ -161,7 +163,11 @@ class Fit(Run):
     def _validation(self) -> Callable[[], Any] | None:
         """Return a function that runs a validation; None if there is nothing to validate."""
         module, batch = self.module, self.state.batch
-        if self.trainer.arguments.batch_limits["validation"] == 0 or not self.loaders.passes("validation"):
+        if self.trainer.arguments.batch_limits["validation"] == 0:
+            return None
+        if not self.loaders.passes("validation"):
+            if overridden_method(module, "validation_step") and (misnamed := self.misnamed_loader("validation")):
+                warnings.warn(f"Nothing is validated: {misnamed}", stacklevel=2)
             return None
         if overridden_method(module, "validation_step") is None:
             warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from eventtrain.core.signals import Signals
@@ -85,12 +86,30 @@ def check_names(part: Any) -> None:
                 raise MisconfigurationError(f"{owner}.{name} is no hook. {suggestion}")
 
 
+def misnamed_loader(hook: str, *parts: Any) -> str:
+    """Return a sentence about an attribute that is named almost like a method for loaders; empty if there is none.
+
+    Args:
+        hook: The method's name, such as ``"val_dataloader"``.
+        *parts: The module and the datamodule.
+    """
+    library = {*dir(LightningModule), *dir(LightningDataModule)}
+    for part in parts:
+        for name in sorted({*dir(type(part)), *getattr(part, "__dict__", {})} - library):
+            if tables()["loader"].get(name) == hook or get_close_matches(name, [hook], cutoff=0.85):
+                return f"{type(part).__name__}.{name} is never called. Rename it to {hook}."
+    return ""
+
+
 def check_signatures(part: Any) -> None:
     """Check that the methods that a module or datamodule overrides take the arguments that they are called with.
 
     Raises:
         MisconfigurationError: If one does not.
     """
+    step = getattr(part, "training_step", None)
+    if callable(step) and "optimizer_idx" in inspect.signature(step).parameters:
+        raise misfit(step, "training_step", ("batch", "batch_idx"), f"{type(part).__name__}.")
     for name in CALLED:
         method = getattr(part, name, None)
         if not callable(method) or not overridden(part, name, LightningModule, LightningDataModule, DataHooks):

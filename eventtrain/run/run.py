@@ -15,8 +15,9 @@ from eventtrain.core.state import RunStage
 from eventtrain.events import ExceptionRaised, JoinProcesses, Setup, Stage, Teardown
 from eventtrain.run.arguments import check_datamodule, check_module
 from eventtrain.run.compiled import ModuleSteps
-from eventtrain.run.hook_connections import ConnectedHooks
-from eventtrain.run.loaders import RunLoaders
+from eventtrain.run.hook_connections import ConnectedHooks, misnamed_loader
+from eventtrain.run.loaders import LOADER_HOOKS, RunLoaders
+from eventtrain.run.places import add_notes
 from eventtrain.run.state import RunState
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Run(ABC):
                 self.body()
         except BaseException as error:
             first = error
+            if isinstance(error, Exception):
+                add_notes(error, self.trainer, self.module)
             self._after_error(first, partial(self.signals.exception.publish_to_all, ExceptionRaised(error)))
             raise
         finally:
@@ -163,6 +166,11 @@ class Run(ABC):
             is_interrupted=is_interrupted,
             processes=self.trainer.processes if several_processes else None,
         )
+
+    def misnamed_loader(self, stage: Stage) -> str:
+        """Return a sentence about an attribute that may be meant as a stage's loader; empty if there is none."""
+        parts = [part for part in (self.state.datamodule, self.module) if part is not None]
+        return misnamed_loader(LOADER_HOOKS[stage], *parts)
 
     # ------------------------------------------------------------------ teardown
 

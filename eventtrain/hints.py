@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -101,18 +101,35 @@ def explained(method: F) -> F:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            known = list(signature.parameters)[1:]
-            raise MisconfigurationError(_refusal(table, known, args[1:], kwargs, error)) from None
-        return method(*args, **kwargs)
+            problem, known = str(error), list(signature.parameters)[1:]
+        else:
+            return method(*args, **kwargs)
+        check_names(table, kwargs, known)
+        values = ", ".join(short(value) for value in args[1:])
+        raise MisconfigurationError(f"{table}({values}): {problem}. {hint(table, '*') or _names(known)}")
 
     return cast(F, call)
 
 
-def _refusal(table: str, known: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], error: TypeError) -> str:
-    """Return the message for arguments that do not fit, with a line for each name that does not exist."""
-    names = f"The arguments are {', '.join(known)}." if known else "It takes none."
-    if unknown := [name for name in kwargs if name not in known]:
-        hints = {name: hint(table, name, known, value=kwargs[name]) or names for name in unknown}
-        return "\n".join(f"{table}({name}={short(kwargs[name])}): there is no such argument. {hints[name]}" for name in unknown)
-    values = ", ".join(short(value) for value in args)
-    return f"{table}({values}): {error}. {hint(table, '*') or names}"
+def check_names(table: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Check that arguments exist.
+
+    Args:
+        table: The table of ``hints.toml``; messages begin with its name.
+        arguments: The arguments by name.
+        known: The names that exist.
+
+    Raises:
+        MisconfigurationError: If some do not, with a line for each.
+    """
+    lines = []
+    for name, value in arguments.items():
+        if name not in known:
+            remedy = hint(table, name, known, value=value) or _names(known)
+            lines.append(f"{table}({name}={short(value)}): there is no such argument. {remedy}")
+    if lines:
+        raise MisconfigurationError("\n".join(lines))
+
+
+def _names(known: Sequence[str]) -> str:
+    return f"The arguments are {', '.join(known)}." if known else "It takes none."

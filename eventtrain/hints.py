@@ -77,13 +77,13 @@ class MissingAttribute(AttributeError):
 
 
 def explained(method: F) -> F:
-    """Have a method refuse arguments that do not fit it, with the hints of the table that is named after it.
+    """Have a function refuse arguments that do not fit it, with the hints of the table that is named after it.
 
     Args:
-        method: A method; the table of an ``__init__`` is named after the class.
+        method: A method or function; the table of an ``__init__`` is named after the class.
 
     Returns:
-        A method with the same signature, which raises MisconfigurationError in place of TypeError.
+        A function with the same signature, which raises MisconfigurationError in place of TypeError.
 
     Example:
         >>> class Clock:
@@ -101,11 +101,11 @@ def explained(method: F) -> F:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            problem, known = str(error), list(signature.parameters)[1:]
+            problem, known = str(error), [name for name in signature.parameters if name != "self"]
         else:
             return method(*args, **kwargs)
         check_names(table, kwargs, known)
-        values = ", ".join(short(value) for value in args[1:])
+        values = ", ".join(short(value) for value in args["self" in signature.parameters :])
         raise MisconfigurationError(f"{table}({values}): {problem}. {hint(table, '*') or _names(known)}")
 
     return cast(F, call)

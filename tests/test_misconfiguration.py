@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eventtrain import Callback, Trainer
+from eventtrain import Callback, Trainer, seed_everything
 from eventtrain.callbacks import (
     DistributedDataParallel,
     EarlyStopping,
@@ -235,6 +235,16 @@ ARGUMENTS: dict[str, Case] = {
             ("predict", {"data": BATCHES}, "dataloaders=loader", lambda: right_call("predict", dataloaders=BATCHES)),
         )
     },
+    "seeding with workers": Case(
+        lambda: seed_everything(1, workers=True),  # type: ignore[call-arg]
+        (r"seed_everything\(workers=True\): there is no such argument", "workers of loaders are seeded too"),
+        lambda: fit(seed=seed_everything(1)),
+    ),
+    "seeding without a number": Case(
+        lambda: seed_everything(),  # type: ignore[call-arg]
+        (r"seed_everything\(\): missing a required argument: 'seed'",),
+        lambda: fit(seed=seed_everything(1)),
+    ),
     # ---------------------------------------------------------------- callbacks that nobody calls, or of other libraries
     **{
         f"a callback's {name}({', '.join(parameters)})": Case(

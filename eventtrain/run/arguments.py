@@ -124,7 +124,7 @@ def check_module(module: Any) -> LightningModule:
         MisconfigurationError: If it is anything else.
     """
     if isinstance(module, LightningModule):
-        if "_parameters" not in vars(module):
+        if "training" not in vars(module):
             raise MisconfigurationError(f"{type(module).__name__}.__init__ does not call `super().__init__()`. Do it first.")
         return module
     if module is None:

@@ -16,6 +16,7 @@ from eventtrain.callback import Callback
 from eventtrain.callbacks.checkpointing.folder import LAST, CheckpointFolder, check_template, file_name
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
+from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
 from eventtrain.errors import MisconfigurationError
@@ -28,7 +29,6 @@ from eventtrain.events import (
     TakeCheckpoint,
     Teardown,
 )
-from eventtrain.metrics.watched import WatchedMetric
 from eventtrain.paths import AnyPath, check_path
 from eventtrain.trainer import Trainer
 

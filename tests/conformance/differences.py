@@ -437,6 +437,21 @@ def none_closes_a_window(side: Side) -> Any:
     return outcome(train)
 
 
+def hooks_in_manual_mode(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward((self.w * batch).sum())
+        optimizer.step()
+
+    def on_before_zero_grad(self: Any, optimizer: Any) -> None:
+        self.seen.append(None)
+
+    module = probe(side.base, training_step=step, on_before_zero_grad=on_before_zero_grad)
+    module.automatic_optimization = False
+    return len(side.fit(module, side.trainer(), 3).seen)
+
+
 def second_fit(side: Side) -> Any:
     trainer = side.trainer(max_epochs=2)
     return [len(side.fit(probe(side.base, training_step=recorded), trainer, 3).seen) for _ in range(2)]
@@ -611,6 +626,7 @@ DIFFERENCES = [
     Difference("D5", "`max_epochs=3`, a stop within the first epoch: `current_epoch` afterwards", stopped_epoch, 1, 0),
     Difference("D5", "`on_train_batch_start` returns -1 for the second batch: steps of the epoch's scheduler",
                scheduler_of_a_left_epoch, 1, 0),
+    Difference("E2", "manual optimization, 3 batches: calls of `on_before_zero_grad`", hooks_in_manual_mode, 0, 3),
     Difference("E3", "after a `toggled_optimizer` within another: do the parameters of both need gradients",
                nested_toggle, (True, False), (True, True)),
     Difference("F2", "fp16, `optimizer.optimizer.step(closure)`, 4 batches: the sum of updates",

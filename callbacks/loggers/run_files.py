@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import platform
 import re
@@ -51,6 +52,8 @@ def new_version(parent: AnyPath) -> AnyPath:
 def new_file(path: AnyPath) -> AnyPath:
     """Make a new empty file for the caller: at the path, or at ``<stem>-<n><suffix>`` if the path exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     candidate, number = path, 0
     while True:
         with contextlib.suppress(FileExistsError):

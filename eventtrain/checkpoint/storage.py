@@ -130,6 +130,8 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None) ->
         MisconfigurationError: If the file is not a checkpoint, is damaged, or holds code.
     """
     path = check_path(path, "storage.read", "path")
+    if path.is_dir():
+        raise MisconfigurationError(f"{path} is a folder. Give a checkpoint in it; fit(ckpt_path='last') takes the newest.")
     with reading(path) as file:
         try:
             verify_checksums(file)

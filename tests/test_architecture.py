@@ -77,7 +77,7 @@ LAYERS = [
     ["eventtrain.version", "eventtrain.errors", "eventtrain.checks", "eventtrain._torch"],
     ["eventtrain.distributed", "eventtrain.events"],
     ["eventtrain.core"],
-    ["eventtrain.checkpoint.rng", "eventtrain.checkpoint.storage"],
+    ["eventtrain.checkpoint.rng", "eventtrain.checkpoint.storage", "eventtrain.checkpoint.weights"],
     ["eventtrain.data", "eventtrain.metrics"],
     ["eventtrain.module"],
     ["eventtrain.optim"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
 
 if TYPE_CHECKING:
+    from eventtrain.checkpoint.optimizers import Groups
     from eventtrain.core.loop import TrainLoop
     from eventtrain.core.optimizer import LightningOptimizer
     from eventtrain.core.stepping import Stepping
@@ -30,10 +31,12 @@ class RunState:
         stop_request: The requests to end it.
         batch: The current training batch.
         module: The module of the run.
+        fitted: The module of the fit; None if there was none.
         steps: Its steps as the run calls them.
         datamodule: The datamodule of the run, if it has one.
         optimizers: The optimizers of the fit, wrapped.
         steppings: Their steps in the run, in the same order.
+        configured_groups: Their parameter groups as ``configure_optimizers`` returned them, by the names of the parameters.
         lr_scheduler_configs: The schedulers of the fit.
         loaders: The loaders of the fit.
         loop: The training loop of the fit.
@@ -46,10 +49,12 @@ class RunState:
     stop_request: StopRequest = field(default_factory=StopRequest)
     batch: BatchState = field(default_factory=BatchState)
     module: LightningModule | None = None
+    fitted: LightningModule | None = None
     steps: ModuleSteps | None = None
     datamodule: LightningDataModule | None = None
     optimizers: list[LightningOptimizer] = field(default_factory=list)
     steppings: list[Stepping] = field(default_factory=list)
+    configured_groups: list[Groups] = field(default_factory=list)
     lr_scheduler_configs: list[LRSchedulerConfig] = field(default_factory=list)
     loaders: RunLoaders | None = None
     loop: TrainLoop | None = None

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
 
 if TYPE_CHECKING:
-    from eventtrain.checkpoint.optimizers import Groups
     from eventtrain.core.loop import TrainLoop
     from eventtrain.core.optimizer import LightningOptimizer
     from eventtrain.core.stepping import Stepping
@@ -54,7 +53,7 @@ class RunState:
     datamodule: LightningDataModule | None = None
     optimizers: list[LightningOptimizer] = field(default_factory=list)
     steppings: list[Stepping] = field(default_factory=list)
-    configured_groups: list[Groups] = field(default_factory=list)
+    configured_groups: list[list[list[str | None]]] = field(default_factory=list)
     lr_scheduler_configs: list[LRSchedulerConfig] = field(default_factory=list)
     loaders: RunLoaders | None = None
     loop: TrainLoop | None = None

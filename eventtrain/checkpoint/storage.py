@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from eventtrain.checkpoint.weights import kind_of, some
 from eventtrain.errors import MisconfigurationError
 
 LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, str, bytes, bytearray, type(None))
@@ -103,17 +105,28 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, An
         OSError: If there is no such file, or if it cannot be opened.
         MisconfigurationError: If the file is not a checkpoint, is damaged, or holds code.
     """
+    if Path(path).is_dir():
+        files = sorted(each.name for each in Path(path).iterdir() if each.is_file())
+        raise MisconfigurationError(f"{os.fspath(path)} is a folder. Give a file in it: {some(files) or 'it has none'}.")
     with open(path, "rb") as file:
         try:
             verify_checksums(file)
             content = torch.load(file, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:  # a damaged file can cause any error in its reader
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            problem = f"it is damaged, or of another kind ({first_line(error)})"
+            if code is not None:
+                problem = (
+                    f"it holds a {code[1]}, and only tensors and plain values are read, so that no code in a file is run. If you "
+                    "trust it, write its weights to another one: "
+                    "torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, new_path)"
+                )
             raise MisconfigurationError(
-                f"{os.fspath(path)} is no checkpoint that can be read safely: it is damaged, or holds more than tensors and "
-                f"plain values. Give a file that trainer.save_checkpoint wrote. ({first_line(error)})"
+                f"{os.fspath(path)} is no checkpoint that can be read safely: {problem}. Give a file that "
+                "trainer.save_checkpoint wrote."
             ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise MisconfigurationError(f"{os.fspath(path)} is no checkpoint: it holds no 'state_dict'.")
+        raise MisconfigurationError(f"{os.fspath(path)} is no checkpoint: {kind_of(content)}")
     return content
 
 

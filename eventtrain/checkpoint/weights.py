@@ -72,6 +72,18 @@ def differences(module: nn.Module, weights: Mapping[str, Any], strict: bool) -> 
     return problems
 
 
+def kind_of(content: Any) -> str:
+    """Return in sentences what a file without weights under ``"state_dict"`` holds, and how to use it."""
+    if not isinstance(content, Mapping):
+        return f"it holds a {type(content).__name__} and no 'state_dict'. Give a file that trainer.save_checkpoint wrote."
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return (
+            f"it is a bare state_dict, with the keys {some(content)}. Load it by "
+            "`module.load_state_dict(torch.load(path, weights_only=True))`, or write it to a file as {'state_dict': ...}."
+        )
+    return f"it holds no 'state_dict', only {some(content)}. Write its weights to a file as {{'state_dict': ...}}."
+
+
 def some(names: Iterable[Any], most: int = 4) -> str:
     """Return the first names of a collection as a text, and the number of the others."""
     names = list(names)

@@ -464,8 +464,8 @@ class Trainer:
             event = events.BeforeLRSchedulerStep(config, config.learning_rates(), metric)
             signals.before_lr_scheduler_step.publish(event)
             metric = event.metric
-        assert self.run_state.module is not None
-        self.run_state.module.lr_scheduler_step(config.scheduler, metric)
+        module: Any = self.run_state.module
+        (module.lr_scheduler_step or LightningModule().lr_scheduler_step)(config.scheduler, metric)
         if signals.after_lr_scheduler_step.listeners:
             signals.after_lr_scheduler_step.publish(events.AfterLRSchedulerStep(config, config.learning_rates()))
 

@@ -24,6 +24,7 @@ from eventtrain.data.limits import check_train_loader
 from eventtrain.errors import EvaluationInterrupted
 from eventtrain.events import FitEnd, FitStart, Stage
 from eventtrain.module.modes import evaluation_mode
+from eventtrain.module.module import LightningModule
 from eventtrain.module.overriding import overridden_method
 from eventtrain.optim.configure import configure_optimizers, warn_of_idle_schedulers
 from eventtrain.run.arguments import validation_interval
@@ -57,7 +58,7 @@ class Fit(Run):
         """Fit the module."""
         trainer, module, signals, state = self.trainer, self.module, self.signals, self.state
         if overridden_method(module, "training_step") is None:
-            module.training_step()  # raises, and says what to define
+            LightningModule.training_step(module)  # raises, and says what to define
         # First, so that a module may take its shape from a checkpoint, and a datamodule its split.
         path, checkpoint = read_checkpoint(trainer, self.ckpt_path)
         if checkpoint is not None:

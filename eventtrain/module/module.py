@@ -41,6 +41,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         automatic_optimization: Whether the trainer zeroes the gradients, runs backward and steps. Set it to False for manual
             optimization: in the class, in ``__init__``, or as a property.
         example_input_array: An input of ``forward``, for loggers that draw the graph.
+        strict_loading: Whether a checkpoint has to have exactly the weights of the module. If it is False, weights that one of
+            them lacks are passed over.
 
     Example:
         >>> from eventtrain import Trainer
@@ -57,6 +59,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     automatic_optimization: bool = True
     example_input_array: Any = None
+    strict_loading: bool = True
 
     # ------------------------------------------------------------------ the current run
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from eventtrain.checkpoint.storage import init_arguments
 from eventtrain.checkpoint.storage import read as read_checkpoint
+from eventtrain.checkpoint.weights import load_weights
 from eventtrain.core.closure import backward
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError
@@ -738,14 +739,18 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     @classmethod
     def load_from_checkpoint(
-        cls: type[Self], checkpoint_path: str | PathLike[str], map_location: Any = None, strict: bool = True, **kwargs: Any
+        cls: type[Self],
+        checkpoint_path: str | PathLike[str],
+        map_location: Any = None,
+        strict: bool | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Build a module from a checkpoint, with the hyperparameters that it holds.
 
         Args:
             checkpoint_path: The file.
             map_location: The device of the tensors, as in :func:`torch.load`; None for the CPU.
-            strict: Whether the keys of the state dict have to match.
+            strict: Whether the file has to have exactly the weights of the module; None for its ``strict_loading``.
             **kwargs: Arguments of ``__init__`` that replace or complete the saved ones.
 
         Returns:
@@ -753,7 +758,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
         Raises:
             OSError: If the file cannot be opened.
-            MisconfigurationError: If the file is not a checkpoint, or is damaged.
+            MisconfigurationError: If the file is not a checkpoint, is damaged, or has the weights of another module.
 
         Example:
             >>> import tempfile
@@ -769,7 +774,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         arguments = init_arguments(cls, {**content.get("hyper_parameters", {}), **kwargs})
         module = cls(**arguments)
         module.on_load_checkpoint(content)
-        module.load_state_dict(content["state_dict"], strict=strict)
+        load_weights(module, content, checkpoint_path, strict)
         return module
 
     # ------------------------------------------------------------------ internals

@@ -69,6 +69,11 @@ def find_checkpoint(trainer: Trainer, ckpt_path: Any) -> tuple[Any, dict[str, An
             f"ckpt_path={ckpt_path!r}: nothing attached keeps checkpoints. Attach a ModelCheckpoint, or give the path of a "
             "file that trainer.save_checkpoint wrote."
         )
+    if not event.paths and ckpt_path is None:
+        raise MisconfigurationError(
+            f"trainer.{trainer.stage}() takes the best checkpoint of the fit, and it is gone. Give the module, "
+            f"trainer.{trainer.stage}(model), to use its current weights."
+        )
     if not event.paths and (ckpt_path == "best" or trainer.stage != "fit"):
         raise MisconfigurationError(f"ckpt_path={ckpt_path!r}: there is no checkpoint yet. Give the path of one, or None.")
     if ckpt_path == "last":

@@ -38,6 +38,9 @@ def gather(trainer: Trainer) -> dict[str, Any]:
     """
     checkpoint = state_of(trainer)
     trainer.signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
+    for part in (trainer.datamodule, trainer.module) if trainer.stage is None else ():  # hooks are connected in runs only
+        if (hook := getattr(part, "on_save_checkpoint", None)) is not None:
+            hook(checkpoint)
     trainer.signals.checkpoint_gathered.publish(CheckpointGathered(checkpoint))
     return checkpoint
 

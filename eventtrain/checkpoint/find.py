@@ -78,10 +78,10 @@ def find_checkpoint(trainer: Trainer, ckpt_path: Any) -> tuple[Any, dict[str, An
         raise MisconfigurationError(f"ckpt_path={ckpt_path!r}: there is no checkpoint yet. Give the path of one, or None.")
     if ckpt_path == "last":
         event.paths.sort(key=storage.written_at, reverse=True)  # the answers of several listeners
-    path, content = storage.read_first(event.paths)
-    if path is not None:
-        say(f"trainer.{trainer.stage} takes the checkpoint {path}.")
-    return path, content
+    chosen, content = storage.read_first(event.paths)
+    if chosen is not None:
+        say(f"trainer.{trainer.stage} takes the checkpoint {chosen}.")
+    return chosen, content
 
 
 LOGGER = logging.getLogger("eventtrain")

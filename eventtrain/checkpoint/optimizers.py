@@ -186,7 +186,7 @@ def extend_functions(scheduler: Any, saved: Any) -> bool:
     Returns:
         Whether there were such groups.
     """
-    functions = getattr(scheduler, "lr_lambdas", None)
+    functions: list[Any] = getattr(scheduler, "lr_lambdas", [])
     count = len(saved["lr_lambdas"]) - len(functions) if functions and "lr_lambdas" in saved else 0
     for _ in range(count):
         functions.append(copy.deepcopy(functions[-1]))  # torch puts the state of a callable object into it

@@ -54,8 +54,8 @@ def fitted(folder: Path, *callbacks: Any, **arguments: Any) -> tuple[Trainer, di
     return trainer, weights
 
 
-def weight_in_test(trainer: Trainer, *model: Any, **arguments: Any) -> float:
-    return trainer.test(*model, dataloaders=rows(1), **arguments)[0]["weight"]
+def weight_in_test(trainer: Trainer, model: Any = None, **arguments: Any) -> float:
+    return trainer.test(model, dataloaders=rows(1), **arguments)[0]["weight"]
 
 
 def test_a_test_without_a_module_takes_the_best_checkpoint_and_says_which(tmp_path: Path, caplog: Any) -> None:

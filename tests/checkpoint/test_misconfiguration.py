@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, Multiplicative
 
 from eventtrain import Callback, LightningDataModule, Trainer
 from eventtrain.callbacks import LRSchedulerStepping, ModelCheckpoint
-from tests.misconfigurations import BATCHES, Case, ModuleOf, check_refusal, check_remedy, fit
+from tests.kit import ModuleOf
+from tests.misconfigurations import BATCHES, Case, check_refusal, check_remedy, fit
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -98,6 +99,11 @@ def switched(before: Any, after: Any, edit: Callable[[Any], Any] = lambda conten
     fit(modules[0], Saves(), LRSchedulerStepping())
     torch.save(edit(torch.load("start.pt", weights_only=True)), "resumed.pt")
     return fit(modules[1], LRSchedulerStepping(), ckpt_path="resumed.pt")
+
+
+def same(configure: Callable[[Any], Any], edit: Callable[[Any], Any] = lambda content: content) -> Trainer:
+    """Resume a checkpoint with the configure_optimizers that wrote it."""
+    return switched(configure, configure, edit)
 
 
 def second_schema(content: Any) -> Any:
@@ -206,7 +212,10 @@ CASES: dict[str, Case] = {
             manually(lambda module: [Adam([module.v]), SGD([module.w], lr=0.1)]),
         ),
         ("of SGD, Adam, .* returned Adam, SGD",),
-        lambda: switched(*[manually(lambda module: [SGD([module.w], lr=0.1), Adam([module.v])]) for _ in range(2)]),
+        lambda: switched(
+            manually(lambda module: [SGD([module.w], lr=0.1), Adam([module.v])]),
+            manually(lambda module: [SGD([module.w], lr=0.1), Adam([module.v])]),
+        ),
     ),
     "one optimizer instead of two": Case(
         lambda: switched(manually(lambda module: [SGD([module.w], lr=0.1), SGD([module.v], lr=0.1)]), manually(groups("wv"))),
@@ -259,22 +268,22 @@ CASES: dict[str, Case] = {
             scheduled(lambda optimizer: StepLR(optimizer, 2)), scheduled(lambda optimizer: CosineAnnealingLR(optimizer, 9))
         ),
         ("lr_schedulers of StepLR", "returned CosineAnnealingLR"),
-        lambda: switched(*[scheduled(lambda optimizer: CosineAnnealingLR(optimizer, 9))] * 2),
+        lambda: same(scheduled(lambda optimizer: CosineAnnealingLR(optimizer, 9))),
     ),
     "no scheduler for a state of one": Case(
         lambda: switched(scheduled(lambda optimizer: StepLR(optimizer, 2)), both(SGD)),
         ("1 lr_schedulers and configure_optimizers returned 0",),
-        lambda: switched(*[scheduled(lambda optimizer: StepLR(optimizer, 2))] * 2),
+        lambda: same(scheduled(lambda optimizer: StepLR(optimizer, 2))),
     ),
     "a scheduler whose state is of another form": Case(
-        lambda: switched(*[scheduled(lambda optimizer: LambdaLR(optimizer, half))] * 2, edit=without_functions),
+        lambda: same(scheduled(lambda optimizer: LambdaLR(optimizer, half)), without_functions),
         ("a state that does not fit LambdaLR", "KeyError: 'lr_lambdas'"),
-        lambda: switched(*[scheduled(lambda optimizer: LambdaLR(optimizer, half))] * 2),
+        lambda: same(scheduled(lambda optimizer: LambdaLR(optimizer, half))),
     ),
     "functions that the run added to a scheduler of which they cannot be known": Case(
-        lambda: switched(*[scheduled(lambda optimizer: MultiplicativeLR(optimizer, half))] * 2, edit=with_two_functions),
+        lambda: same(scheduled(lambda optimizer: MultiplicativeLR(optimizer, half)), with_two_functions),
         ("a MultiplicativeLR to which the run added functions", "on_load_checkpoint"),
-        lambda: switched(*[scheduled(lambda optimizer: MultiplicativeLR(optimizer, half))] * 2),
+        lambda: same(scheduled(lambda optimizer: MultiplicativeLR(optimizer, half))),
     ),
     # weights and files
     "weights of another shape": Case(

@@ -99,7 +99,8 @@ class Moves(Frozen):
     """Moves a parameter to the other group, and changes the options of both."""
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([{"params": [self.head.weight, self.head.bias]}, {"params": [self.backbone[0].weight]}], lr=0.1)
+        groups: list[dict[str, Any]] = [{"params": [*self.head.parameters()]}, {"params": [self.backbone[0].weight]}]
+        return torch.optim.SGD(groups, lr=0.1)
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
@@ -133,7 +134,7 @@ class Callbacks:
 
 def check(tmp_path: Path, module: Callable[[], Any], *callbacks: Callable[[], Any], **options: Any) -> None:
     def build() -> Any:
-        loader = DataLoader(torch.cat(BATCHES), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+        loader: DataLoader[Any] = DataLoader(torch.cat(BATCHES), batch_size=4, shuffle=True)  # type: ignore[arg-type]
         arguments = {"max_epochs": 3, "val_check_interval": 3, **options}
         return module(), loader, BATCHES[:2], [each() for each in callbacks], arguments
 

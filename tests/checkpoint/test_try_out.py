@@ -130,7 +130,7 @@ def test_a_lazy_module_is_tried_before_it_has_weights(tmp_path: Path) -> None:
     class Lazy(Line):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.LazyLinear(1)  # type: ignore[assignment]
+            self.layer = nn.LazyLinear(1)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that lazy modules are new

@@ -164,8 +164,9 @@ def accept_again(optimizer: Optimizer, groups: list[list[Tensor]]) -> None:
 
 def _difference(name: str, now: Groups, then: Groups) -> str:
     """Return in words how the parameter groups of an optimizer differ from those that it was configured with."""
-    here, there = ({each for group in groups for each in group} for groups in (now, then))
-    more = f", only there {some(there - here)}" * bool(there - here) + f", only here {some(here - there)}" * bool(here - there)
+    here, there = ([each for group in groups for each in group] for groups in (now, then))
+    gone, new = ([each for each in one if each not in other] for one, other in ((there, here), (here, there)))
+    more = f", only there {some(gone)}" * bool(gone) + f", only here {some(new)}" * bool(new)
     sizes = [[len(group) for group in groups] for groups in (then, now)]
     return (
         f"the state of {name} with parameter groups of the sizes {sizes[0]}; configure_optimizers returned sizes {sizes[1]}"

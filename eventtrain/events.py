@@ -137,6 +137,8 @@ class FindCheckpoint(Event):
         which: ``"last"`` or ``"best"``.
         paths: The answers; a damaged file is passed over. Of ``"last"`` the newest is tried first, of ``"best"`` the first.
             None if no listener keeps checkpoints.
+        is_best_of_fit: Whether the first answer is the best file of the trainer's last fit by a metric: the one that a test
+            without a module takes.
 
     Example:
         >>> class FromTheArchive(Callback):
@@ -146,6 +148,7 @@ class FindCheckpoint(Event):
 
     which: Literal["last", "best"]
     paths: list[AnyPath] | None = _writable(None)
+    is_best_of_fit: bool = _writable(False)
 
     def offer(self, *paths: AnyPath) -> None:
         """Add answers.

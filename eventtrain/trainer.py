@@ -201,9 +201,10 @@ class Trainer:
         """Validate a module.
 
         Args:
-            model: The module, compiled or not; if None, the one of the last run.
+            model: The module, compiled or not, whose weights are used as they are. If None, the one of the last run; if that
+                was a fit that kept the best checkpoint by a metric, its weights are loaded first, as in Lightning.
             dataloaders: A loader or a list of them; if None, the module's or datamodule's.
-            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`.
+            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`; None for none, but see ``model``.
             datamodule: An object that has the loaders.
 
         Returns:
@@ -478,8 +479,8 @@ class Trainer:
             event = events.BeforeLRSchedulerStep(config, config.learning_rates(), metric)
             signals.before_lr_scheduler_step.publish(event)
             metric = event.metric
-        assert self.run_state.module is not None
-        self.run_state.module.lr_scheduler_step(config.scheduler, metric)
+        module: Any = self.run_state.module
+        (module.lr_scheduler_step or LightningModule().lr_scheduler_step)(config.scheduler, metric)
         if signals.after_lr_scheduler_step.listeners:
             signals.after_lr_scheduler_step.publish(events.AfterLRSchedulerStep(config, config.learning_rates()))
 

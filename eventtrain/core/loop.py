@@ -28,12 +28,13 @@ class Resumption:
     Attributes:
         position: The position in its epoch, see :meth:`~eventtrain.data.batches.LoaderPass.position`; None between two epochs.
         epoch_reason: Why the epoch was about to end; None if it was not.
-        restore_generators: Puts all random number generators into the checkpoint's states.
+        restore_last: Restores what hooks at the start of the run or of the epoch may change: all random number generators,
+            and the module's flags.
     """
 
     position: Mapping[str, Any] | None
     epoch_reason: str | None
-    restore_generators: Callable[[], None]
+    restore_last: Callable[[], None]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -88,7 +89,7 @@ class TrainLoop:
         self.metrics.enter("train", None)
         signals.train_start.publish(events.TrainStart())
         if self.resumption is not None:
-            self.resumption.restore_generators()
+            self.resumption.restore_last()
         # A checkpoint of a run's last safe point in an epoch was written before the end of that epoch.
         self.agree()
         while self.resumes_in_epoch() or not (self.is_complete() or self.is_stopping()):
@@ -149,7 +150,7 @@ class TrainLoop:
         batches = self.batches = self.open_epoch(progress.current_epoch, position)
         if resumption is None or position is None:
             return batches, False
-        resumption.restore_generators()
+        resumption.restore_last()
         stop.epoch_reason = resumption.epoch_reason
         self.is_last_batch = batches.is_last
         # A validation that was interrupted is left to do for the last batch, and then the epoch's end.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.module.module import LightningModule
-from eventtrain.module.overriding import overridden_method
+from eventtrain.module.overriding import method_of, overridden_method
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig, has_torch_api
 
 FORMS = (
@@ -35,7 +35,7 @@ def configure_optimizers(module: LightningModule) -> Configuration:
     automatic = module.automatic_optimization
     if automatic and overridden_method(module, "configure_optimizers") is None:
         raise MisconfigurationError(f"{name} has no configure_optimizers. Define it, and return an optimizer.")
-    configuration = parse_configuration(module.configure_optimizers())
+    configuration = parse_configuration(method_of(module, "configure_optimizers", LightningModule)())
     if not automatic:
         return configuration
     if len(configuration.optimizers) > 1:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eventtrain.checkpoint.find import read_checkpoint
+from eventtrain.checkpoint.weights import load_weights
 from eventtrain.core.evaluation import EvaluationStage
 from eventtrain.core.state import RunStage
 from eventtrain.errors import MisconfigurationError
@@ -36,7 +37,8 @@ class Evaluation(Run):
         model: The module, compiled or not; None for the module of the last run.
         datamodule: The datamodule, or None.
         dataloaders: The loader or loaders that the call was given.
-        ckpt_path: A checkpoint whose weights are loaded first, or None.
+        ckpt_path: A checkpoint whose weights are loaded first. None for the weights as they are; without a model after a fit,
+            for the best checkpoint if the fit monitored a metric.
 
     Attributes:
         results: The epoch's metrics, one dict per loader.
@@ -49,6 +51,7 @@ class Evaluation(Run):
         self.evaluated: EvaluationStage = STAGES[stage]
         super().__init__(trainer, state, stage, model, datamodule, {self.evaluated: dataloaders})
         self.ckpt_path = ckpt_path
+        self.continues_fit = model is None and self.module is state.fitted
         self.results: list[dict[str, float]] = []
         self.outputs: list[list[Any]] = []
 
@@ -64,11 +67,11 @@ class Evaluation(Run):
                 f"There is nothing to {self.stage} on. Give {self.stage}(model, dataloaders=...), a datamodule, or define "
                 f"{LOADER_HOOKS[stage]} in the module. {self.misnamed_loader(stage)}".rstrip()
             )
-        checkpoint = None if self.ckpt_path is None else read_checkpoint(self.trainer, self.ckpt_path)
+        path, checkpoint = read_checkpoint(self.trainer, self.ckpt_path, best_of_fit=self.continues_fit)
         if checkpoint is not None:
             self.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
             self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
-            module.load_state_dict(checkpoint["state_dict"])
+            load_weights(module, checkpoint, path)
         self.outputs = self.evaluation_loop(stage, context=self._evaluating).evaluate()
         self.results = self.state.metrics.results(stage, len(passes))
 

@@ -13,6 +13,9 @@ from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage
 from eventtrain.core.state import RunStage
 from eventtrain.events import ExceptionRaised, JoinProcesses, Setup, Stage, Teardown
+from eventtrain.module.datamodule import DataHooks
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import method_of
 from eventtrain.run.arguments import check_datamodule, check_module
 from eventtrain.run.compiled import ModuleSteps
 from eventtrain.run.hook_connections import ConnectedHooks, misnamed_loader
@@ -93,10 +96,10 @@ class Run(ABC):
     def _attach(self) -> None:
         """Attach the module's callbacks, then connect the hooks: they come after all callbacks, because they come last."""
         trainer, module, datamodule = self.trainer, self.module, self.state.datamodule
-        module.trainer = trainer
+        module.attach_trainer(trainer)
         if datamodule is not None:
             datamodule.trainer = trainer
-        callbacks = module.configure_callbacks()
+        callbacks = method_of(module, "configure_callbacks", LightningModule)()
         for callback in callbacks if isinstance(callbacks, Iterable) else [callbacks]:
             attach(callback, trainer.signals, trainer.callbacks)
             self._module_callbacks.append(callback)
@@ -127,10 +130,11 @@ class Run(ABC):
         )
         parts: list[Any] = [part for part in (datamodule, module) if part is not None]
         for part in parts:
-            part.prepare_data()
+            method_of(part, "prepare_data", DataHooks)()
         for part in parts:
-            part.setup(self.stage)
-        module.configure_model()
+            method_of(part, "setup", DataHooks)(self.stage)
+        method_of(module, "configure_model", LightningModule)()
+        module.attach_trainer(trainer)  # to the modules that these hooks made, too
         module.to(trainer.device)
         self.signals.setup.publish(Setup(self.stage))
 

@@ -30,10 +30,12 @@ class RunState:
         stop_request: The requests to end it.
         batch: The current training batch.
         module: The module of the run.
+        fitted: The module of the fit; None if there was none.
         steps: Its steps as the run calls them.
         datamodule: The datamodule of the run, if it has one.
         optimizers: The optimizers of the fit, wrapped.
         steppings: Their steps in the run, in the same order.
+        configured_groups: Their parameter groups as ``configure_optimizers`` returned them, by the names of the parameters.
         lr_scheduler_configs: The schedulers of the fit.
         loaders: The loaders of the fit.
         loop: The training loop of the fit.
@@ -46,10 +48,12 @@ class RunState:
     stop_request: StopRequest = field(default_factory=StopRequest)
     batch: BatchState = field(default_factory=BatchState)
     module: LightningModule | None = None
+    fitted: LightningModule | None = None
     steps: ModuleSteps | None = None
     datamodule: LightningDataModule | None = None
     optimizers: list[LightningOptimizer] = field(default_factory=list)
     steppings: list[Stepping] = field(default_factory=list)
+    configured_groups: list[list[list[str | None]]] = field(default_factory=list)
     lr_scheduler_configs: list[LRSchedulerConfig] = field(default_factory=list)
     loaders: RunLoaders | None = None
     loop: TrainLoop | None = None

@@ -88,7 +88,7 @@ class JSONLinesLogger(Callback):
         self._open(trainer)
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
-        if event.scope == "step" and not self.is_due(event.step):
+        if event.scope == "step" and event.stage == "train" and not self.is_due(event.step):
             return
         if self._file is None or not event.metrics:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from eventtrain.events import (
     Teardown,
     TrainBatchStart,
 )
-from eventtrain.metrics.metrics import infer_batch_size
+from eventtrain.metrics.batch_size import batch_sizes
 from eventtrain.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class TensorBoardLogger(Callback):
         self._resumed = False
         self._gradients: dict[str, Tensor] = {}
         self._last_x = 0
+        self._evaluated = 0  # the highest x of values that an evaluation logged on step
         self._samples = 0
         self._seconds_before = 0.0
         self._began = 0.0
@@ -139,7 +141,7 @@ class TensorBoardLogger(Callback):
             if not self._writes(trainer):
                 return cast("SummaryWriter", SilentWriter())
             # The checkpoint has the values up to here. The later ones are to be written again.
-            purge_step = self._place(trainer) + 1 if self._resumed else None
+            purge_step = max(self._place(trainer), self._evaluated) + 1 if self._resumed else None
             with run_files.refusing_bad_places(OWNER, "log_dir"):
                 if self._resumed and self._event_files is not None:
                     event_files.cut_off(self.run_dir, self._event_files)
@@ -182,7 +184,7 @@ class TensorBoardLogger(Callback):
             self._run_dir = None  # made at its first use, because a checkpoint may bring another one
             self._resumed = False
             self._event_files = None
-            self._last_x = self._samples = 0
+            self._last_x = self._evaluated = self._samples = 0
             self._seconds_before = self._began = 0.0
         elif event.stage != "predict":
             _ = self.writer  # raises now if the directory is bad; an evaluation after a fit continues in the fit's directory
@@ -208,19 +210,23 @@ class TensorBoardLogger(Callback):
 
     @on_demand
     def on_train_batch_start(self, trainer: Trainer, event: TrainBatchStart) -> None:
-        self._samples += infer_batch_size(event.batch) * trainer.world_size
+        sizes = batch_sizes(event.batch, 'Give TensorBoardLogger(x_axis="batches").')
+        self._samples += sizes[0] * trainer.world_size
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
         scope = event.scope
-        if scope == "step" and not self.is_due(event.step):
+        in_evaluation = scope == "step" and event.stage != "train"
+        if scope == "step" and not in_evaluation and not self.is_due(event.step):
             return
         if not self._writes(trainer):
             return
         scalars = dict(event.metrics)
         if scope == "epoch" and event.stage == "train":
             scalars["epoch"] = trainer.current_epoch
+        if in_evaluation:
+            self._evaluated = max(self._evaluated, event.step)
         if scalars:
-            self.log_scalars(scalars, self._x(trainer))
+            self.log_scalars(scalars, event.step if in_evaluation else self._x(trainer))
         if scope == "epoch":
             self.writer.flush()
 
@@ -274,7 +280,11 @@ class TensorBoardLogger(Callback):
             x: Their position on the x-axis.
         """
         for name, value in scalars.items():
-            self.writer.add_scalar(name, float(value), x)
+            number = float(value)
+            is_long = math.isfinite(number) and torch.tensor(number, dtype=torch.float32).item() != number
+            # TensorBoard's own scalars have 32 bits. Readers of its API find the others among its tensors.
+            is_long &= abs(number) > 2**24
+            self.writer.add_scalar(name, number, x, new_style=is_long, double_precision=is_long)
 
     def log_hyperparams(self, hparams: Mapping[str, Any]) -> None:
         """Write hyperparameters for TensorBoard's HParams page, which shows the first ones that a run writes.
@@ -319,11 +329,13 @@ class TensorBoardLogger(Callback):
             "event_files": files,
             "x_axis": self.x_axis,
             "samples": self._samples,
+            "evaluated": self._evaluated,
             "seconds": self._seconds(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples = state["samples"]
+        self._evaluated = state.get("evaluated", 0)
         self._seconds_before = state["seconds"]
         self._began = 0.0
         run_dir = state["run_dir"] and Path(self._running().default_root_dir) / state["run_dir"]

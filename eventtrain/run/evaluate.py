@@ -14,6 +14,7 @@ from eventtrain.core.evaluation import EvaluationStage
 from eventtrain.core.state import RunStage
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import CheckpointRead, LoadCheckpoint
+from eventtrain.metrics.metrics import Metrics
 from eventtrain.module.modes import evaluation_mode
 from eventtrain.module.overriding import overridden_method
 from eventtrain.run.loaders import LOADER_HOOKS
@@ -48,6 +49,7 @@ class Evaluation(Run):
     ) -> None:
         self.evaluated: EvaluationStage = STAGES[stage]
         super().__init__(trainer, state, stage, model, datamodule, {self.evaluated: dataloaders})
+        state.metrics = Metrics(trainer.processes)
         self.ckpt_path = ckpt_path
         self.results: list[dict[str, float]] = []
         self.outputs: list[list[Any]] = []

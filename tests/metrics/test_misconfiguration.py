@@ -41,9 +41,9 @@ CASES: dict[str, Case] = {
         lambda: hooked(on_train_epoch_end=lambda self: self.log("3", 1.0)),
     ),
     "logging where it means nothing": Case(
+        lambda: hooked(on_fit_start=lambda self: self.log("value", 1.0)),
+        (r"self\.log\('value'", "no step and no epoch", "on_train_start"),
         lambda: hooked(on_train_start=lambda self: self.log("value", 1.0)),
-        (r"self\.log\('value'", "no step and no epoch", "on_train_epoch_start"),
-        lambda: hooked(on_train_epoch_start=lambda self: self.log("value", 1.0)),
     ),
     "log_dict of a list": Case(
         lambda: hooked(on_train_epoch_end=lambda self: self.log_dict([1.0])),

@@ -13,6 +13,7 @@ from eventtrain.errors import MisconfigurationError
 Scope = Literal["start", "batch", "epoch"]
 SCOPES: tuple[Scope, ...] = ("start", "batch", "epoch")
 """The parts of an epoch that log separately, in the order in which the later ones replace a value of the same name."""
+Naming = Literal["own", "keys", "either"]
 REDUCTIONS = ("mean", "min", "max", "sum")
 
 
@@ -35,18 +36,19 @@ class Entry:
         total: The running reduction over the epoch.
         weight: The sum of the batch sizes, for ``"mean"``; for a metric object 1 once it is logged in the epoch.
         metric: A torchmetrics object, which makes the reduction instead; None for other values.
+        naming: The names of its values: the entry's ``"own"``; the ``"keys"`` of the mapping that it computes; or ``"either"``.
 
     Example:
         >>> entry = Entry("loss", "", (False, True, True, True, "mean", False), on_step=True, on_epoch=True)
         >>> entry.accumulate(torch.tensor(1.0), batch_size=1)
         >>> entry.accumulate(torch.tensor(4.0), batch_size=2)
-        >>> entry.epoch_name, entry.reduced()
-        ('loss_epoch', tensor(3.))
+        >>> [(each.epoch_name, value) for each, value in entry.values()]
+        [('loss_epoch', tensor(3.))]
     """
 
     __slots__ = (
-        "epoch_name", "loaders", "logger", "metric", "name", "on_epoch", "on_step", "options", "prog_bar", "reduction",
-        "scope", "step_name", "suffix", "sync_dist", "total", "weight",
+        "epoch_name", "loaders", "logger", "metric", "name", "naming", "on_epoch", "on_step", "options", "prog_bar",
+        "reduction", "scope", "step_name", "suffix", "sync_dist", "total", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +65,7 @@ class Entry:
         self.step_name = (f"{name}_step{suffix}" if both else self.name) if on_step else None
         self.epoch_name = (f"{name}_epoch{suffix}" if both else self.name) if on_epoch else None
         self.metric: Any = None
+        self.naming: Naming = "own"
         self.total: Tensor | None = None
         self.weight: float = 0.0
 
@@ -80,45 +83,47 @@ class Entry:
         else:
             self.total = COMBINED[self.reduction](self.total, value)
 
-    def merge(self, total: Tensor | None, weight: float) -> None:
-        """Add the reduction that another process made of the same epoch.
-
-        Args:
-            total: Its running reduction; None if it logged nothing.
-            weight: Its sum of batch sizes.
-        """
-        if total is None:
-            return
+    def merge(self, other: Entry) -> None:
+        """Add the reduction that another process made of the same epoch."""
+        self.loaders |= other.loaders
         if self.total is None:
-            self.total, self.weight = total.clone(), weight
-        else:
-            self.total = COMBINED[self.reduction](self.total, total.to(self.total.device))
-            self.weight += weight
+            self.total, self.weight = other.total, other.weight
+        elif other.total is not None:
+            self.total = COMBINED[self.reduction](self.total, other.total.to(self.total.device))
+            self.weight += other.weight
 
-    def reduced(self) -> Tensor | None:
-        """Return the value of the epoch so far; None if nothing was logged."""
+    def values(self) -> list[tuple[Entry, Tensor]]:
+        """Return the value of the epoch so far with the entry; for several values of a metric object, each with an entry of its
+        own; nothing if nothing was logged."""
         if self.metric is not None:
-            return self.scalar(self.metric.compute()) if self.weight else None
+            return self.values_of(self.metric.compute()) if self.weight else []
         if self.total is None:
-            return None
-        return self.total / self.weight if self.reduction == "mean" else self.total.clone()
+            return []
+        return [(self, self.total / self.weight if self.reduction == "mean" else self.total.clone())]
 
-    def scalar(self, value: Any) -> Tensor:
-        """Return a value of the metric object as a tensor without dimensions.
+    def values_of(self, computed: Any) -> list[tuple[Entry, Tensor]]:
+        """Return the values in a result of the metric object, each with the entry that has its name.
 
         Raises:
-            MisconfigurationError: If it is several values.
+            MisconfigurationError: If they have no names.
         """
-        if isinstance(value, (int, float)):
-            return torch.tensor(float(value), dtype=torch.float64)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return value.detach().reshape(())
-        kind = type(self.metric).__name__
-        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if isinstance(computed, Mapping) and self.naming != "own":
+            return [pair for name, value in computed.items() for pair in self._part(name).values_of(value)]
+        if self.naming != "keys" and isinstance(computed, (int, float)):
+            return [(self, torch.tensor(float(computed), dtype=torch.float64))]
+        if self.naming != "keys" and isinstance(computed, Tensor) and computed.numel() == 1:
+            return [(self, computed.detach().reshape(()))]
+        kind, call = type(self.metric).__name__, f"self.log({self.name!r}, ...)"
+        shown = f"a tensor of shape {tuple(computed.shape)}" if isinstance(computed, Tensor) else f"a {type(computed).__name__}"
         raise MisconfigurationError(
-            f"self.log({self.name!r}, ...): {kind}.compute gives {shown}, not one value. If it gives a mapping, log the metric "
-            "by self.log_dict(metric); else name its values: self.log_dict({'a': metric.compute()[0], ...})."
+            f"{'self.log_dict(...)' if self.naming == 'keys' else call}: {kind}.compute gives {shown}. Log one value by "
+            "self.log(name, metric), a mapping by self.log_dict(metric), and give others names: self.log_dict({'a': ..., ...})."
         )
+
+    def _part(self, name: str) -> Entry:
+        part = Entry(name, self.suffix, self.options, self.on_step, self.on_epoch, self.scope)
+        part.loaders, part.metric = self.loaders, self.metric
+        return part
 
     def accepts(self, options: tuple[Any, ...]) -> bool:
         """Return whether options equal those of the entry.
@@ -140,6 +145,8 @@ class Entry:
             "on_step": self.on_step,
             "on_epoch": self.on_epoch,
             "scope": self.scope,
+            "naming": self.naming,
+            "loaders": sorted(self.loaders),
             "total": self.total,
             "weight": self.weight,
         }
@@ -153,8 +160,9 @@ class Entry:
             device: The device for its values.
         """
         name = state["name"].removesuffix(state["suffix"])
-        scope = state.get("scope", "batch")  # older ones have none
+        scope = state.get("scope", "batch")  # older states have none
         entry = cls(name, state["suffix"], tuple(state["options"]), state["on_step"], state["on_epoch"], scope)
+        entry.naming, entry.loaders = state.get("naming", "own"), set(state.get("loaders", entry.loaders))
         entry.total, entry.weight = on_device(state["total"], device), state["weight"]
         return entry
 

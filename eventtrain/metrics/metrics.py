@@ -19,7 +19,7 @@ from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 from eventtrain.metrics.batch_size import batch_sizes
 from eventtrain.metrics.entry import REDUCTIONS, SCOPES, Entry, Scope, on_device, plain, reduction_name
-from eventtrain.metrics.torchmetrics import MetricPart, is_loggable_metric, load_metric_states, metric_states, whole_metric
+from eventtrain.metrics.torchmetrics import NamedValues, is_loggable_metric, load_metric_states, metric_states, unnamed
 
 
 class Metrics:
@@ -76,7 +76,7 @@ class Metrics:
         self._entries: dict[Stage, dict[Scope, dict[str, Entry]]] = {
             stage: {scope: {} for scope in SCOPES} for stage in get_args(Stage)
         }
-        self._parts: dict[int, dict[str, MetricPart]] = {}
+        self._ended: list[Entry] = []
         self._warned: set[str] = set()
         self.enter("train", None)
 
@@ -174,27 +174,27 @@ class Metrics:
         """
         if self.silent:
             return
-        for entry in self._epoch_entries():
-            if entry.epoch_name is not None and (value := entry.reduced()) is not None:
-                self.callback_metrics[entry.epoch_name] = self.callback_metrics[entry.name] = value
+        for entry, value in self._epoch_values():
+            self.callback_metrics[str(entry.epoch_name)] = self.callback_metrics[entry.name] = value
 
-    def _epoch_entries(self) -> list[Entry]:
-        """Return the entries that the current stage logged on epoch, merged over all processes.
+    def _epoch_values(self) -> list[tuple[Entry, Tensor]]:
+        """Return the values that the current stage logged on epoch, each with its entry, merged over all processes.
 
         So all processes see one value, and decide alike. There is one exchange for all names, in which each process sends
         the names that it has: a process that had no batch has none.
         """
         entries = [entry for entry in self._entries_of(self.stage) if entry.epoch_name is not None]
         if self.processes.world_size == 1:
-            return entries
+            return [pair for entry in entries for pair in entry.values()]
         mine = [entry.state_dict() for entry in entries if entry.metric is None]
         merged = {(entry.scope, entry.name): entry for entry in entries if entry.metric is not None}
         for states in self.processes.gather_for_all(mine):
             for state in states:
                 entry = Entry.of(state, self.device)
                 if (known := merged.setdefault((entry.scope, entry.name), entry)) is not entry:
-                    known.merge(entry.total, entry.weight)
-        return sorted(merged.values(), key=lambda entry: SCOPES.index(entry.scope))
+                    known.merge(entry)
+        entries = sorted(merged.values(), key=lambda entry: SCOPES.index(entry.scope))
+        return [pair for entry in entries for pair in entry.values()]
 
     def _entries_of(self, stage: Stage) -> Iterator[Entry]:
         """Return the entries of a stage, those of its epoch's start first."""
@@ -207,11 +207,12 @@ class Metrics:
             The values for loggers, by name.
         """
         for_loggers: dict[str, Tensor] = {}
-        values = [(entry, entry.reduced()) for entry in self._epoch_entries()]
+        values = self._epoch_values()
         for entry in self._entries_of(self.stage):
             entry.reset()
+        self._ended = [entry for entry, _ in values]
         for entry, value in values:
-            if entry.epoch_name is None or value is None or self.silent:
+            if entry.epoch_name is None or self.silent:
                 continue
             self._set(entry.epoch_name, value)
             if entry.on_step:
@@ -234,41 +235,17 @@ class Metrics:
         """Return the metric objects that were logged in the run."""
         return [entry.metric for stage in self._entries for entry in self._entries_of(stage) if entry.metric is not None]
 
-    def parts(self, metric: Any) -> dict[str, MetricPart]:
-        """Return the values of a metric object whose ``compute`` gives a mapping, each as a metric of its own.
+    def results(self, loaders: int) -> list[dict[str, float]]:
+        """Return the epoch values of the evaluation that ended last, one dict per loader.
 
         Args:
-            metric: The object.
-
-        Raises:
-            MisconfigurationError: If it gives anything else.
-        """
-        if (parts := self._parts.get(id(metric))) is None:
-            computed = value_on_batch(metric)
-            computed = metric.compute() if computed is None else computed
-            kind = type(metric).__name__
-            if not isinstance(computed, Mapping):
-                raise MisconfigurationError(
-                    f"self.log_dict({kind}) in {calling_hook()}: {kind}.compute gives a {type(computed).__name__}, not a "
-                    "mapping. Log one value by self.log(name, metric); name several: self.log_dict({'a': ..., 'b': ...})."
-                )
-            parts = self._parts[id(metric)] = {name: MetricPart(metric, name) for name in computed}
-        return parts
-
-    def results(self, stage: Stage, loaders: int) -> list[dict[str, float]]:
-        """Return the epoch values of an evaluation, one dict per loader.
-
-        Args:
-            stage: The stage.
             loaders: How many loaders it ran over.
         """
         results: list[dict[str, float]] = [{} for _ in range(loaders)]
-        for entry in self._entries_of(stage):
-            if (name := entry.epoch_name) is None or name not in self.callback_metrics:
-                continue
+        for entry in self._ended:
             for suffix in entry.loaders:
                 for index in [int(suffix.rpartition("_")[2])] if suffix else range(loaders):
-                    results[index][name] = float(self.callback_metrics[name])
+                    results[index][str(entry.epoch_name)] = float(self.callback_metrics[str(entry.epoch_name)])
         return results
 
     # ------------------------------------------------------------------ state
@@ -282,8 +259,8 @@ class Metrics:
         paths = {id(part): path for path, part in module.named_modules()}
         entries = []
         for entry in self._entries_of("train"):
-            metric = None if entry.metric is None else paths.get(id(whole_metric(entry.metric)))
-            entries.append(entry.state_dict() | {"metric": metric, "part": getattr(entry.metric, "name", None)})
+            metric = None if entry.metric is None else paths.get(id(entry.metric))
+            entries.append(entry.state_dict() | {"metric": metric})
         return {
             "entries": entries,
             "metric_objects": metric_states(module),
@@ -307,11 +284,11 @@ class Metrics:
             entry = Entry.of(entry_state, device)
             if entry_state["metric"] is not None:
                 entry.metric = module.get_submodule(entry_state["metric"])
-                if entry_state.get("part") is not None:
-                    entry.metric = MetricPart(entry.metric, entry_state["part"])
+                if entry.naming == "keys":
+                    entry.name = unnamed(entry.metric) + entry.suffix
             known = self._entries["train"][entry.scope].setdefault(entry.name, entry)
             if known is not entry:  # of another process
-                known.merge(entry.total, entry.weight)
+                known.merge(entry)
         load_metric_states(module, state["metric_objects"])
         for name in ("callback_metrics", "progress_bar_metrics", "logged_metrics"):
             setattr(self, name, {key: on_device(value, device) for key, value in state[name].items()})
@@ -362,8 +339,8 @@ class Metrics:
         """
         if batch_size is not None:
             number = batch_size.item() if isinstance(batch_size, Tensor) and batch_size.numel() == 1 else batch_size
-            if isinstance(number, Real) and number >= 0:
-                return float(number)
+            if isinstance(number, Real) and (weight := float(number)) >= 0:
+                return weight
             raise MisconfigurationError(
                 f"self.log({entry.name!r}, ..., batch_size={batch_size!r}): batch_size is the number of samples in the batch, "
                 "such as len(batch)."
@@ -377,23 +354,35 @@ class Metrics:
                 self._warn_once("batch_size", f"Parts of the batch have the sizes {sizes[:5]}: means take the first. {remedy}")
         return self.batch_size
 
+    def _log_metric(self, entry: Entry, metric: Any) -> Tensor | None:
+        """Log a metric object; return its value of the batch for ``on_step``, or log its several values and return None."""
+        if entry.metric is not metric:
+            self._adopt(entry, metric)
+        entry.weight = 1.0
+        if not entry.on_step:
+            return None
+        on_batch = value_on_batch(metric)
+        for part, value in entry.values_of(metric.compute() if on_batch is None else on_batch):
+            if part is entry:
+                return value
+            prog_bar, logger, _, _, reduce_fx, sync_dist = entry.options
+            name = str(part.step_name).removesuffix(part.suffix)
+            self.log(name, value, prog_bar, logger, True, False, reduce_fx, sync_dist, None, bool(part.suffix))
+            if part.on_epoch and not self.silent:
+                self._set(part.name, self.callback_metrics[str(part.step_name)])
+        return None
+
     def _adopt(self, entry: Entry, metric: Any) -> None:
         """Let a metric object make the reduction of an entry; warn once if another stage or loader logs the same object."""
-        if hasattr(metric, "items"):
-            raise MisconfigurationError(
-                f"self.log({entry.name!r}, ...) in {calling_hook()} got a collection of metrics ({type(metric).__name__}). Log "
-                "it by self.log_dict(collection)."
-            )
         entry.metric = metric
         if (computed := value_on_batch(metric)) is not None:
-            entry.scalar(computed)  # raises now instead of at the epoch's end
+            entry.values_of(computed)  # raises now instead of at the epoch's end
         for stage in self._entries:
             for other in self._entries_of(stage):
-                is_same = whole_metric(other.metric) is whole_metric(metric)
-                if is_same and (stage != self.stage or other.loaders != entry.loaders):
+                if other.metric is metric and (stage != self.stage or other.loaders != entry.loaders):
                     self._warn_once(
                         f"object {other.name} {entry.name}",
-                        f"self.log({entry.name!r}, ...) in {calling_hook()}: the same {type(whole_metric(metric)).__name__} is "
+                        f"self.log({entry.name!r}, ...) in {calling_hook()}: the same {type(metric).__name__} is "
                         f"logged as {other.name!r} in {stage}. It has one state, which is updated by both and reset after "
                         "either. Give each stage and each loader a metric object of its own.",
                     )
@@ -416,17 +405,15 @@ class Metrics:
         """Return the tensor of a number; for a torchmetrics object the value of its batch, None without ``on_step``."""
         if isinstance(value, (int, float)):
             return torch.tensor(float(value), dtype=torch.float64)
-        if is_loggable_metric(value):
-            if entry.metric is not value:
-                self._adopt(entry, value)
-            entry.weight = 1.0
-            if not entry.on_step:
-                return None
-            on_batch = value_on_batch(value)
-            return entry.scalar(value.compute() if on_batch is None else on_batch)
+        if isinstance(value, NamedValues):
+            entry.naming = value.naming
+            return self._log_metric(entry, value.metric)
+        if is_loggable_metric(value) and not hasattr(value, "items"):
+            return self._log_metric(entry, value)
         if not isinstance(value, str) and callable(getattr(value, "item", None)) and getattr(value, "size", 0) == 1:
             return torch.tensor(float(value.item()), dtype=torch.float64)  # NumPy's scalars
-        described = "a mapping: use self.log_dict" if isinstance(value, Mapping) else f"{value!r} ({type(value).__name__})"
+        several = hasattr(value, "items")  # a collection of metrics too
+        described = f"a {type(value).__name__}: use self.log_dict" if several else f"{value!r} ({type(value).__name__})"
         raise MisconfigurationError(
             f"self.log({entry.name!r}, ...) in {calling_hook()} got {described}. Log a number, a scalar tensor or a metric."
         )

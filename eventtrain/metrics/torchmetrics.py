@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
 
-from eventtrain._torch import is_metric, metric_state, set_metric_state, value_on_batch
+from eventtrain._torch import is_metric, metric_state, set_metric_state
+from eventtrain.metrics.entry import Naming
 
 
 class LoggableMetric(Protocol):
@@ -19,47 +21,34 @@ class LoggableMetric(Protocol):
         """Forget all updates."""
 
 
-class MetricPart:
-    """One value of a metric object whose ``compute`` gives a mapping, as a metric of its own.
+@dataclass(frozen=True, slots=True)
+class NamedValues:
+    """A metric object that may have several values, for ``self.log``.
 
-    Args:
+    Attributes:
         metric: The object.
-        name: The value's key.
-
-    Example:
-        >>> from torchmetrics import MinMaxMetric, MeanMetric
-        >>> metric = MinMaxMetric(MeanMetric())
-        >>> metric.update(2.0)
-        >>> MetricPart(metric, "max").compute()
-        tensor(2.)
+        naming: See :class:`~eventtrain.metrics.entry.Entry`.
     """
 
-    def __init__(self, metric: Any, name: str) -> None:
-        self.metric = metric
-        self.name = name
+    metric: Any
+    naming: Naming
 
-    def compute(self) -> Any:
-        """Return the value."""
-        return self.metric.compute()[self.name]
 
-    def reset(self) -> None:
-        """Reset the object."""
-        self.metric.reset()
+def named_values(metric: Any) -> dict[str, NamedValues]:
+    """Return the metric objects in one, or in a collection, by the names for ``self.log``."""
+    if hasattr(metric, "items"):
+        return {name: NamedValues(part, "either") for name, part in metric.items()}
+    return {unnamed(metric): NamedValues(metric, "keys")}
 
-    @property
-    def _forward_cache(self) -> Any:
-        on_batch = value_on_batch(self.metric)
-        return None if on_batch is None else on_batch[self.name]
+
+def unnamed(metric: Any) -> str:
+    """Return the name of an entry for a metric object whose values have names of their own."""
+    return f"{type(metric).__name__}, an object at {id(metric)}"
 
 
 def is_loggable_metric(value: Any) -> bool:
     """Return whether a value is a metric object or a collection of them."""
     return callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None))
-
-
-def whole_metric(metric: Any) -> Any:
-    """Return the object that a :class:`MetricPart` is a part of; any other object as it is."""
-    return metric.metric if isinstance(metric, MetricPart) else metric
 
 
 def unused_metrics(module: nn.Module) -> list[Any]:

@@ -18,7 +18,7 @@ from eventtrain.checkpoint.storage import read as read_checkpoint
 from eventtrain.core.closure import backward
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError
-from eventtrain.metrics.torchmetrics import LoggableMetric, is_loggable_metric
+from eventtrain.metrics.torchmetrics import LoggableMetric, is_loggable_metric, named_values
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.hooks import ModuleHooks
 from eventtrain.module.hparams import HyperparametersMixin
@@ -686,12 +686,9 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").test(Model(), [torch.tensor([0.0, 1.0])])
             [{'low': 0.0, 'high': 1.0}]
         """
-        values: Any = dictionary
-        if not hasattr(values, "items"):  # a collection of torchmetrics is no Mapping
-            if not is_loggable_metric(values):
-                raise MisconfigurationError(f"self.log_dict takes a mapping of names to values; it was given {_short(values)}.")
-            trainer = self.__dict__.get("_trainer")
-            values = {"": values} if trainer is None else trainer.run_state.metrics.parts(values)
+        values: Any = named_values(dictionary) if is_loggable_metric(dictionary) else dictionary
+        if not hasattr(values, "items"):
+            raise MisconfigurationError(f"self.log_dict takes a mapping of names to values; it was given {_short(values)}.")
         for name, value in values.items():
             self.log(name, value, **options)
 

@@ -72,7 +72,7 @@ class Evaluation(Run):
             self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
             module.load_state_dict(checkpoint["state_dict"])
         self.outputs = self.evaluation_loop(stage, context=self._evaluating).evaluate()
-        self.results = self.state.metrics.results(stage, len(passes))
+        self.results = self.state.metrics.results(len(passes))
 
     @contextmanager
     def _evaluating(self) -> Generator[None, None, None]:

@@ -47,7 +47,8 @@ class TensorBoardLogger(Callback):
     whose columns are the hyperparameters and scalars of all runs below TensorBoard's ``logdir``. Write anything else through
     ``trainer.callback(TensorBoardLogger).writer``. Override :meth:`is_due` for another cadence.
 
-    Values on the x-axis never fall. An evaluation after the fit is drawn at the end of the fit. A batch in which several
+    Values that a validation or test logs on step are all written; their x is the count of evaluation batches. The x of all
+    others never falls. An evaluation after the fit is drawn at the end of the fit. A batch in which several
     optimizers step is one update. A run that resumes a checkpoint continues at the position of the checkpoint, in the
     directory of the checkpoint's run if it still exists. Everything that was written there after the checkpoint is cut off,
     so that each step is there once. The new event file begins with the mark of ``SummaryWriter(purge_step=...)``, so that
@@ -61,9 +62,9 @@ class TensorBoardLogger(Callback):
         log_dir: The directory of all runs; relative to the trainer's ``default_root_dir``.
         name: The name of the runs; None for the module's class name. A run's directory is
             ``log_dir/name/version_<n>``, with the first free number.
-        log_every_n_steps: Updates between two written values that were logged on step.
-        x_axis: The x-axis of all values: ``"global_step"``, ``"batches"`` or ``"samples"`` of the run, or ``"wall_time"``,
-            whole seconds since the fit began, including those before a resume.
+        log_every_n_steps: Updates between two written values that training logged on step.
+        x_axis: The x-axis of values of training, and of epochs: ``"global_step"``, ``"batches"`` or ``"samples"`` of the run,
+            or ``"wall_time"``, whole seconds since the fit began, including those before a resume.
         log_graph: Whether to draw the graph of the module's ``forward`` on its ``example_input_array``.
         histograms: Updates between two histograms of each parameter (after the update) and of each gradient (the true
             one, unclipped), as ``parameters/<name>`` and ``gradients/<name>``; None for no histograms. Values that are not

@@ -22,7 +22,7 @@ EvaluationStage = Literal["validation", "test", "predict"]
 
 @dataclass(kw_only=True, eq=False)
 class EvaluationLoop:
-    """Runs a module's step over the loaders of one stage.
+    """Runs a module's step over the loaders of one stage, once.
 
     Args:
         stage: ``"validation"``, ``"test"`` or ``"predict"``.

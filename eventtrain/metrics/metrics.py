@@ -413,7 +413,9 @@ class Metrics:
         if not isinstance(value, str) and callable(getattr(value, "item", None)) and getattr(value, "size", 0) == 1:
             return torch.tensor(float(value.item()), dtype=torch.float64)  # NumPy's scalars
         several = hasattr(value, "items")  # a collection of metrics too
-        described = f"a {type(value).__name__}: use self.log_dict" if several else f"{value!r} ({type(value).__name__})"
+        described = (
+            f"a mapping ({type(value).__name__}): use self.log_dict" if several else f"{value!r} ({type(value).__name__})"
+        )
         raise MisconfigurationError(
             f"self.log({entry.name!r}, ...) in {calling_hook()} got {described}. Log a number, a scalar tensor or a metric."
         )

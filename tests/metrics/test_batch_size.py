@@ -146,7 +146,7 @@ def test_an_empty_batch_weighs_nothing() -> None:
 
 
 def test_ragged_tensors_have_as_many_samples_as_sequences() -> None:
-    jagged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged)  # type: ignore[no-untyped-call]
+    jagged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged)
     assert batch_sizes(("name", jagged), "") == [2]
 
 
@@ -242,7 +242,7 @@ def test_schedulers_and_early_stopping_see_the_weighted_mean() -> None:
     seen: list[float] = []
 
     class Plateau(ReduceLROnPlateau):
-        def step(self, metrics: Any, epoch: Any = None) -> None:
+        def step(self, metrics: Any, epoch: Any = None) -> None:  # type: ignore[override]
             seen.append(float(metrics))
             super().step(metrics)
 

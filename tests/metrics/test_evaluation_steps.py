@@ -191,7 +191,7 @@ def test_json_lines_have_each_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_the_metrics_of_a_fit_are_not_those_of_a_later_evaluation(stage: str) -> None:
     class Module(Logs):
-        def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.log("test", batch, prog_bar=True)
 
     trainer = train(Module(on_step=False, on_epoch=True), 2, val=3)

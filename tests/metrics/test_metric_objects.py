@@ -328,7 +328,7 @@ def test_log_refuses_an_object_of_several_values(
 
 def test_log_refuses_a_collection_at_once() -> None:
     collection = MetricCollection({"mean": MeanMetric()})
-    match = r"self\.log\('value', \.\.\.\) in Several\.training_step got a MetricCollection: use self\.log_dict"
+    match = r"self\.log\('value', \.\.\.\) in Several\.training_step got a mapping \(MetricCollection\): use self\.log_dict"
     with pytest.raises(MisconfigurationError, match=match):
         train(Several(collection, lambda module, metric: module.log("value", metric, **EPOCH)), 1)
 

@@ -17,7 +17,7 @@ def batch_sizes(batch: Any, remedy: str) -> list[int]:
 
     Each tensor and array shows its first dimension, at any depth of mappings, lists, tuples and dataclasses. Only if there is
     none, lists show their lengths, and other objects show what their items show, or their own length. A batch of nothing but
-    scalars is one sample.
+    scalars is one sample, and so is None.
 
     Args:
         batch: The batch.
@@ -30,7 +30,7 @@ def batch_sizes(batch: Any, remedy: str) -> list[int]:
         >>> batch_sizes((["a", "b", "c"], torch.zeros(3, 5)), "")
         [3]
     """
-    sizes = list(_dimensions(batch)) or list(_lengths(batch)) or [1] * _has_scalar(batch)
+    sizes = list(_dimensions(batch)) or list(_lengths(batch)) or [1] * (batch is None or _has_scalar(batch))
     if not sizes:
         raise MisconfigurationError(f"The batch is a {type(batch).__name__}, whose number of samples is unknown. {remedy}")
     return sizes

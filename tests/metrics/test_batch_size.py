@@ -133,9 +133,9 @@ def test_epoch_means_are_weighted_by_the_number_of_samples(form: str) -> None:
 
 @pytest.mark.parametrize(
     "batch",
-    [torch.tensor(1.0), (torch.tensor(1.0), torch.tensor(2.0)), {"x": torch.tensor(1.0)}, 3, ("name", 3), np.float32(2)],
+    [torch.tensor(1.0), (torch.tensor(1.0), torch.tensor(2.0)), {"x": torch.tensor(1.0)}, 3, ("name", 3), np.float32(2), None],
 )
-def test_a_batch_of_scalars_is_one_sample(batch: Any) -> None:
+def test_a_batch_of_scalars_or_of_nothing_is_one_sample(batch: Any) -> None:
     assert batch_sizes(batch, "") == [1]
 
 
@@ -150,7 +150,7 @@ def test_ragged_tensors_have_as_many_samples_as_sequences() -> None:
     assert batch_sizes(("name", jagged), "") == [2]
 
 
-@pytest.mark.parametrize("batch", [None, Opaque(), (None, Opaque()), {}, {"x": None}, iter([torch.ones(2)])])
+@pytest.mark.parametrize("batch", [Opaque(), (None, Opaque()), {}, {"x": None}, iter([torch.ones(2)])])
 def test_an_unknown_size_is_an_error_that_says_how_to_give_it(batch: Any) -> None:
     match = r"The batch is a \w+, whose number of samples is unknown.*Logs\.training_step.*'train'.*batch_size="
     with pytest.raises(MisconfigurationError, match=match):

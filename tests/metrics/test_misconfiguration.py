@@ -118,7 +118,7 @@ CASES: dict[str, Case] = {
             lambda batch=batch: fit(Averages(batch_size=1), data=[batch]),  # type: ignore[misc]
         )
         for case, kind, batch in (
-            ("None", "NoneType", None),
+            ("a dict of nothing", "dict", {}),
             ("an object", "object", object()),
             ("an iterator", "list_iterator", iter([1.0])),
             ("a mapping of nothing", "dict", {"x": None}),

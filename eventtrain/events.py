@@ -832,13 +832,14 @@ class TrainEpochEnd(Event):
 
 class MetricsLogged(Event):
     """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a
-    batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over;
-    with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``.
+    batch that updated, and for each evaluation batch that logged on step: after its end, but in a fit after the
+    last batch, because an interrupted validation is repeated. With scope ``"epoch"`` once an epoch of training, or a
+    pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``.
 
     Attributes:
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
-        scope: ``"step"``, of which loggers write a part; ``"epoch"`` or ``"monitor"``, of which they write all.
-        step: ``global_step``.
+        scope: ``"step"``, of which loggers write a part in training; ``"epoch"`` or ``"monitor"``, of which they write all.
+        step: ``global_step``; for a step of an evaluation the number of evaluation batches in the run so far.
         metrics: The values that were logged with ``logger=True``, by name: scalar tensors on their device,
             numbers, or anything that ``float()`` takes. Read them during the event.
         epoch_complete: The data of the epoch was used to its end. False for an epoch that was ended

@@ -423,8 +423,8 @@ class Trainer:
         return self.run_state.metrics.update_counts.get(name, 0)
 
     def log_on_step(self, values: Mapping[str, Any]) -> None:
-        """Add values to those that the current update hands to loggers, which write them at their cadence. For callbacks; a
-        module has ``self.log``.
+        """Add values to those that the current update hands to loggers, which write them at their cadence; in validation and
+        test, to those of the current batch. For callbacks; a module has ``self.log``.
 
         Args:
             values: By name, numbers, scalar tensors, or anything that ``float()`` takes; it is called when they are written.

@@ -86,7 +86,7 @@ class TrainLoop:
     def train(self) -> None:
         """Train until the run is complete or a request stops it."""
         signals = self.signals
-        self.metrics.enter("train", None)
+        self.metrics.enter("train", "start")
         signals.train_start.publish(events.TrainStart())
         if self.resumption is not None:
             self.resumption.restore_last()
@@ -97,6 +97,7 @@ class TrainLoop:
         if self.known_request not in (None, (self.stop.reason, self.stop.force)) and signals.take_checkpoint.listeners:
             # The run was asked to stop after its last safe point, at which no listener knew of its end.
             signals.take_checkpoint.publish(events.TakeCheckpoint(False, self.batch.window_open))
+        self.metrics.enter("train", None)
         signals.train_end.publish(events.TrainEnd())
 
     def train_epoch(self) -> None:
@@ -145,7 +146,7 @@ class TrainLoop:
         if position is None:
             progress.batch_idx = -1
         stop.epoch_reason = None
-        self.metrics.enter("train", "epoch")
+        self.metrics.enter("train", "start")
         self.signals.train_epoch_start.publish(events.TrainEpochStart(progress.current_epoch, progress.batch_idx + 1))
         batches = self.batches = self.open_epoch(progress.current_epoch, position)
         if resumption is None or position is None:
@@ -164,7 +165,7 @@ class TrainLoop:
         progress.batch_idx = batch_idx
         progress.total_batch_idx += 1
         self.is_last_batch = is_last
-        metrics.batch, metrics.scope = batch, "batch"
+        metrics.batch, metrics.batch_size, metrics.scope = batch, None, "batch"
         state.batch, state.batch_idx, state.evaluations = batch, batch_idx, 0
         state.skipped = state.updated = False
         if signals.train_batch_start.listeners and self.gate(batch, batch_idx, is_last):

@@ -15,6 +15,7 @@ from eventtrain.core.evaluation import EvaluationStage
 from eventtrain.core.state import RunStage
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import CheckpointRead, LoadCheckpoint
+from eventtrain.metrics.metrics import Metrics
 from eventtrain.module.modes import evaluation_mode
 from eventtrain.module.overriding import overridden_method
 from eventtrain.run.loaders import LOADER_HOOKS
@@ -50,6 +51,7 @@ class Evaluation(Run):
     ) -> None:
         self.evaluated: EvaluationStage = STAGES[stage]
         super().__init__(trainer, state, stage, model, datamodule, {self.evaluated: dataloaders})
+        state.metrics = Metrics(trainer.processes)
         self.ckpt_path = ckpt_path
         self.continues_fit = model is None and self.module is state.fitted
         self.results: list[dict[str, float]] = []
@@ -73,7 +75,7 @@ class Evaluation(Run):
             self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
             load_weights(module, checkpoint, path)
         self.outputs = self.evaluation_loop(stage, context=self._evaluating).evaluate()
-        self.results = self.state.metrics.results(stage, len(passes))
+        self.results = self.state.metrics.results(len(passes))
 
     @contextmanager
     def _evaluating(self) -> Generator[None, None, None]:

@@ -13,6 +13,7 @@ from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage
 from eventtrain.core.state import RunStage
 from eventtrain.events import ExceptionRaised, JoinProcesses, Setup, Stage, Teardown
+from eventtrain.metrics.torchmetrics import unused_metrics
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.module import LightningModule
 from eventtrain.module.overriding import method_of
@@ -25,6 +26,9 @@ from eventtrain.run.state import RunState
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
+
+
+LEFT_METRICS = "_left_metrics"
 
 
 class Run(ABC):
@@ -66,6 +70,7 @@ class Run(ABC):
         state.module, state.steps, state.datamodule = self.module, steps, check_datamodule(datamodule)
         self._hooks: list[ConnectedHooks] = []
         self._module_callbacks: list[Any] = []
+        self._unused_metrics: list[Any] = []
 
     @abstractmethod
     def body(self) -> None:
@@ -89,6 +94,7 @@ class Run(ABC):
             self._after_error(first, partial(self.signals.exception.publish_to_all, ExceptionRaised(error)))
             raise
         finally:
+            self._leave_metrics(failed=first is not None)
             self._after_error(first, self._tear_down)
 
     # ------------------------------------------------------------------ setup
@@ -136,6 +142,9 @@ class Run(ABC):
         method_of(module, "configure_model", LightningModule)()
         module.attach_trainer(trainer)  # to the modules that these hooks made, too
         module.to(trainer.device)
+        for metric in module.__dict__.pop(LEFT_METRICS, ()):
+            metric.reset()
+        self._unused_metrics = unused_metrics(module)
         self.signals.setup.publish(Setup(self.stage))
 
     # ------------------------------------------------------------------ evaluation
@@ -192,6 +201,11 @@ class Run(ABC):
                 make_idle(callback, trainer.signals)
             self.release()
             state.metrics.enter("train", None)
+
+    def _leave_metrics(self, *, failed: bool) -> None:
+        """Have the next run of the module reset the metric objects that this one logged or, if it failed, was to log."""
+        left = self.state.metrics.objects() + (self._unused_metrics if failed else [])
+        self.module.__dict__.setdefault(LEFT_METRICS, []).extend(left)
 
     def release(self) -> None:
         """Let go of the loaders' workers."""

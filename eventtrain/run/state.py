@@ -25,7 +25,8 @@ class RunState:
 
     Attributes:
         limits: How long the fit is.
-        metrics: The values that the module logs.
+        metrics: The values that the module logs in the current run, or in the last one.
+        fit_metrics: Those of the fit, which checkpoints keep.
         progress: The counters of the fit.
         stop_request: The requests to end it.
         batch: The current training batch.
@@ -44,6 +45,7 @@ class RunState:
 
     limits: RunLimits
     metrics: Metrics
+    fit_metrics: Metrics = field(init=False)
     progress: Progress = field(default_factory=Progress)
     stop_request: StopRequest = field(default_factory=StopRequest)
     batch: BatchState = field(default_factory=BatchState)
@@ -58,3 +60,6 @@ class RunState:
     loaders: RunLoaders | None = None
     loop: TrainLoop | None = None
     num_evaluation_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        self.fit_metrics = self.metrics

@@ -16,7 +16,7 @@ def overridden(instance: Any, name: str, *bases: type) -> bool:
     Args:
         instance: The object.
         name: The method's name.
-        *bases: The classes that may define the default version.
+        *bases: The classes that may define the default version; Lightning's own LightningDataModule may too.
 
     Example:
         >>> class Model(LightningModule):
@@ -29,7 +29,8 @@ def overridden(instance: Any, name: str, *bases: type) -> bool:
     if name in getattr(instance, "__dict__", {}):
         return True
     method = getattr(type(instance), name, None)
-    return method is not None and all(method is not getattr(base, name, None) for base in bases)
+    theirs = [base for base in type(instance).__mro__ if base.__name__ == "LightningDataModule"]
+    return method is not None and all(method is not getattr(base, name, None) for base in (*bases, *theirs))
 
 
 def overridden_method(module: LightningModule, name: str) -> Callable[..., Any] | None:

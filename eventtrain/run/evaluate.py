@@ -18,7 +18,6 @@ from eventtrain.module.modes import evaluation_mode
 from eventtrain.module.overriding import overridden_method
 from eventtrain.run.loaders import LOADER_HOOKS
 from eventtrain.run.run import Run
-from eventtrain.run.state import RunState
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
@@ -27,16 +26,16 @@ STAGES: dict[RunStage, EvaluationStage] = {"validate": "validation", "test": "te
 
 
 class Evaluation(Run):
-    """One validate, test or predict.
+    """One validate, test or predict, which continues the state of the last run.
 
     Args:
         trainer: The trainer.
-        state: The state of the last run, which this one continues.
         stage: ``"validate"``, ``"test"`` or ``"predict"``.
         model: The module, compiled or not; None for the module of the last run.
         datamodule: The datamodule, or None.
         dataloaders: The loader or loaders that the call was given.
         ckpt_path: A checkpoint whose weights are loaded first, or None.
+        keeps: For predict, whether the values that the step returns are kept.
 
     Attributes:
         results: The epoch's metrics, one dict per loader.
@@ -44,11 +43,11 @@ class Evaluation(Run):
     """
 
     def __init__(
-        self, trainer: Trainer, state: RunState, stage: RunStage, model: Any, datamodule: Any, dataloaders: Any, ckpt_path: Any
+        self, trainer: Trainer, stage: RunStage, model: Any, datamodule: Any, dataloaders: Any, ckpt_path: Any, keeps: bool
     ) -> None:
         self.evaluated: EvaluationStage = STAGES[stage]
-        super().__init__(trainer, state, stage, model, datamodule, {self.evaluated: dataloaders})
-        self.ckpt_path = ckpt_path
+        super().__init__(trainer, trainer.run_state, stage, model, datamodule, {self.evaluated: dataloaders})
+        self.ckpt_path, self.keeps = ckpt_path, keeps
         self.results: list[dict[str, float]] = []
         self.outputs: list[list[Any]] = []
 
@@ -69,13 +68,17 @@ class Evaluation(Run):
             self.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
             self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
             module.load_state_dict(checkpoint["state_dict"])
-        self.outputs = self.evaluation_loop(stage, context=self._evaluating).evaluate()
+        loop = self.evaluation_loop(stage, context=self._evaluating)
+        loop.keep_outputs = stage == "predict" and self.keeps
+        self.outputs = loop.evaluate()
         self.results = self.state.metrics.results(stage, len(passes))
 
     @contextmanager
     def _evaluating(self) -> Generator[None, None, None]:
-        """The context of an evaluation outside a fit: without gradients, and without what makes them possible."""
-        no_grad = torch.no_grad() if has_special_parameters(self.module) else torch.inference_mode()
+        """The context of an evaluation outside a fit: without gradients, and if it may be in inference mode, also without the
+        data that makes them possible."""
+        inference = self.trainer.arguments.inference_mode and not has_special_parameters(self.module)
+        no_grad = torch.inference_mode() if inference else torch.no_grad()
         with no_grad, evaluation_mode(self.module, self.evaluated):
             yield
 

@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eventtrain.callback import attach, detach, make_idle
+from eventtrain.callback import Callback, make_idle
 from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage
 from eventtrain.core.state import RunStage
 from eventtrain.events import ExceptionRaised, JoinProcesses, Setup, Stage, Teardown
-from eventtrain.run.arguments import check_datamodule, check_module
+from eventtrain.run.arguments import check_module
 from eventtrain.run.compiled import ModuleSteps
+from eventtrain.run.datamodules import data_of_call
 from eventtrain.run.hook_connections import ConnectedHooks
 from eventtrain.run.loaders import RunLoaders
 from eventtrain.run.state import RunState
@@ -41,7 +42,7 @@ class Run(ABC):
         loaders: The loaders of the run; they exist once it has joined the other processes.
 
     Raises:
-        MisconfigurationError: If the model is not a module, or the datamodule is not one.
+        MisconfigurationError: If the model is not a module, or the data is given in a wrong way.
     """
 
     loaders: RunLoaders
@@ -54,14 +55,15 @@ class Run(ABC):
         self.stage: RunStage = stage
         self.signals = trainer.signals.table
         self.sanity_checking = False
-        self.dataloaders = dataloaders
+        self.dataloaders, datamodule = data_of_call(stage, model, dataloaders, datamodule)
         steps = state.steps if model is None else ModuleSteps(model)
         self.module = check_module(None if steps is None else steps.module)
         assert steps is not None
         self.steps = steps
-        state.module, state.steps, state.datamodule = self.module, steps, check_datamodule(datamodule)
+        state.module, state.steps, state.datamodule = self.module, steps, datamodule
         self._hooks: list[ConnectedHooks] = []
         self._module_callbacks: list[Any] = []
+        self._replaced_callbacks: list[tuple[int, Any]] = []
 
     @abstractmethod
     def body(self) -> None:
@@ -94,12 +96,23 @@ class Run(ABC):
         if datamodule is not None:
             datamodule.trainer = trainer
         callbacks = module.configure_callbacks()
-        for callback in callbacks if isinstance(callbacks, Iterable) else [callbacks]:
-            attach(callback, trainer.signals, trainer.callbacks)
-            self._module_callbacks.append(callback)
+        self._attach_callbacks(list(callbacks) if isinstance(callbacks, Iterable) else [callbacks])
         for part in (datamodule, module):
             if part is not None:
                 self._hooks.append(ConnectedHooks(part, trainer.signals))
+
+    def _attach_callbacks(self, callbacks: list[Any]) -> None:
+        """Attach the module's callbacks for the run. A callback of the same class, or of a base of it, rests meanwhile."""
+        attached, signals = self.trainer.callbacks, self.trainer.signals
+        for index, other in reversed(list(enumerate(attached))):
+            replaces = isinstance(other, Callback) and type(other) is not Callback
+            if replaces and any(isinstance(callback, type(other)) for callback in callbacks):
+                make_idle(other, signals, replaced=True)
+                list.pop(attached, index)
+                self._replaced_callbacks.append((index, other))
+        for callback in callbacks:
+            attached.append(callback)
+            self._module_callbacks.append(callback)
 
     def _join_processes(self) -> None:
         """Join the other processes of the run, if there are any."""
@@ -122,11 +135,13 @@ class Run(ABC):
             trainer.device,
             trainer.processes,
         )
-        parts: list[Any] = [part for part in (datamodule, module) if part is not None]
+        parts = [part for part in (datamodule, module) if part is not None]
         for part in parts:
-            part.prepare_data()
+            if hasattr(part, "prepare_data"):
+                part.prepare_data()
         for part in parts:
-            part.setup(self.stage)
+            if hasattr(part, "setup"):
+                part.setup(self.stage)
         module.configure_model()
         module.to(trainer.device)
         self.signals.setup.publish(Setup(self.stage))
@@ -174,8 +189,10 @@ class Run(ABC):
         finally:
             for hooks in self._hooks:
                 hooks.disconnect()
-            for callback in self._module_callbacks:
-                detach(callback, trainer.signals, trainer.callbacks)
+            left = [each for each in trainer.callbacks if not any(each is brought for brought in self._module_callbacks)]
+            trainer.callbacks.become(left)
+            for index, callback in reversed(self._replaced_callbacks):
+                list.insert(trainer.callbacks, index, callback)
             for callback in trainer.callbacks:
                 make_idle(callback, trainer.signals)
             self.release()

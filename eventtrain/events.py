@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import reprlib
-import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import MISSING, dataclass, field, fields
@@ -23,16 +22,16 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsFloat, TypeVar, dataclass_transform
 
 from eventtrain.errors import MisconfigurationError
+from eventtrain.hints import hint
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor
 
     from eventtrain.core.optimizer import LightningOptimizer
     from eventtrain.distributed import Processes
     from eventtrain.optim.lr_scheduler import LRSchedulerConfig
+    from eventtrain.paths import AnyPath
 
 T = TypeVar("T")
 Stage = Literal["train", "validation", "test", "predict"]
@@ -82,10 +81,9 @@ def refuse(event: Event, value: Any, *, name: str) -> None:
     Raises:
         MisconfigurationError: Always. The message says what to write instead.
     """
-    hints = tomllib.loads(files("eventtrain").joinpath("hints.toml").read_text(encoding="utf-8"))["fields"]
     raise MisconfigurationError(
         f"event.{name} = {reprlib.repr(value)} at {signal_name(type(event))} would change nothing: a listener only reads "
-        f"this field. {hints.get(name, 'docs/events.md marks the fields that it may write.')}"
+        f"this field. {hint('event', name, value=value)}".rstrip()
     )
 
 
@@ -187,9 +185,9 @@ class FindCheckpoint(Event):
     """
 
     which: Literal["last", "best"]
-    paths: list[Path] | None = _writable(None)
+    paths: list[AnyPath] | None = _writable(None)
 
-    def offer(self, *paths: Path) -> None:
+    def offer(self, *paths: AnyPath) -> None:
         """Add answers.
 
         Args:

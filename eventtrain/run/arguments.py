@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
 from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.state import RunLimits
 from eventtrain.data.limits import Limit, check_limit
-from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
+from eventtrain.hints import hint, tables
 from eventtrain.module.module import LightningModule
 
 
@@ -167,12 +169,12 @@ def checked_attribute(trainer: Any, name: str, value: Any) -> Any:
     if not read_only and (hasattr(kind, name) or name in attributes or name.startswith("_")):
         return value
     if name in arguments:
-        problem, remedy = "is set when the trainer is made", f"Give Trainer({name}=...)."
-    elif read_only:
-        problem, remedy = "is read-only: the run writes it", ""
-    elif len(kind.__mro__) > 2:
+        remedy = f"Give Trainer({name}=...)."
+    elif read_only and name not in tables()["Trainer"]:
+        remedy = "It is read-only, because the run writes it."
+    elif not read_only and len(kind.__mro__) > 2:
         return value
     else:
-        problem, others = "would do nothing", "Keep values of your own in the module, a callback, or a subclass of Trainer."
-        remedy = nearest(name, [*attributes, *dir(kind), *arguments], otherwise=others)
-    raise MisconfigurationError(f"trainer.{name} = ... {problem}. {remedy}".rstrip())
+        remedy = hint("Trainer", name, [*attributes, *dir(kind), *arguments], value=value)
+        remedy = remedy or "Keep values of your own in the module, a callback, or a subclass of Trainer."
+    raise MisconfigurationError(f"trainer.{name} = {reprlib.repr(value)} would change nothing. {remedy}")

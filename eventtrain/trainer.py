@@ -143,8 +143,7 @@ class Trainer:
             super().__setattr__(name, checked_attribute(self, name, value))
 
     def _attach(self, callbacks: Any, default_callbacks: bool) -> None:
-        several = isinstance(callbacks, Iterable) and not isinstance(callbacks, str)
-        chosen = list(callbacks) if several else [callbacks]
+        chosen = list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
         if default_callbacks:
             # The one place at which the library knows callbacks, and late, because they import the library.
             from eventtrain.callbacks import LRSchedulerStepping, ProgressBar
@@ -256,13 +255,11 @@ class Trainer:
             >>> [output.shape for output in trainer.predict(Line(), [torch.ones(4, 1)] * 2)]
             [torch.Size([4, 1]), torch.Size([4, 1])]
         """
-        outputs = self._evaluate("predict", model, dataloaders, ckpt_path, datamodule, return_predictions).outputs
+        outputs = self._evaluate("predict", model, dataloaders, ckpt_path, datamodule, keeps=return_predictions).outputs
         return (outputs[0] if len(outputs) == 1 else outputs) if return_predictions else None
 
-    def _evaluate(
-        self, stage: RunStage, model: Any, loaders: Any, ckpt_path: Any, datamodule: Any, keep_outputs: bool = True
-    ) -> Evaluation:
-        return self._execute(lambda: Evaluation(self, stage, model, datamodule, loaders, ckpt_path, keep_outputs))
+    def _evaluate(self, stage: RunStage, *call: Any, keeps: bool = True) -> Evaluation:
+        return self._execute(lambda: Evaluation(self, stage, *call, keeps))
 
     def _execute(self, make: Callable[[], R]) -> R:
         if self._run is not None:

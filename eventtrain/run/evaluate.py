@@ -32,9 +32,9 @@ class Evaluation(Run):
         trainer: The trainer.
         stage: ``"validate"``, ``"test"`` or ``"predict"``.
         model: The module, compiled or not; None for the module of the last run.
-        datamodule: The datamodule, or None.
         dataloaders: The loader or loaders that the call was given.
         ckpt_path: A checkpoint whose weights are loaded first, or None.
+        datamodule: The datamodule, or None.
         keeps: For predict, whether the values that the step returns are kept.
 
     Attributes:
@@ -43,7 +43,7 @@ class Evaluation(Run):
     """
 
     def __init__(
-        self, trainer: Trainer, stage: RunStage, model: Any, datamodule: Any, dataloaders: Any, ckpt_path: Any, keeps: bool
+        self, trainer: Trainer, stage: RunStage, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any, keeps: bool
     ) -> None:
         self.evaluated: EvaluationStage = STAGES[stage]
         super().__init__(trainer, trainer.run_state, stage, model, datamodule, {self.evaluated: dataloaders})

@@ -259,7 +259,7 @@ class Trainer:
         return (outputs[0] if len(outputs) == 1 else outputs) if return_predictions else None
 
     def _evaluate(self, stage: RunStage, *call: Any, keeps: bool = True) -> Evaluation:
-        return self._execute(lambda: Evaluation(self, stage, *call, keeps))
+        return self._execute(lambda: Evaluation(self, stage, keeps, *call))
 
     def _execute(self, make: Callable[[], R]) -> R:
         if self._run is not None:

@@ -52,11 +52,14 @@ def leave_evaluation(module: nn.Module) -> None:
 def warn_of_evaluation_mode(module: nn.Module) -> None:
     """Warn of submodules that are in evaluation mode at the start of a fit, the outermost ones by name. Two kinds are so on
     purpose: norms with running statistics, and submodules whose parameters are all frozen."""
+    outermost: list[str] = []
     names: list[str] = []
     for name, part in module.named_modules():
+        if part.training or any(not outer or name.startswith(f"{outer}.") for outer in outermost):
+            continue
+        outermost.append(name)
         is_frozen = {parameter.requires_grad for parameter in part.parameters()} == {False}
-        is_inside = any(not outer or name.startswith(f"{outer}.") for outer in names)
-        if not (part.training or is_frozen or is_inside or hasattr(part, "running_mean")):
+        if not is_frozen and not hasattr(part, "running_mean"):
             names.append(name)
     if names:
         which = "The module" if names == [""] else f"A part of the module ({', '.join(names)})"

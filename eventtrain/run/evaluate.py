@@ -31,11 +31,11 @@ class Evaluation(Run):
     Args:
         trainer: The trainer.
         stage: ``"validate"``, ``"test"`` or ``"predict"``.
+        keeps: For predict, whether the values that the step returns are kept.
         model: The module, compiled or not; None for the module of the last run.
         dataloaders: The loader or loaders that the call was given.
         ckpt_path: A checkpoint whose weights are loaded first, or None.
         datamodule: The datamodule, or None.
-        keeps: For predict, whether the values that the step returns are kept.
 
     Attributes:
         results: The epoch's metrics, one dict per loader.
@@ -43,7 +43,7 @@ class Evaluation(Run):
     """
 
     def __init__(
-        self, trainer: Trainer, stage: RunStage, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any, keeps: bool
+        self, trainer: Trainer, stage: RunStage, keeps: bool, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any
     ) -> None:
         self.evaluated: EvaluationStage = STAGES[stage]
         super().__init__(trainer, trainer.run_state, stage, model, datamodule, {self.evaluated: dataloaders})

@@ -14,14 +14,10 @@ from eventtrain.run.loaders import LOADER_HOOKS
 
 
 def is_datamodule(value: Any) -> bool:
-    """Return whether an object has a method that returns loaders, and is not a module.
-
-    Args:
-        value: The object, of any class.
-    """
-    return not isinstance(value, (type, nn.Module)) and any(
-        callable(getattr(value, hook, None)) for hook in LOADER_HOOKS.values()
-    )
+    """Return whether an object, or a class, has a method that returns loaders, and is not a module."""
+    kind = value if isinstance(value, type) else type(value)
+    hooks = LOADER_HOOKS.values()
+    return not issubclass(kind, nn.Module) and any(callable(getattr(value, hook, None)) for hook in hooks)
 
 
 def data_of_call(call: RunStage, model: Any, dataloaders: dict[Stage, Any], datamodule: Any) -> tuple[dict[Stage, Any], Any]:

@@ -160,7 +160,7 @@ def test_the_modules_on_exception_gets_the_exception(stage: str, kind: type[Base
     def fails(*args: Any) -> Any:
         raise error
 
-    steps = {name: fails for name in ("training_step", "validation_step", "test_step", "predict_step")}
+    steps = dict.fromkeys(("training_step", "validation_step", "test_step", "predict_step"), fails)
     caught: list[BaseException] = []
     module = ModuleOf(**steps, on_exception=lambda exception: caught.append(exception))
     events = Recorder("exception")

@@ -34,6 +34,7 @@ class EvaluationLoop:
         context: Returns the context that the whole evaluation runs in: evaluation mode, and no gradients.
         is_interrupted: Asked before each batch: whether the evaluation is to be left. None outside a fit.
         processes: The processes that ask each other before each batch; None in a run of one, and outside a fit.
+        keep_outputs: Whether the values that the step returns are kept, for prediction.
     """
 
     stage: EvaluationStage
@@ -45,6 +46,7 @@ class EvaluationLoop:
     context: Callable[[], AbstractContextManager[Any]]
     is_interrupted: Callable[[], bool] | None
     processes: Processes | None
+    keep_outputs: bool = False
 
     def __post_init__(self) -> None:
         self.num_arguments = step_arguments(self.step, len(self.open_loaders))
@@ -61,7 +63,7 @@ class EvaluationLoop:
             silent: Whether logged values are dropped, as in a sanity check.
 
         Returns:
-            For prediction, the values that the steps returned, a list per loader; else empty lists.
+            The values that the steps returned if they are kept, a list per loader; else empty lists.
 
         Raises:
             EvaluationInterrupted: If the evaluation was left between two batches; nothing of it was published as logged.
@@ -102,7 +104,7 @@ class EvaluationLoop:
         return outputs
 
     def evaluate_loader(self, dataloader_idx: int, batches: Batches) -> list[Any]:
-        """Evaluate the batches of one loader; return the outputs for prediction."""
+        """Evaluate the batches of one loader; return the outputs if they are kept."""
         signals, metrics = self.signals, self.metrics
         metrics.suffix = f"/dataloader_idx_{dataloader_idx}" if len(self.open_loaders) > 1 else ""
         start, end = signals[f"{self.stage}_batch_start"], signals[f"{self.stage}_batch_end"]
@@ -128,7 +130,7 @@ class EvaluationLoop:
             if end.listeners:
                 end.publish(self._events["BatchEnd"](outputs, batch, batch_idx, dataloader_idx))
             self.number += 1
-            if self.stage == "predict":
+            if self.keep_outputs:
                 predictions.append(outputs)
             elif metrics.fresh:
                 self._publish_step()

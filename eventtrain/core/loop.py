@@ -208,12 +208,12 @@ class TrainLoop:
         event = events.TrainBatchStart(batch, batch_idx, is_last, plan)
         self.signals.train_batch_start.publish(event)
         state.plan = event.plan
+        state.skipped, ends_epoch = event.skipped, event.ends_epoch
         if state.processes is not None:
-            event.skipped, event.ends_epoch = state.processes.any_of([event.skipped, event.ends_epoch])
-        state.skipped = event.skipped
-        if event.ends_epoch:
+            state.skipped, ends_epoch = state.processes.any_of([state.skipped, ends_epoch])
+        if ends_epoch:
             self.stop.epoch_reason = "a listener of train_batch_start"
-        return event.ends_epoch
+        return ends_epoch
 
     # ------------------------------------------------------------------ optimization
 

@@ -272,7 +272,7 @@ class ModuleHooks:
         """Training is over."""
     def on_fit_end(self) -> None:
         """``fit`` is over, without an error."""
-    def on_exception(self, event: events.ExceptionRaised) -> None:
+    def on_exception(self, exception: BaseException) -> None:
         """The run is ending by an error. Reaches every listener, even if one of them raises."""
     def teardown(self, stage: str) -> None:
         """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises."""

@@ -23,7 +23,7 @@ from eventtrain.core.stepping import Stepping
 from eventtrain.data.limits import check_train_loader
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import FitEnd, FitStart, Stage
-from eventtrain.module.modes import evaluation_mode
+from eventtrain.module.modes import evaluation_mode, warn_of_evaluation_mode
 from eventtrain.module.module import LightningModule
 from eventtrain.module.overriding import overridden_method
 from eventtrain.optim.configure import configure_optimizers, warn_of_idle_schedulers
@@ -50,6 +50,7 @@ class Fit(Run):
     def __init__(
         self, trainer: Trainer, state: RunState, model: Any, datamodule: Any, dataloaders: dict[Stage, Any], ckpt_path: Any
     ) -> None:
+        trainer.arguments.check_end()
         super().__init__(trainer, state, "fit", model, datamodule, dataloaders)
         state.fitted = self.module
         self.ckpt_path = ckpt_path
@@ -72,6 +73,7 @@ class Fit(Run):
         self._configure_optimizers()
         validate = self._validation()
         state.loop = loop = self._train_loop(loader, validate)
+        warn_of_evaluation_mode(module)
         if checkpoint is not None:
             contents.restore(trainer, checkpoint, path)
         with torch.enable_grad():
@@ -99,13 +101,14 @@ class Fit(Run):
 
     def _measure(self, loader: Any) -> None:
         """Fit the limits to the training loader's length."""
-        limits = self.state.limits
+        limits, arguments = self.state.limits, self.trainer.arguments
         limits.batches_per_epoch = self.loaders.length("train", loader)
-        limits.val_check_interval = validation_interval(
-            self.trainer.arguments.val_check_interval,
-            limits.batches_per_epoch,
-            across_epochs=limits.check_val_every_n_epoch is None,
-        )
+        if arguments.batch_limits["validation"] != 0:
+            limits.val_check_interval = validation_interval(
+                arguments.val_check_interval,
+                limits.batches_per_epoch,
+                across_epochs=limits.check_val_every_n_epoch is None,
+            )
 
     def _configure_optimizers(self) -> None:
         trainer, module, state = self.trainer, self.module, self.state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from eventtrain.core.optimizer import LightningOptimizer
     from eventtrain.core.stepping import Stepping
     from eventtrain.metrics.metrics import Metrics
-    from eventtrain.module.datamodule import LightningDataModule
     from eventtrain.module.module import LightningModule
     from eventtrain.optim.lr_scheduler import LRSchedulerConfig
     from eventtrain.run.compiled import ModuleSteps
@@ -52,7 +51,7 @@ class RunState:
     module: LightningModule | None = None
     fitted: LightningModule | None = None
     steps: ModuleSteps | None = None
-    datamodule: LightningDataModule | None = None
+    datamodule: Any = None
     optimizers: list[LightningOptimizer] = field(default_factory=list)
     steppings: list[Stepping] = field(default_factory=list)
     configured_groups: list[list[list[str | None]]] = field(default_factory=list)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -134,6 +137,8 @@ class Closure:
         if batch.evaluations > 1 and not plan.zero_grad:
             raise repeated_evaluation(stepping.wrapped)
         loss = weight = None
+        # A step in training_step is one of the user's own, and no part of the step whose closure this is.
+        depth, stepping.depth, batch.closing = stepping.depth, 0, False
         if not batch.skipped:
             args = (batch.batch, batch.batch_idx) if self.takes_index else (batch.batch,)
             if signals.before_forward.listeners:
@@ -152,7 +157,9 @@ class Closure:
         if plan.zero_grad:
             batch.contributions = 0
             self._zero_grad()
+        stepping.depth, batch.closing = depth, plan.step
         if loss is not None:
+            batch.had_loss = True
             if weight is None and batch.weight is None:
                 batch.contributions += 1
             else:
@@ -248,6 +255,18 @@ def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:
             "was detached; return None for a batch without a loss."
         )
     return loss, weight
+
+
+def never_returns_a_value(function: Callable[..., Any]) -> bool:
+    """Return whether each ``return`` of a function returns None; False if it has no Python code to tell."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    instructions = [] if code is None else list(dis.get_instructions(code))
+    returned = [
+        each if each.opname == "RETURN_CONST" else before  # the instruction that made the value
+        for before, each in pairwise(instructions)
+        if each.opname.startswith("RETURN_")
+    ]
+    return bool(returned) and all("CONST" in each.opname and each.argval is None for each in returned)
 
 
 def check_weight(weight: Any) -> None:

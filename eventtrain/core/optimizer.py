@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,9 @@ class Stepper(Protocol):
 
     def step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Step the wrapped optimizer; return the value of its ``step``, or of the closure if the step was skipped."""
+
+    def step_by(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call another method of the wrapped optimizer that steps."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients."""
@@ -181,7 +185,10 @@ class LightningOptimizer(Optimizer):
     def __getattr__(self, name: str) -> Any:
         if name in ("optimizer", "_stepper", "_num_steps"):  # the wrapper is being unpickled or copied
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        value = getattr(self.optimizer, name)
+        if name.endswith("_step") and self._stepper is not None and callable(value):
+            return partial(self._stepper.step_by, value)
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Schedulers patch `step` on the object that they were built on; everything else belongs to the wrapped optimizer.

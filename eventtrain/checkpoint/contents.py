@@ -65,7 +65,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "hyper_parameters": dict(module.hparams),
         "state_dict": module.state_dict(),
         "optimizer_states": [optimizer.state_dict() for optimizer in state.optimizers],
-        "lr_schedulers": [config.scheduler.state_dict() for config in state.lr_scheduler_configs],
+        "lr_schedulers": [config.state_dict() for config in state.lr_scheduler_configs],
         "num_steps": [optimizer.num_steps for optimizer in state.optimizers],
         "progress": dataclasses.asdict(state.progress),
         "epoch": state.progress.current_epoch,
@@ -147,7 +147,8 @@ def restore_parts(key: str, parts: list[Any], checkpoint: dict[str, Any]) -> Non
             "that wrote it, or load only the weights with load_from_checkpoint."
         )
     for part, state in zip(parts, states, strict=True):
-        part.load_state_dict(state)
+        if state is not None:
+            part.load_state_dict(state)
 
 
 def restore_window(trainer: Trainer, window: dict[str, Any]) -> None:

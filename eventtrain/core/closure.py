@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -148,7 +149,7 @@ class Closure:
             if isinstance(outputs, Tensor) and outputs.ndim == 0 and outputs.requires_grad:
                 loss = outputs  # the usual loss: a call less
             else:
-                loss, weight = parse_outputs(outputs)
+                loss, weight = parse_outputs(outputs, stepping.wrapped)
             if signals.after_forward.listeners:
                 outputs, loss = after_forward(signals, batch, outputs, loss)
             batch.outputs, batch.loss = outputs, loss
@@ -203,18 +204,19 @@ def check_loss_in_every_process(processes: Processes, batch: BatchState) -> None
     Raises:
         MisconfigurationError: If any process has none.
     """
-    if processes.any(batch.loss is None):
+    if processes.any(batch.loss is None and not batch.updated):  # unless it steps by itself
         raise MisconfigurationError(
             f"training_step returned no loss in a process in batch {batch.batch_idx}, which closes a window: the others would "
             "wait for its gradients. Return a loss of zero with 'weight': 0 there."
         )
 
 
-def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:
+def parse_outputs(outputs: Any, optimizer: Optimizer | None = None) -> tuple[Tensor | None, Tensor | float | None]:
     """Take the value of ``training_step`` apart.
 
     Args:
         outputs: A scalar tensor, a mapping with ``"loss"`` and perhaps ``"weight"``, or None.
+        optimizer: The optimizer whose ``step`` is asking, for messages.
 
     Returns:
         The loss and the weight, each None if there is none.
@@ -250,11 +252,29 @@ def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:
             f"training_step returned a loss of shape {tuple(loss.shape)}. It has to be a scalar: take its mean or sum."
         )
     if not loss.requires_grad:
+        check_grad_mode(optimizer)
         raise MisconfigurationError(
             "training_step returned a loss that needs no gradient. Either no trainable parameter took part in it, or it "
             "was detached; return None for a batch without a loss."
         )
     return loss, weight
+
+
+def check_grad_mode(optimizer: Optimizer | None = None) -> None:
+    """Check, if a loss needs no gradient, that gradients are on.
+
+    Args:
+        optimizer: The optimizer whose ``step`` is asking for the loss, if it is known.
+
+    Raises:
+        MisconfigurationError: If they are off.
+    """
+    if not torch.is_grad_enabled():
+        step = "The optimizer's step" if optimizer is None else f"{type(optimizer).__name__}.step"
+        raise MisconfigurationError(
+            f"The loss has no gradient, because gradients are off. {step} has to run its closure with gradients: write `with "
+            "torch.enable_grad(): loss = closure()` there, as torch's optimizers do."
+        )
 
 
 def never_returns_a_value(function: Callable[..., Any]) -> bool:

@@ -46,9 +46,9 @@ class Stepper(Protocol):
 class LightningOptimizer(Optimizer):
     """Wraps an optimizer so that its zeroing and stepping take part in a run.
 
-    It *is* a ``torch.optim.Optimizer``: ``param_groups``, ``state``, ``defaults`` and the wrapped optimizer's own attributes
-    are read and written through it, and a scheduler may be built on it. A step taken on :attr:`optimizer` directly is a plain
-    torch step: no veto, no clipping.
+    It *is* a ``torch.optim.Optimizer``, and an instance of the wrapped optimizer's class: ``param_groups``, ``state``,
+    ``defaults`` and the wrapped optimizer's own attributes are read and written through it, and a scheduler may be built on
+    it. A step taken on :attr:`optimizer` directly is a plain torch step: no veto, no clipping.
 
     Args:
         optimizer: The optimizer to wrap.
@@ -61,7 +61,7 @@ class LightningOptimizer(Optimizer):
         >>> wrapper = LightningOptimizer(torch.optim.SGD([weight], lr=0.5))
         >>> wrapper.param_groups[0]["lr"]
         0.5
-        >>> isinstance(wrapper, torch.optim.Optimizer), type(wrapper.optimizer).__name__
+        >>> isinstance(wrapper, torch.optim.SGD), type(wrapper.optimizer).__name__
         (True, 'SGD')
     """
 
@@ -182,6 +182,10 @@ class LightningOptimizer(Optimizer):
 
     # ------------------------------------------------------------------ being the wrapped optimizer
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        return type(self.optimizer)
+
     def __getattr__(self, name: str) -> Any:
         if name in ("optimizer", "_stepper", "_num_steps"):  # the wrapper is being unpickled or copied
             raise AttributeError(name)
@@ -249,5 +253,4 @@ class LightningOptimizer(Optimizer):
 
 def evaluates_often(optimizer: Optimizer) -> bool:
     """Return whether an optimizer is known to evaluate its closure more than once a step."""
-    wrapped = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-    return isinstance(wrapped, torch.optim.LBFGS)
+    return isinstance(optimizer, torch.optim.LBFGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import wraps
 from types import MethodType
@@ -335,8 +335,10 @@ def watch_steps(optimizer: Optimizer, begin: Callable[..., None], finish: Callab
     """
     step: Any = optimizer.step
     if getattr(step, "hooked", False):  # torch marks a step that calls hooks, and schedulers keep the mark
-        handles = optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(finish)
-        return lambda: [handle.remove() for handle in handles] and None
+        hooks = ExitStack()
+        hooks.callback(optimizer.register_step_pre_hook(begin).remove)
+        hooks.callback(optimizer.register_step_post_hook(finish).remove)
+        return hooks.close
 
     @wraps(getattr(step, "__func__", step))
     def watched(_: Any, *args: Any, **kwargs: Any) -> Any:

@@ -115,8 +115,7 @@ class Fit(Run):
             optimizer.join(stepping)
             state.optimizers.append(optimizer)
             state.steppings.append(stepping)
-            if not automatic:
-                self.steps.keep_out_of_graphs(optimizer)
+            self.steps.keep_out_of_graphs(optimizer)
 
     def _train_loop(self, loader: Any, validate: Callable[[], Any] | None) -> TrainLoop:
         module, state = self.module, self.state

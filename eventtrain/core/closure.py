@@ -281,12 +281,11 @@ def never_returns_a_value(function: Callable[..., Any]) -> bool:
     """Return whether each ``return`` of a function returns None; False if it has no Python code to tell."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     instructions = [] if code is None else list(dis.get_instructions(code))
-    returned = [
-        each if each.opname == "RETURN_CONST" else before  # the instruction that made the value
-        for before, each in pairwise(instructions)
-        if each.opname.startswith("RETURN_")
-    ]
-    return bool(returned) and all("CONST" in each.opname and each.argval is None for each in returned)
+    returns = [(before, each) for before, each in pairwise(instructions) if each.opname.startswith("RETURN_")]
+    # A return that is jumped to has several values. Else the instruction before it makes the value, if it does not itself.
+    makers = [each if "CONST" in each.opname else before for before, each in returns if not each.is_jump_target]
+    nothing = [maker for maker in makers if "CONST" in maker.opname and maker.argval is None]
+    return 0 < len(nothing) == len(returns)
 
 
 def check_weight(weight: Any) -> None:

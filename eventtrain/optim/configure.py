@@ -233,7 +233,7 @@ def _is_scheduler(item: Any) -> bool:
         return False
     if isinstance(item, Mapping):
         return "scheduler" in item
-    return callable(getattr(item, "step", None))
+    return callable(getattr(item, "step", None)) and not hasattr(item, "zero_grad")
 
 
 def _check_ownership(config: LRSchedulerConfig, optimizers: list[Optimizer]) -> None:

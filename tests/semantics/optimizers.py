@@ -25,7 +25,7 @@ class Lookahead(Optimizer):
         self.slow = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = self.optimizer.step(closure)
         self.count += 1
         if self.count % self.k == 0:
@@ -110,13 +110,13 @@ def with_method(optimizer: Optimizer) -> Optimizer:
 
 def with_function(optimizer: Optimizer) -> Optimizer:
     """Replace ``step`` on the object by a function that never calls the original."""
-    optimizer.step = lambda closure=None: descend(optimizer, closure)  # type: ignore[method-assign,misc,assignment]
+    optimizer.step = lambda closure=None: descend(optimizer, closure)  # type: ignore[method-assign]
     return optimizer
 
 
 def with_partial(optimizer: Optimizer) -> Optimizer:
     """Replace ``step`` on the object by one that calls the original."""
-    optimizer.step = functools.partial(optimizer.step)  # type: ignore[method-assign]
+    optimizer.step = functools.partial(optimizer.step)  # type: ignore[assignment]
     return optimizer
 
 
@@ -180,7 +180,7 @@ class SAM(Optimizer):
         self.base_optimizer.step()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         closure = torch.enable_grad()(closure)
         loss = closure()
         self.first_step(zero_grad=True)

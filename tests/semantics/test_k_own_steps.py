@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Adam
 
 from eventtrain import LightningModule
 from eventtrain.callbacks import EventTimeline, GradientAccumulation, GradientClipping, MixedPrecision, Profiler
-from tests.kit import ModuleOf, On, Probe, Recorder, batches, train
+from tests.kit import ModuleOf, On, Probe, Recorder, batches, new_trainer, train
 
 
 class Own(Probe):
@@ -106,7 +106,8 @@ def test_k4_a_step_in_any_hook_steps_and_counts(hook: str, raw: bool) -> None:
 @pytest.mark.parametrize("hook", ["on_after_backward", "on_before_zero_grad", "on_before_backward"])
 def test_k4_a_step_in_a_hook_of_the_loops_own_step_steps(hook: str) -> None:
     """As a loop does that steps there with the gradients of the moment."""
-    module, inside = Probe(), []
+    module = Probe()
+    inside: list[int] = []
 
     def own(*args: Any) -> None:
         if not inside and module.w.grad is not None:
@@ -263,8 +264,6 @@ def test_k4_a_run_is_resumed_after_steps_of_ones_own(in_tmp_path: Any) -> None:
     trainer = train(whole, 3, max_epochs=3)
     save = On(take_checkpoint=lambda trainer, event: event.epoch_end and trainer.save_checkpoint("own.ckpt"))
     train(first, 3, save, max_epochs=1)
-    from tests.kit import new_trainer
-
     resumed = new_trainer(max_epochs=3)
     resumed.fit(second, batches(3), ckpt_path="own.ckpt")
     assert torch.equal(whole.w, second.w)

@@ -42,7 +42,7 @@ class Curve(LightningModule):
         make: Callable[[list[nn.Parameter]], Any],
         step: Callable[[Any, Tensor], Any] | None = None,
         *,
-        rate: bool = False,
+        rate: Any = False,
         **methods: Any,
     ) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def test_k3_a_second_run_watches_the_same_optimizer_anew() -> None:
 
 def test_k3_a_step_that_is_replaced_during_the_run_counts() -> None:
     module = Curve(MAKERS["sgd"], manually)
-    module.on_train_start = lambda: with_method(module.optimizers().optimizer)  # type: ignore[assignment,return-value]
+    module.on_train_start = lambda: with_method(module.optimizers().optimizer)  # type: ignore[assignment]
     trainer = train(module, XS)
     assert torch.equal(module.w, by_hand(MAKERS["sgd"]))
     assert trainer.global_step == trainer.optimizers[0].num_steps == 4
@@ -315,7 +315,7 @@ def test_k3_a_step_at_an_epochs_end_counts_at_once(hook: str) -> None:
 
 
 def test_k3_a_raw_step_at_an_epochs_end_counts_at_once() -> None:
-    module = Curve(MAKERS["lookahead"], lambda model, batch: None, on_train_epoch_end=lambda: by_raw_step(module, XS[0]))
+    module: Any = Curve(MAKERS["lookahead"], lambda model, batch: None, on_train_epoch_end=lambda: by_raw_step(module, XS[0]))
     updates = Recorder("after_update")
     assert train(module, XS, updates, max_epochs=3).global_step == updates.count("after_update") == 3
 
@@ -345,7 +345,7 @@ def test_k3_several_steps_of_a_batch_count_once_whatever_hook_takes_them() -> No
 
 def test_k3_a_batch_that_steps_in_its_last_hook_alone_counts_once() -> None:
     module = Curve(MAKERS["sgd"], lambda model, batch: None)
-    module.on_train_batch_end = lambda *args: [manually(module, XS[0]) for _ in range(2)]  # type: ignore[assignment,return-value,func-returns-value]
+    module.on_train_batch_end = lambda *args: [manually(module, XS[0]) for _ in range(2)]  # type: ignore[assignment,func-returns-value]
     updates, logged = Recorder("after_update"), Logged()
     trainer = train(module, XS, updates, LearningRateMonitor(), logged)
     assert trainer.global_step == updates.count("after_update") == 4
@@ -353,7 +353,7 @@ def test_k3_a_batch_that_steps_in_its_last_hook_alone_counts_once() -> None:
 
 
 def test_k3_max_steps_counts_the_steps_of_epoch_ends() -> None:
-    module = Curve(MAKERS["sgd"], lambda model, batch: None, on_train_epoch_end=lambda: manually(module, XS[0]))
+    module: Any = Curve(MAKERS["sgd"], lambda model, batch: None, on_train_epoch_end=lambda: manually(module, XS[0]))
     trainer = train(module, XS, max_steps=3)
     assert (trainer.global_step, trainer.current_epoch) == (3, 3)
 

@@ -83,7 +83,7 @@ class TrainLoop:
     steps_before_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        self.batch.count_update = self.count_update_outside
+        self.batch.count_update = self.count_update
 
     # ------------------------------------------------------------------ fit, epoch, batch
 
@@ -179,7 +179,7 @@ class TrainLoop:
             progress.batch_idx -= 1  # it was not trained
             state.under_way = False
             if state.updated:
-                self.count_update_outside()
+                self.count_update()
             return self.validate_if_due(batch_idx, True)
         if (closure := self.closure) is None:
             self.step_manually(state)
@@ -202,11 +202,11 @@ class TrainLoop:
             outputs, loss = detached_outputs(state)
             signals.train_batch_end.publish(events.TrainBatchEnd(outputs, batch, batch_idx, loss))
         state.loss = state.outputs = None  # the graph ends with the batch
+        metrics.scope = "epoch"
         state.under_way = False
         if state.updated and not updated:  # in a listener of train_data_end or train_batch_end
             self.count_update()
-        metrics.scope = "epoch"
-        if state.updated and signals.metrics_logged.listeners:
+        elif updated and signals.metrics_logged.listeners:
             signals.metrics_logged.publish(events.MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
         if state.processes is not None:
             self.agree()
@@ -268,17 +268,10 @@ class TrainLoop:
         state.outputs, state.loss = outputs, loss
 
     def count_update(self) -> None:
-        """Count an update, and publish it."""
-        self.progress.global_step += 1
-        if self.signals.after_update.listeners:
-            self.signals.after_update.publish(events.AfterUpdate(self.progress.global_step))
-
-    def count_update_outside(self) -> None:
-        """Count an update outside the batches, as in ``on_train_epoch_end``, and hand its values to loggers."""
-        self.count_update()
-        if self.signals.metrics_logged.listeners:
-            values = self.metrics.take_fresh()
-            self.signals.metrics_logged.publish(events.MetricsLogged("train", "step", self.progress.global_step, values))
+        """Count an update that comes after its batch's optimization or outside the batches, as in ``on_train_epoch_end``."""
+        self.progress.global_step = step = self.progress.global_step + 1
+        self.signals.after_update.publish(events.AfterUpdate(step))
+        self.signals.metrics_logged.publish(events.MetricsLogged("train", "step", step, self.metrics.take_fresh()))
 
     # ------------------------------------------------------------------ validation
 

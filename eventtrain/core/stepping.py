@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from eventtrain import events
-from eventtrain._torch import version
 from eventtrain.core.clipping import clip_gradients
 from eventtrain.errors import MisconfigurationError, StepSkipped
 
@@ -37,6 +36,7 @@ class Stepping:
         batch: The current batch.
         toggle: The module's ``toggled_optimizer``.
         clip_hook: The module's overridden ``configure_gradient_clipping`` in automatic optimization, or None.
+        version: Returns a number that changes with each in-place write to a tensor.
 
     Attributes:
         ready: The gradient events were published for the current gradients. Cleared by ``zero_grad``, by ``step`` and by each
@@ -55,6 +55,7 @@ class Stepping:
     batch: BatchState
     toggle: Callable[[LightningOptimizer], AbstractContextManager[None]]
     clip_hook: Callable[..., Any] | None
+    version: Callable[[Tensor], int]
     ready: bool = False
     stepping: bool = False
     zeroing: bool = False
@@ -160,13 +161,13 @@ class Stepping:
             self.complete_gradients()
             self.depth = 0
         self._clip()
-        steps, before = self.num_steps, [version(each) for each in self.optimizer.parameters()]
+        steps, before = self.num_steps, list(map(self.version, self.optimizer.parameters()))
         self.stepping = True
         try:
             result = method(*args, **kwargs)
         finally:
             self.stepping = self.ready = False
-        if not self._held and before != [version(each) for each in self.optimizer.parameters()]:
+        if not self._held and before != list(map(self.version, self.optimizer.parameters())):
             self.num_steps, self.batch.updated = steps + 1, True
         if self.num_steps > steps:
             self.signals.after_optimizer_step.publish(events.AfterOptimizerStep(self.optimizer))

@@ -76,7 +76,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "state_dict": module.state_dict(),
         **flags(module),
         "optimizer_states": [optimizer.state_dict() for optimizer in state.optimizers],
-        "lr_schedulers": [config.scheduler.state_dict() for config in state.lr_scheduler_configs],
+        "lr_schedulers": [config.state_dict() for config in state.lr_scheduler_configs],
         "classes": class_names(state),
         "parameter_groups": {
             "configured": state.configured_groups,

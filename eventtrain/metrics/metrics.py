@@ -49,13 +49,14 @@ class Metrics:
 
     Example:
         >>> from eventtrain import LightningModule, Trainer
-        >>> class Constant(LightningModule):
+        >>> class Constant(LightningModule, torch.nn.Linear):
         ...     def training_step(self, batch, batch_idx):
         ...         self.log("level", batch.sum(), on_epoch=True)
+        ...         return self(batch).sum()
         ...     def configure_optimizers(self):
-        ...         return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        ...         return torch.optim.SGD(self.parameters())
         >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
-        >>> trainer.fit(Constant(), [torch.ones(2), torch.zeros(2)])
+        >>> trainer.fit(Constant(2, 1), [torch.ones(2), torch.zeros(2)])
         >>> trainer.callback_metrics
         {'level_step': tensor(0.), 'level': tensor(1.), 'level_epoch': tensor(1.)}
     """

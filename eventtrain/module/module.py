@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from eventtrain.checkpoint.storage import init_arguments
 from eventtrain.checkpoint.storage import read as read_checkpoint
 from eventtrain.checkpoint.weights import load_weights
-from eventtrain.core.closure import backward
+from eventtrain.core.closure import backward, check_grad_mode
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError
 from eventtrain.metrics.torchmetrics import LoggableMetric, is_loggable_metric, named_values
@@ -471,7 +471,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             **kwargs: Passed on to ``backward``.
 
         Raises:
-            MisconfigurationError: If the module optimizes automatically, or if the loss is not a tensor.
+            MisconfigurationError: If the module optimizes automatically, if the loss is not a tensor, or if gradients are off.
 
         Example:
             >>> from eventtrain import Trainer
@@ -494,6 +494,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             )
         if not isinstance(loss, Tensor):
             raise MisconfigurationError(f"manual_backward takes the loss, a scalar tensor; it was given {loss!r}.")
+        if not loss.requires_grad:
+            check_grad_mode()
         backward(self.trainer.signals, module.backward, loss, loss, *args, **kwargs)
 
     def clip_gradients(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from eventtrain._torch import version
 from eventtrain.checkpoint import contents
 from eventtrain.checkpoint.find import read_checkpoint
 from eventtrain.checkpoint.optimizers import parameter_groups
@@ -121,12 +122,11 @@ class Fit(Run):
         state.batch = BatchState(automatic=automatic, processes=trainer.processes if trainer.world_size > 1 else None)
         clip_hook = overridden_method(module, "configure_gradient_clipping") if automatic else None
         for optimizer in configuration.optimizers:
-            stepping = Stepping(optimizer, self.signals, state.batch, module.toggled_optimizer, clip_hook)
+            stepping = Stepping(optimizer, self.signals, state.batch, module.toggled_optimizer, clip_hook, version)
             optimizer.join(stepping)
             state.optimizers.append(optimizer)
             state.steppings.append(stepping)
-            if not automatic:
-                self.steps.keep_out_of_graphs(optimizer)
+            self.steps.keep_out_of_graphs(optimizer)
 
     def _train_loop(self, loader: Any, validate: Callable[[], Any] | None) -> TrainLoop:
         module, state = self.module, self.state

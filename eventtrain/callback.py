@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from eventtrain.core.signals import Signals, check_listener
@@ -195,53 +195,100 @@ def _claims_key(callback: Any) -> bool:
     return is_named or has_state(callback)
 
 
-def attach(callback: Any, signals: Signals, attached: list[Any]) -> None:
-    """Connect a callback's handlers; all of its checks come before the first connection.
+class AttachedCallbacks(list[Any]):
+    """The callbacks of a trainer, in the order in which they are called: to add one attaches it, to remove one detaches it.
 
     Args:
-        callback: The callback.
         signals: The trainer's signals.
-        attached: The callbacks attached so far; this one is appended.
 
-    Raises:
-        MisconfigurationError: If a handler or the callback cannot be attached: see :func:`handlers`, :func:`check_class`,
-            :func:`check_together`.
+    Example:
+        >>> class PrintLoss(Callback):
+        ...     def on_train_batch_end(self, trainer, event):
+        ...         print("loss", event.loss.item())
+        >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+        >>> trainer.callbacks.append(PrintLoss())
+        >>> len(trainer.signals.train_batch_end.listeners)
+        1
+        >>> trainer.callbacks.clear()
+        >>> len(trainer.signals.train_batch_end.listeners)
+        0
     """
-    check_together(callback, attached)
-    check_class(callback)
-    handled = list(handlers(callback))
-    if not handled and not isinstance(callback, Callback):
-        raise MisconfigurationError(
-            f"{callback!r} ({type(callback).__name__}) was given as a callback and listens to nothing. A callback has methods "
-            "on_<event>(self, trainer, event); a function is connected by trainer.signals.<event>.connect(function)."
-        )
-    for event_name, method in handled:
-        signals[event_name].connect(method)
-        if is_on_demand(method):
-            signals[event_name].idle(method)
-    attached.append(callback)
+
+    def __init__(self, signals: Signals) -> None:
+        super().__init__()
+        self.signals = signals
+
+    def become(self, callbacks: Iterable[Any]) -> None:
+        """Detach the callbacks that are not among these, and attach those that are new.
+
+        Args:
+            callbacks: The callbacks of before, in their order, as far as they stay, and then new ones.
+
+        Raises:
+            MisconfigurationError: If they have another order, or if one cannot be attached.
+        """
+        wanted = list(callbacks)
+        staying = [each for each in self if any(each is other for other in wanted)]
+        if any(one is not other for one, other in zip(staying, wanted, strict=False)):
+            raise MisconfigurationError(
+                "trainer.callbacks: callbacks are called in the order in which they were attached, and a new one comes last. "
+                "Append it, or give Trainer(callbacks=[...]) in the order that you want."
+            )
+        for callback in self:
+            if not any(callback is other for other in staying):
+                for event_name, method in handlers(callback):
+                    self.signals[event_name].disconnect(method)
+        super().__setitem__(slice(None), staying)
+        for callback in wanted[len(staying) :]:
+            self._attach(callback)
+
+    def _attach(self, callback: Any) -> None:
+        """Connect a callback's handlers; all of its checks come before the first connection."""
+        check_together(callback, self)
+        check_class(callback)
+        handled = list(handlers(callback))
+        if not handled and not isinstance(callback, Callback):
+            raise MisconfigurationError(
+                f"{callback!r} ({type(callback).__name__}) was given as a callback and listens to nothing. A callback has "
+                "methods on_<event>(self, trainer, event); a function is connected by "
+                "trainer.signals.<event>.connect(function)."
+            )
+        for event_name, method in handled:
+            self.signals[event_name].connect(method)
+            if is_on_demand(method):
+                self.signals[event_name].idle(method)
+        super().append(callback)
 
 
-def make_idle(callback: Any, signals: Signals) -> None:
-    """Make a callback's handlers idle that are marked by :func:`on_demand`: a run is over.
+def _changing(name: str) -> Callable[..., Any]:
+    """Return a list's method that attaches and detaches what it adds and removes."""
+
+    def change(callbacks: AttachedCallbacks, *args: Any, **kwargs: Any) -> Any:
+        changed = list(callbacks)
+        result = getattr(changed, name)(*args, **kwargs)
+        callbacks.become(changed)
+        return callbacks if result is changed else result
+
+    return change
+
+
+for _name in (
+    *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse"),
+    *("__iadd__", "__imul__", "__setitem__", "__delitem__"),
+):
+    setattr(AttachedCallbacks, _name, _changing(_name))
+
+
+def make_idle(callback: Any, signals: Signals, *, replaced: bool = False) -> None:
+    """Make a callback's handlers idle that are marked by :func:`on_demand`: a run is over. Wake the others.
 
     Args:
         callback: An attached callback.
         signals: The trainer's signals.
+        replaced: Whether all handlers become idle, because another callback takes its place.
     """
     for event_name, method in handlers(callback):
-        if is_on_demand(method):
+        if replaced or is_on_demand(method):
             signals[event_name].idle(method)
-
-
-def detach(callback: Any, signals: Signals, attached: list[Any]) -> None:
-    """Undo :func:`attach`.
-
-    Args:
-        callback: An attached callback.
-        signals: The trainer's signals.
-        attached: The attached callbacks; this one is removed.
-    """
-    for event_name, method in list(handlers(callback)):
-        signals[event_name].disconnect(method)
-    attached[:] = [other for other in attached if other is not callback]
+        else:
+            signals[event_name].wake(method)

@@ -139,10 +139,16 @@ class Trainer:
         self._run: Run | None = None  # the current one
         self._attach(callbacks, default_callbacks)
 
-    if not TYPE_CHECKING:  # type checkers would take it as a leave to set anything
+    if not TYPE_CHECKING:  # type checkers would allow any name
 
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, checked_attribute(self, name, value))
+
+        def __getattr__(self, name: str) -> Any:
+            # Reached only if there is no such attribute, or a property raised AttributeError.
+            if name.startswith("__") or hasattr(type(self), name):
+                return object.__getattribute__(self, name)
+            raise MissingAttribute(name=name, obj=self)
 
     def _attach(self, callbacks: Any, default_callbacks: bool) -> None:
         chosen = list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
@@ -153,14 +159,6 @@ class Trainer:
             kinds = (LRSchedulerStepping, ProgressBar)
             chosen += [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]
         self.callbacks.extend(chosen)
-
-    if not TYPE_CHECKING:  # type checkers know the attributes
-
-        def __getattr__(self, name: str) -> Any:
-            # Reached only if there is no such attribute, or a property raised AttributeError.
-            if name.startswith("__") or hasattr(type(self), name):
-                return object.__getattribute__(self, name)
-            raise MissingAttribute(name=name, obj=self)
 
     # ------------------------------------------------------------------ the four stages
 

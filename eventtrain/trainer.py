@@ -29,7 +29,7 @@ from eventtrain.run.compiled import Model, ModuleSteps
 from eventtrain.run.evaluate import Evaluation
 from eventtrain.run.fit import Fit
 from eventtrain.run.run import Run
-from eventtrain.run.state import RunState
+from eventtrain.run.state import RunState, stepping_batches
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Run)
@@ -766,20 +766,7 @@ class Trainer:
         Raises:
             MisconfigurationError: If the training loader has no length and ``max_steps`` is not set.
         """
-        limits = self.run_state.limits
-        event = events.EstimateSteppingBatches(limits.batches_per_epoch, limits.max_epochs, limits.max_steps)
-        if limits.max_epochs is None or limits.batches_per_epoch is None:
-            if limits.max_steps is not None:
-                return limits.max_steps
-            raise MisconfigurationError(
-                "estimated_stepping_batches cannot be known: the run has neither max_steps nor both max_epochs and a training "
-                "loader with a length. Give Trainer(max_steps=...), or limit_train_batches as a whole number."
-            )
-        self.signals.estimate_stepping_batches.publish(event)
-        batches = event.stepping_batches
-        if batches is None:
-            batches = limits.max_epochs * limits.batches_per_epoch
-        return batches if limits.max_steps is None else min(batches, limits.max_steps)
+        return stepping_batches(self.run_state.limits, self.signals.table)
 
     @property
     def should_stop(self) -> bool:

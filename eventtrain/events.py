@@ -19,14 +19,13 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsFloat, TypeVar, dataclass_transform
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor
 
     from eventtrain.core.optimizer import LightningOptimizer
     from eventtrain.distributed import Processes
     from eventtrain.optim.lr_scheduler import LRSchedulerConfig
+    from eventtrain.paths import AnyPath
 
 T = TypeVar("T")
 Stage = Literal["train", "validation", "test", "predict"]
@@ -146,9 +145,9 @@ class FindCheckpoint(Event):
     """
 
     which: Literal["last", "best"]
-    paths: list[Path] | None = _writable(None)
+    paths: list[AnyPath] | None = _writable(None)
 
-    def offer(self, *paths: Path) -> None:
+    def offer(self, *paths: AnyPath) -> None:
         """Add answers.
 
         Args:

@@ -22,6 +22,7 @@ from eventtrain.metrics.metrics import Metrics
 from eventtrain.module.datamodule import LightningDataModule
 from eventtrain.module.module import LightningModule
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
+from eventtrain.paths import AnyPath, check_path
 from eventtrain.run.arguments import RunArguments
 from eventtrain.run.compiled import Model, ModuleSteps
 from eventtrain.run.evaluate import Evaluation
@@ -58,7 +59,8 @@ class Trainer:
             early stopping; True for one batch.
         seed: Given to :func:`~eventtrain.seed_everything` at the start of each run; None leaves the generators. Weights that a
             module draws in ``__init__`` come before: seed by hand for those, or draw in ``configure_model``.
-        default_root_dir: The directory of callbacks that have no directory of their own.
+        default_root_dir: The directory of callbacks that have no directory of their own, local or with a protocol of fsspec,
+            such as ``"s3://bucket/runs"``.
 
     Attributes:
         signals: One signal per event.
@@ -122,7 +124,7 @@ class Trainer:
             fast_dev_run=fast_dev_run,
         )
         self.seed = seed
-        self.default_root_dir = os.fspath(default_root_dir)
+        self.default_root_dir = str(check_path(default_root_dir, "Trainer", "default_root_dir"))
         self.device = resolve_device(device)
         self.processes: Processes = SingleProcess()
         self.signals = Signals(self)
@@ -501,10 +503,11 @@ class Trainer:
             >>> sorted(torch.load("line.ckpt", weights_only=True)["state_dict"])
             ['layer.bias', 'layer.weight']
         """
+        target = check_path(path, "Trainer.save_checkpoint", "path")
         checkpoint = self.collect_checkpoint()
         if self.is_global_zero:
-            storage.write(checkpoint, path)
-            self.signals.checkpoint_saved.publish(events.CheckpointSaved(os.fspath(path)))
+            storage.write(checkpoint, target)
+            self.signals.checkpoint_saved.publish(events.CheckpointSaved(str(target)))
 
     def keep_checkpoint(self, reason: str) -> str | None:
         """Have a checkpoint written because the run is about to end early: by the listeners of ``take_checkpoint``, or, if none
@@ -529,7 +532,7 @@ class Trainer:
         try:
             self.signals.take_checkpoint.publish(event)
             if event.path is None:
-                event.path = os.fspath(interrupted_path(self))
+                event.path = str(interrupted_path(self))
                 self.save_checkpoint(event.path)
         finally:
             # The first process that ends has its launcher end the others: not before all have written.
@@ -615,6 +618,11 @@ class Trainer:
     def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
         """The schedulers of the current fit, or of the last one, and when they step."""
         return self.run_state.lr_scheduler_configs
+
+    @property
+    def root(self) -> AnyPath:
+        """The directory ``default_root_dir``: a ``pathlib.Path``, or the path of a remote store, with the same methods."""
+        return check_path(self.default_root_dir, "Trainer", "default_root_dir")
 
     @property
     def stage(self) -> RunStage | None:

@@ -74,7 +74,14 @@ def graph(*, when_loaded: bool) -> dict[str, set[str]]:
 # Every file has a layer, and imports files of its own layer and of layers above it in this list. The last entry that a
 # file's name begins with counts.
 LAYERS = [
-    ["eventtrain.version", "eventtrain.errors", "eventtrain.checks", "eventtrain._torch"],
+    [
+        "eventtrain.version",
+        "eventtrain.errors",
+        "eventtrain.hints",
+        "eventtrain.checks",
+        "eventtrain.paths",
+        "eventtrain._torch",
+    ],
     ["eventtrain.distributed", "eventtrain.events"],
     ["eventtrain.core"],
     ["eventtrain.checkpoint.rng", "eventtrain.checkpoint.storage"],

@@ -27,6 +27,7 @@ from eventtrain.events import (
     TrainBatchStart,
 )
 from eventtrain.metrics.batch_size import batch_sizes
+from eventtrain.paths import AnyPath, check_path
 from eventtrain.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class TensorBoardLogger(Callback):
         histograms: int | None = None,
         resume: Literal["same", "new"] = "same",
     ) -> None:
-        self.log_dir = Path(log_dir)
+        self.log_dir = check_path(log_dir, OWNER, "log_dir")
         self.name = name
         self.log_every_n_steps = check_whole_number(log_every_n_steps, OWNER, "log_every_n_steps", least=1)
         self.x_axis = check_option(x_axis, OWNER, "x_axis", X_AXES)
@@ -105,7 +106,7 @@ class TensorBoardLogger(Callback):
         self._trainer: Trainer | None = None
         self._writer: SummaryWriter | None = None
         self._event_files: dict[str, int] | None = None  # of the checkpoint's run, with their lengths at the checkpoint
-        self._run_dir: Path | None = None
+        self._run_dir: AnyPath | None = None
         self._resumed = False
         self._gradients: dict[str, Tensor] = {}
         self._last_x = 0
@@ -145,7 +146,7 @@ class TensorBoardLogger(Callback):
             purge_step = max(self._place(trainer), self._evaluated) + 1 if self._resumed else None
             with run_files.refusing_bad_places(OWNER, "log_dir"):
                 if self._resumed and self._event_files is not None:
-                    event_files.cut_off(self.run_dir, self._event_files)
+                    event_files.cut_off(self.run_dir, OWNER, self._event_files)
                 self._writer = event_files.open_writer(self.run_dir, OWNER, purge_step)
         return self._writer
 
@@ -155,7 +156,7 @@ class TensorBoardLogger(Callback):
         return self.writer
 
     @property
-    def run_dir(self) -> Path:
+    def run_dir(self) -> AnyPath:
         """The directory of the current run, or of the last one.
 
         Raises:
@@ -163,7 +164,7 @@ class TensorBoardLogger(Callback):
         """
         if self._run_dir is None:
             trainer = self._running()
-            parent = Path(trainer.default_root_dir) / self.log_dir / (self.name or type(trainer.module).__name__)
+            parent = trainer.root / self.log_dir / (self.name or type(trainer.module).__name__)
             self._run_dir = run_files.new_version(parent) if self._writes(trainer) else run_files.next_version(parent)
         return self._run_dir
 
@@ -228,7 +229,7 @@ class TensorBoardLogger(Callback):
             self._evaluated = max(self._evaluated, event.step)
         if scalars:
             self.log_scalars(scalars, event.step if in_evaluation else self._x(trainer))
-        if scope == "epoch":
+        if scope == "epoch" and isinstance(self.run_dir, Path):  # the files of a remote store go there once in a minute
             self.writer.flush()
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
@@ -321,7 +322,7 @@ class TensorBoardLogger(Callback):
     def state_dict(self) -> dict[str, Any]:
         run_dir, files = None, None
         if self._run_dir is not None:
-            run_dir = run_files.portable(self._run_dir, self._running().default_root_dir)
+            run_dir = run_files.portable(self._run_dir, self._running().root)
             if self._writer is not None:
                 self._writer.flush()  # a run that resumes here does not write these values again
                 files = {path.name: path.stat().st_size for path in event_files.event_files(self._run_dir)}
@@ -339,7 +340,7 @@ class TensorBoardLogger(Callback):
         self._evaluated = state.get("evaluated", 0)
         self._seconds_before = state["seconds"]
         self._began = 0.0
-        run_dir = state["run_dir"] and Path(self._running().default_root_dir) / state["run_dir"]
+        run_dir = state["run_dir"] and self._running().root / check_path(state["run_dir"], OWNER, "log_dir")
         if run_dir and run_dir.is_dir() and self.resume == "same" and state["x_axis"] == self.x_axis:
             self._close()  # the writer of the new run's directory may be in use
             self._run_dir = run_dir

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.checkpoint import storage
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import FindCheckpoint
+from eventtrain.paths import AnyPath, check_path
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
 
 
-def interrupted_path(trainer: Trainer) -> Path:
+def interrupted_path(trainer: Trainer) -> AnyPath:
     """Return the file of an interrupted run that no callback keeps checkpoints of."""
-    return Path(trainer.default_root_dir) / "checkpoints" / "interrupted.ckpt"
+    return trainer.root / "checkpoints" / "interrupted.ckpt"
 
 
 def read_checkpoint(trainer: Trainer, ckpt_path: Any) -> dict[str, Any] | None:
@@ -51,7 +51,8 @@ def read_checkpoint(trainer: Trainer, ckpt_path: Any) -> dict[str, Any] | None:
 def find_checkpoint(trainer: Trainer, ckpt_path: Any) -> tuple[Any, dict[str, Any] | None]:
     """Return a checkpoint's path and content; None twice for a fresh start."""
     if ckpt_path not in ("last", "best"):
-        return ckpt_path, storage.read(ckpt_path)
+        path = check_path(ckpt_path, f"Trainer.{trainer.stage}", "ckpt_path")
+        return path, storage.read(path)
     event = FindCheckpoint(ckpt_path)
     trainer.signals.find_checkpoint.publish(event)
     if not event.paths and ckpt_path == "last" and interrupted_path(trainer).exists():

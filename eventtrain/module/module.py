@@ -22,6 +22,7 @@ from eventtrain.metrics.torchmetrics import LoggableMetric, is_loggable_metric, 
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.hooks import ModuleHooks
 from eventtrain.module.hparams import HyperparametersMixin
+from eventtrain.paths import check_path
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
@@ -749,7 +750,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> loaded.training
             True
         """
-        content = read_checkpoint(checkpoint_path, map_location=map_location)
+        path = check_path(checkpoint_path, f"{cls.__name__}.load_from_checkpoint", "checkpoint_path")
+        content = read_checkpoint(path, map_location=map_location)
         arguments = init_arguments(cls, {**content.get("hyper_parameters", {}), **kwargs})
         module = cls(**arguments)
         module.on_load_checkpoint(content)

@@ -13,9 +13,10 @@ from torch.optim import LBFGS, SGD
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import (
     GradientAccumulation,
+    GradientClipping,
     MixedPrecision,
 )
-from tests.kit import ModuleOf
+from tests.kit import ModuleOf, On
 from tests.misconfigurations import Case, after_fit, check_refusal, check_remedy, fit, hooked, manual, returns, steps, stray
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
@@ -91,7 +92,61 @@ def crossing(model: Any, optimizers: Any, batch: Tensor) -> None:
         model.untoggle_optimizer(optimizer)
 
 
+def writes(signal: str, field: str, value: Any = None) -> Trainer:
+    """Train with a callback that writes a field of an event."""
+    return fit(None, GradientClipping(1.0), On(**{signal: lambda trainer, event: setattr(event, field, value)}))
+
+
+def uses(signal: str, use: Callable[[Any], Any]) -> Trainer:
+    """Train two epochs with a callback that does something with an event, once in an epoch."""
+
+    def once(trainer: Trainer, event: Any) -> None:
+        if trainer.batch_idx == 1:
+            use(event)
+
+    return fit(None, GradientClipping(1.0), On(**{signal: once}), max_epochs=2)
+
+
+def doubles(field: str) -> Callable[[Any], None]:
+    return lambda event: setattr(event, field, getattr(event, field) * 2)
+
+
+# The event, the field, the remedy in the message, and the event and function of the right form.
+FIELDS: list[tuple[str, str, str, str, Callable[[Any], Any]]] = [
+    ("train_batch_start", "batch", "`event.batch` at `after_batch_fetch`", "after_batch_fetch", doubles("batch")),
+    ("before_forward", "batch", "`event.batch` at `after_batch_fetch`", "after_batch_fetch", doubles("batch")),
+    ("train_batch_start", "skipped", r"event\.skip_batch\(\)", "train_batch_start", lambda event: event.skip_batch()),
+    ("train_batch_start", "ends_epoch", r"event\.end_epoch\(\)", "train_batch_start", lambda event: event.end_epoch()),
+    ("before_backward", "raw_loss", "`event.loss` at `before_backward`", "before_backward", doubles("loss")),
+    ("train_batch_end", "loss", "`event.loss` at `after_forward`", "after_forward", doubles("loss")),
+    ("train_batch_end", "outputs", "`event.outputs` at `after_forward`", "after_forward", doubles("outputs")),
+    (
+        "before_optimizer_step",
+        "skip_reason",
+        r"event\.skip\('reason'\)",
+        "before_optimizer_step",
+        lambda event: event.skip("no"),
+    ),
+    ("clipping_decided", "norm_type", "`event.norm_type` at", "before_gradient_clipping", doubles("norm_type")),
+    (
+        "optimizer_step",
+        "optimizer",
+        r"event\.optimizer\.param_groups",
+        "optimizer_step",
+        lambda event: event.optimizer.param_groups,
+    ),
+]
+
 CASES: dict[str, Case] = {
+    # ---------------------------------------------------------------- fields that a listener only reads
+    **{
+        f"event.{field} written at {signal}": Case(
+            lambda signal=signal, field=field: writes(signal, field),  # type: ignore[misc]
+            (rf"event\.{field} = None at {signal} would change nothing", remedy),
+            lambda right=right, use=use: uses(right, use),  # type: ignore[misc]
+        )
+        for signal, field, remedy, right, use in FIELDS
+    },
     # ---------------------------------------------------------------- training_step
     "no training_step": Case(
         lambda: fit(type("Stepless", (LightningModule,), {"configure_optimizers": lambda self: stray()})()),

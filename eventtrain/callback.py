@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from eventtrain.core.signals import Signals, check_listener
-from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import EVENTS
+from eventtrain.hints import explained, hint, tables
 from eventtrain.module.hooks import CallbackHooks
 
 F = TypeVar("F", bound=Callable[..., Any])
+LIBRARIES = ("lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "transformers", "keras", "composer")
+"""The libraries whose callbacks and loggers people bring."""
 
 
 def on_demand(handler: F) -> F:
@@ -76,6 +81,11 @@ class Callback(CallbackHooks):
 
     role: str | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.startswith("eventtrain.callbacks.") and "__init__" in vars(cls):
+            cls.__init__ = explained(cls.__init__)  # type: ignore[method-assign]
+
     @property
     def state_key(self) -> str:
         """The name of this callback's state in a checkpoint: unique in a trainer, the same in all runs."""
@@ -117,13 +127,41 @@ def handlers(callback: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
             continue
         event_name = attribute.removeprefix("on_")
         if event_name not in EVENTS:
-            hint = nearest(attribute, [f"on_{known}" for known in EVENTS])
-            message = f"{name}.{attribute} names no event. {hint}".rstrip()
+            remedy = hint("callback", attribute, [f"on_{known}" for known in EVENTS])
+            message = f"{name}.{attribute} names no event. {remedy}".rstrip()
             raise MisconfigurationError(f"{message} Rename the method: those that begin with 'on_' are listeners.")
         if getattr(method, "__func__", None) is getattr(CallbackHooks, attribute):
             continue  # not overridden
         check_listener(method, event_name, named=f"{name}.{attribute}")
         yield event_name, method
+
+
+def check_class(callback: Any) -> None:
+    """Check that a callback is written for eventtrain, and that its base classes were initialized.
+
+    Raises:
+        MisconfigurationError: If it belongs to another library, a method would listen but for its name, or an ``__init__`` does
+            not call that of its base class.
+    """
+    kind = type(callback)
+    for base in kind.__mro__:
+        library = base.__module__.partition(".")[0]
+        if library in LIBRARIES and not isinstance(callback, Callback) and (remedy := tables()["class"].get(base.__name__)):
+            raise MisconfigurationError(f"{kind.__name__}: {library}'s {base.__name__} does not work here. {remedy}")
+    for event_name in EVENTS:
+        method = getattr(kind, event_name, None)
+        if inspect.isfunction(method) and {"stage", "pl_module", "event"} & inspect.signature(method).parameters.keys():
+            raise MisconfigurationError(
+                f"{kind.__name__}.{event_name}{inspect.signature(method)} is never called. "
+                f"Write `def on_{event_name}(self, trainer, event)`; the module is `trainer.module`."
+            )
+    for base in kind.__mro__[1:]:
+        code = getattr(inspect.unwrap(vars(base).get("__init__", object.__init__)), "__code__", None)
+        attributes = [step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"] if code else []
+        if attributes and not any(hasattr(callback, attribute) for attribute in attributes):
+            raise MisconfigurationError(
+                f"{kind.__name__}.__init__ does not call `super().__init__(...)`, which sets the attributes of {base.__name__}."
+            )
 
 
 def check_together(callback: Any, attached: list[Any]) -> None:
@@ -207,6 +245,7 @@ class AttachedCallbacks(list[Any]):
     def _attach(self, callback: Any) -> None:
         """Connect a callback's handlers; all of its checks come before the first connection."""
         check_together(callback, self)
+        check_class(callback)
         handled = list(handlers(callback))
         if not handled and not isinstance(callback, Callback):
             raise MisconfigurationError(

@@ -177,6 +177,8 @@ class FindCheckpoint(Event):
         which: ``"last"`` or ``"best"``.
         paths: The answers; a damaged file is passed over. Of ``"last"`` the newest is tried first, of ``"best"`` the first.
             None if no listener keeps checkpoints.
+        is_best_of_fit: Whether the first answer is the best file of the trainer's last fit by a metric: the one that a test
+            without a module takes.
 
     Example:
         >>> class FromTheArchive(Callback):
@@ -186,6 +188,7 @@ class FindCheckpoint(Event):
 
     which: Literal["last", "best"]
     paths: list[AnyPath] | None = _writable(None)
+    is_best_of_fit: bool = _writable(False)
 
     def offer(self, *paths: AnyPath) -> None:
         """Add answers.
@@ -869,13 +872,14 @@ class TrainEpochEnd(Event):
 
 class MetricsLogged(Event):
     """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a
-    batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over;
-    with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``.
+    batch that updated, and for each evaluation batch that logged on step: after its end, but in a fit after the
+    last batch, because an interrupted validation is repeated. With scope ``"epoch"`` once an epoch of training, or a
+    pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``.
 
     Attributes:
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
-        scope: ``"step"``, of which loggers write a part; ``"epoch"`` or ``"monitor"``, of which they write all.
-        step: ``global_step``.
+        scope: ``"step"``, of which loggers write a part in training; ``"epoch"`` or ``"monitor"``, of which they write all.
+        step: ``global_step``; for a step of an evaluation the number of evaluation batches in the run so far.
         metrics: The values that were logged with ``logger=True``, by name: scalar tensors on their device,
             numbers, or anything that ``float()`` takes. Read them during the event.
         epoch_complete: The data of the epoch was used to its end. False for an epoch that was ended

@@ -19,6 +19,7 @@ from eventtrain.data.limits import Limit
 from eventtrain.describe import describe, overview
 from eventtrain.distributed import Processes, SingleProcess
 from eventtrain.errors import MisconfigurationError
+from eventtrain.hints import MissingAttribute, explained
 from eventtrain.metrics.metrics import Metrics
 from eventtrain.module.module import LightningModule
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
@@ -91,6 +92,7 @@ class Trainer:
         6
     """
 
+    @explained
     def __init__(
         self,
         *,
@@ -152,8 +154,17 @@ class Trainer:
             chosen += [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]
         self.callbacks.extend(chosen)
 
+    if not TYPE_CHECKING:  # type checkers know the attributes
+
+        def __getattr__(self, name: str) -> Any:
+            # Reached only if there is no such attribute, or a property raised AttributeError.
+            if name.startswith("__") or hasattr(type(self), name):
+                return object.__getattribute__(self, name)
+            raise MissingAttribute(name=name, obj=self)
+
     # ------------------------------------------------------------------ the four stages
 
+    @explained
     def fit(
         self,
         model: Model,
@@ -186,6 +197,7 @@ class Trainer:
         loaders: dict[Any, Any] = {"train": train_dataloaders, "validation": val_dataloaders}
         self._execute(lambda: Fit(self, self._new_state(self.run_state.steps), model, datamodule, loaders, ckpt_path))
 
+    @explained
     def validate(
         self,
         model: Model | None = None,
@@ -196,9 +208,10 @@ class Trainer:
         """Validate a module.
 
         Args:
-            model: The module, compiled or not; if None, the one of the last run.
+            model: The module, compiled or not, whose weights are used as they are. If None, the one of the last run; if that
+                was a fit that kept the best checkpoint by a metric, its weights are loaded first, as in Lightning.
             dataloaders: A loader or a list of them, or a datamodule; if None, the module's or datamodule's.
-            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`.
+            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`; None for none, but see ``model``.
             datamodule: An object that has the loaders.
 
         Returns:
@@ -215,6 +228,7 @@ class Trainer:
         """
         return self._evaluate("validate", model, dataloaders, ckpt_path, datamodule).results
 
+    @explained
     def test(
         self,
         model: Model | None = None,
@@ -232,6 +246,7 @@ class Trainer:
         """
         return self._evaluate("test", model, dataloaders, ckpt_path, datamodule).results
 
+    @explained
     def predict(
         self,
         model: Model | None = None,
@@ -427,8 +442,8 @@ class Trainer:
         return self.run_state.metrics.update_counts.get(name, 0)
 
     def log_on_step(self, values: Mapping[str, Any]) -> None:
-        """Add values to those that the current update hands to loggers, which write them at their cadence. For callbacks; a
-        module has ``self.log``.
+        """Add values to those that the current update hands to loggers, which write them at their cadence; in validation and
+        test, to those of the current batch. For callbacks; a module has ``self.log``.
 
         Args:
             values: By name, numbers, scalar tensors, or anything that ``float()`` takes; it is called when they are written.
@@ -483,8 +498,8 @@ class Trainer:
             event = events.BeforeLRSchedulerStep(config, config.learning_rates(), metric)
             signals.before_lr_scheduler_step.publish(event)
             metric = event.metric
-        assert self.run_state.module is not None
-        self.run_state.module.lr_scheduler_step(config.scheduler, metric)
+        module: Any = self.run_state.module
+        (module.lr_scheduler_step or LightningModule().lr_scheduler_step)(config.scheduler, metric)
         if signals.after_lr_scheduler_step.listeners:
             signals.after_lr_scheduler_step.publish(events.AfterLRSchedulerStep(config, config.learning_rates()))
 
@@ -506,6 +521,7 @@ class Trainer:
         """
         return contents.gather(self) if publish else contents.state_of(self)
 
+    @explained
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write the run's state to a file. In several processes all have to call it.
 

@@ -17,6 +17,7 @@ import eventtrain
 from eventtrain import LightningDataModule, LightningModule, Trainer, callbacks
 from eventtrain.events import EVENTS, module_hook
 from eventtrain.hints import hint, tables
+from eventtrain.run.hook_connections import LIKE_A_HOOK
 from tests.kit import ModuleOf
 
 CLASSES: dict[str, Any] = {"Trainer": Trainer, **{name: getattr(callbacks, name) for name in callbacks.__all__}}
@@ -164,6 +165,10 @@ def test_no_hint_is_for_an_attribute_a_hook_or_a_handler_that_exists() -> None:
         assert not tables()[table].keys() & {*of_module, *dir(LightningDataModule)}
     assert {*tables()["instead"].values(), *tables()["loader"].values()} <= of_module
     assert not tables()["callback"].keys() & {f"on_{name}" for name in EVENTS}
+
+
+def test_all_hooks_that_nobody_calls_are_looked_up() -> None:
+    assert all(LIKE_A_HOOK.match(name) for table in ("hook", "instead") for name in tables()[table])
 
 
 def test_a_hint_shows_the_value_if_it_is_short() -> None:

@@ -132,6 +132,8 @@ def check_module(module: Any) -> LightningModule:
         MisconfigurationError: If it is anything else.
     """
     if isinstance(module, LightningModule):
+        if "_parameters" not in vars(module):
+            raise MisconfigurationError(f"{type(module).__name__}.__init__ does not call `super().__init__()`. Do it first.")
         return module
     if module is None:
         raise MisconfigurationError("There is no module yet: give one to this call, or call fit first.")

@@ -13,15 +13,23 @@ from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage
 from eventtrain.core.state import RunStage
 from eventtrain.events import ExceptionRaised, JoinProcesses, Setup, Stage, Teardown
+from eventtrain.metrics.torchmetrics import unused_metrics
+from eventtrain.module.datamodule import DataHooks
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import method_of
 from eventtrain.run.arguments import check_module
 from eventtrain.run.compiled import ModuleSteps
 from eventtrain.run.datamodules import data_of_call
-from eventtrain.run.hook_connections import ConnectedHooks
-from eventtrain.run.loaders import RunLoaders
+from eventtrain.run.hook_connections import ConnectedHooks, misnamed_loader
+from eventtrain.run.loaders import LOADER_HOOKS, RunLoaders
+from eventtrain.run.places import add_notes
 from eventtrain.run.state import RunState
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
+
+
+LEFT_METRICS = "_left_metrics"
 
 
 class Run(ABC):
@@ -63,6 +71,7 @@ class Run(ABC):
         state.module, state.steps, state.datamodule = self.module, steps, datamodule
         self._hooks: list[ConnectedHooks] = []
         self._module_callbacks: list[Any] = []
+        self._unused_metrics: list[Any] = []
         self._replaced_callbacks: list[tuple[int, Any]] = []
 
     @abstractmethod
@@ -82,9 +91,12 @@ class Run(ABC):
                 self.body()
         except BaseException as error:
             first = error
+            if isinstance(error, Exception):
+                add_notes(error, self.trainer, self.module)
             self._after_error(first, partial(self.signals.exception.publish_to_all, ExceptionRaised(error)))
             raise
         finally:
+            self._leave_metrics(failed=first is not None)
             self._after_error(first, self._tear_down)
 
     # ------------------------------------------------------------------ setup
@@ -92,10 +104,10 @@ class Run(ABC):
     def _attach(self) -> None:
         """Attach the module's callbacks, then connect the hooks: they come after all callbacks, because they come last."""
         trainer, module, datamodule = self.trainer, self.module, self.state.datamodule
-        module.trainer = trainer
+        module.attach_trainer(trainer)
         if datamodule is not None:
             datamodule.trainer = trainer
-        callbacks = module.configure_callbacks()
+        callbacks = method_of(module, "configure_callbacks", LightningModule)()
         self._attach_callbacks(list(callbacks) if isinstance(callbacks, Iterable) else [callbacks])
         for part in (datamodule, module):
             if part is not None:
@@ -137,13 +149,15 @@ class Run(ABC):
         )
         parts = [part for part in (datamodule, module) if part is not None]
         for part in parts:
-            if hasattr(part, "prepare_data"):
-                part.prepare_data()
+            method_of(part, "prepare_data", DataHooks)()
         for part in parts:
-            if hasattr(part, "setup"):
-                part.setup(self.stage)
-        module.configure_model()
+            method_of(part, "setup", DataHooks)(self.stage)
+        method_of(module, "configure_model", LightningModule)()
+        module.attach_trainer(trainer)  # to the modules that these hooks made, too
         module.to(trainer.device)
+        for metric in module.__dict__.pop(LEFT_METRICS, ()):
+            metric.reset()
+        self._unused_metrics = unused_metrics(module)
         self.signals.setup.publish(Setup(self.stage))
 
     # ------------------------------------------------------------------ evaluation
@@ -179,6 +193,11 @@ class Run(ABC):
             processes=self.trainer.processes if several_processes else None,
         )
 
+    def misnamed_loader(self, stage: Stage) -> str:
+        """Return a sentence about an attribute that may be meant as a stage's loader; empty if there is none."""
+        parts = [part for part in (self.state.datamodule, self.module) if part is not None]
+        return misnamed_loader(LOADER_HOOKS[stage], *parts)
+
     # ------------------------------------------------------------------ teardown
 
     def _tear_down(self) -> None:
@@ -197,6 +216,11 @@ class Run(ABC):
                 make_idle(callback, trainer.signals)
             self.release()
             state.metrics.enter("train", None)
+
+    def _leave_metrics(self, *, failed: bool) -> None:
+        """Have the next run of the module reset the metric objects that this one logged or, if it failed, was to log."""
+        left = self.state.metrics.objects() + (self._unused_metrics if failed else [])
+        self.module.__dict__.setdefault(LEFT_METRICS, []).extend(left)
 
     def release(self) -> None:
         """Let go of the loaders' workers."""

@@ -13,11 +13,22 @@ from torch.optim import LBFGS, SGD
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import (
     GradientAccumulation,
-    GradientClipping,
     MixedPrecision,
 )
-from tests.kit import ModuleOf, On
-from tests.misconfigurations import Case, after_fit, check_refusal, check_remedy, fit, hooked, manual, returns, steps, stray
+from tests.kit import ModuleOf
+from tests.misconfigurations import (
+    Case,
+    Manual,
+    after_fit,
+    check_refusal,
+    check_remedy,
+    fit,
+    hooked,
+    manual,
+    returns,
+    steps,
+    stray,
+)
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -50,8 +61,37 @@ class Twice(SGD):
         return loss
 
 
-def with_optimizer(kind: Any, *callbacks: Any) -> Trainer:
+class NoGrad(SGD):
+    """Evaluates its closure without gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+class EnableGrad(SGD):
+    """Evaluates its closure with gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+def manual_with_optimizer(kind: Any, body: Any) -> Trainer:
+    model = Manual(body)
+    model.configure_optimizers = lambda: kind([model.w], lr=0.1)  # type: ignore[method-assign]
+    return fit(model)
+
+
+def with_optimizer(kind: Any, *callbacks: Any, training_step: Any = None) -> Trainer:
     model = ModuleOf()
+    if training_step is not None:
+        model.training_step = lambda batch, batch_idx: training_step(model, batch)  # type: ignore[method-assign]
     model.configure_optimizers = lambda: kind([model.w], lr=0.1)  # type: ignore[method-assign]
     return fit(model, *callbacks)
 
@@ -92,61 +132,64 @@ def crossing(model: Any, optimizers: Any, batch: Tensor) -> None:
         model.untoggle_optimizer(optimizer)
 
 
-def writes(signal: str, field: str, value: Any = None) -> Trainer:
-    """Train with a callback that writes a field of an event."""
-    return fit(None, GradientClipping(1.0), On(**{signal: lambda trainer, event: setattr(event, field, value)}))
+def raw_with_optimizer(kind: Any) -> Trainer:
+    def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.optimizer.step(optimizer_closure)
+
+    model: Any = type("Raw", (ModuleOf,), {"optimizer_step": optimizer_step})()
+    model.configure_optimizers = lambda: kind([model.w], lr=0.1)
+    return fit(model)
 
 
-def uses(signal: str, use: Callable[[Any], Any]) -> Trainer:
-    """Train two epochs with a callback that does something with an event, once in an epoch."""
+def with_own_step(kind: Any) -> Trainer:
+    model = ModuleOf()
 
-    def once(trainer: Trainer, event: Any) -> None:
-        if trainer.batch_idx == 1:
-            use(event)
+    def closure() -> Tensor:
+        loss = model.loss(torch.ones(1))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
 
-    return fit(None, GradientClipping(1.0), On(**{signal: once}), max_epochs=2)
+    model.on_train_start = lambda: model.optimizers().step(closure)  # type: ignore[method-assign]
+    model.configure_optimizers = lambda: kind([model.w], lr=0.1)  # type: ignore[method-assign]
+    return fit(model)
 
-
-def doubles(field: str) -> Callable[[Any], None]:
-    return lambda event: setattr(event, field, getattr(event, field) * 2)
-
-
-# The event, the field, the remedy in the message, and the event and function of the right form.
-FIELDS: list[tuple[str, str, str, str, Callable[[Any], Any]]] = [
-    ("train_batch_start", "batch", "`event.batch` at `after_batch_fetch`", "after_batch_fetch", doubles("batch")),
-    ("before_forward", "batch", "`event.batch` at `after_batch_fetch`", "after_batch_fetch", doubles("batch")),
-    ("train_batch_start", "skipped", r"event\.skip_batch\(\)", "train_batch_start", lambda event: event.skip_batch()),
-    ("train_batch_start", "ends_epoch", r"event\.end_epoch\(\)", "train_batch_start", lambda event: event.end_epoch()),
-    ("before_backward", "raw_loss", "`event.loss` at `before_backward`", "before_backward", doubles("loss")),
-    ("train_batch_end", "loss", "`event.loss` at `after_forward`", "after_forward", doubles("loss")),
-    ("train_batch_end", "outputs", "`event.outputs` at `after_forward`", "after_forward", doubles("outputs")),
-    (
-        "before_optimizer_step",
-        "skip_reason",
-        r"event\.skip\('reason'\)",
-        "before_optimizer_step",
-        lambda event: event.skip("no"),
-    ),
-    ("clipping_decided", "norm_type", "`event.norm_type` at", "before_gradient_clipping", doubles("norm_type")),
-    (
-        "optimizer_step",
-        "optimizer",
-        r"event\.optimizer\.param_groups",
-        "optimizer_step",
-        lambda event: event.optimizer.param_groups,
-    ),
-]
 
 CASES: dict[str, Case] = {
-    # ---------------------------------------------------------------- fields that a listener only reads
-    **{
-        f"event.{field} written at {signal}": Case(
-            lambda signal=signal, field=field: writes(signal, field),  # type: ignore[misc]
-            (rf"event\.{field} = None at {signal} would change nothing", remedy),
-            lambda right=right, use=use: uses(right, use),  # type: ignore[misc]
-        )
-        for signal, field, remedy, right, use in FIELDS
-    },
+    # ---------------------------------------------------------------- gradients that are off
+    "an optimizer that evaluates its closure without gradients": Case(
+        lambda: with_optimizer(NoGrad),
+        (
+            "gradients are off",
+            "NoGrad.step has to run its closure with gradients",
+            r"torch.enable_grad\(\): loss = closure\(\)",
+        ),
+        lambda: with_optimizer(EnableGrad),
+    ),
+    "an optimizer that evaluates its closure without gradients, for a mapping": Case(
+        lambda: with_optimizer(NoGrad, training_step=lambda model, batch: {"loss": model.loss(batch)}),
+        ("gradients are off", "NoGrad.step"),
+        lambda: with_optimizer(EnableGrad, training_step=lambda model, batch: {"loss": model.loss(batch)}),
+    ),
+    "the wrapped optimizer evaluates its closure without gradients": Case(
+        lambda: raw_with_optimizer(NoGrad),
+        ("gradients are off", "NoGrad.step"),
+        lambda: raw_with_optimizer(EnableGrad),
+    ),
+    "an optimizer that evaluates a closure of manual optimization without gradients": Case(
+        lambda: manual_with_optimizer(NoGrad, steps_by_closure),
+        ("gradients are off", "The optimizer's step has to run its closure with gradients", r"torch.enable_grad\(\)"),
+        lambda: manual_with_optimizer(EnableGrad, steps_by_closure),
+    ),
+    "optimizer_step runs the closure without gradients": Case(
+        lambda: hooked(optimizer_step=lambda self, epoch, i, optimizer, closure: torch.no_grad()(closure)()),
+        ("gradients are off", r"torch.enable_grad\(\)"),
+        lambda: hooked(optimizer_step=lambda self, epoch, i, optimizer, closure: optimizer.step(closure)),
+    ),
+    "a step of one's own whose optimizer never runs its closure": Case(
+        lambda: with_own_step(Lazy),
+        ("Lazy.step did not run the closure", r"loss = closure\(\)"),
+        lambda: with_own_step(SGD),
+    ),
     # ---------------------------------------------------------------- training_step
     "no training_step": Case(
         lambda: fit(type("Stepless", (LightningModule,), {"configure_optimizers": lambda self: stray()})()),

@@ -177,6 +177,7 @@ def checked_attribute(trainer: Any, name: str, value: Any) -> Any:
     elif not read_only and len(kind.__mro__) > 2:
         return value
     else:
-        remedy = hint("Trainer", name, [*attributes, *dir(kind), *arguments], value=value)
+        known = [other for other in (*attributes, *dir(kind), *arguments) if not other.startswith("_")]
+        remedy = hint("Trainer", name, known, value=value)
         remedy = remedy or "Keep values of your own in the module, a callback, or a subclass of Trainer."
     raise MisconfigurationError(f"trainer.{name} = {reprlib.repr(value)} would change nothing. {remedy}")

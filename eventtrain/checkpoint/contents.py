@@ -82,7 +82,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "state_dict": module.state_dict(),
         **flags(module),
         "optimizer_states": [optimizer.state_dict() for optimizer in state.optimizers],
-        "lr_schedulers": [config.scheduler.state_dict() for config in state.lr_scheduler_configs],
+        "lr_schedulers": [config.state_dict() for config in state.lr_scheduler_configs],
         "classes": class_names(state),
         "parameter_groups": {
             "configured": state.configured_groups,
@@ -98,7 +98,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         # A request to stop that min_epochs or min_steps hold off; one that holds now was made for this process.
         "stop_reason": None if stop.force or trainer.is_ending else stop.reason,
         "callbacks": {state_key(each): each.state_dict() for each in trainer.callbacks if has_state(each)},
-        "datamodule": trainer.datamodule.state_dict() if trainer.datamodule is not None else {},
+        "datamodule": trainer.datamodule.state_dict() if hasattr(trainer.datamodule, "state_dict") else {},
     }
 
 
@@ -158,7 +158,7 @@ def announce(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> dict[st
     trainer.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
     trainer.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
     checkpoint = migrated(checkpoint, path)
-    if trainer.datamodule is not None:
+    if hasattr(trainer.datamodule, "load_state_dict"):
         trainer.datamodule.load_state_dict(checkpoint["datamodule"])
     return checkpoint
 

@@ -70,6 +70,8 @@ def restore_optimizers(state: RunState, checkpoint: Mapping[str, Any], path: Any
         if lost := [name for name in needed if name not in optimizer.param_groups[0]]:  # older schemas do not name the class
             raise _other(path, f"the state of another optimizer than {type(optimizer).__name__}: it lacks {some(lost)}")
     for config, saved in zip(state.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
+        if saved is None:
+            continue  # a scheduler without a state
         functions = extend_functions(config.scheduler, saved)
         load_state(config.scheduler, saved, path)
         if functions and not rates_agree(config.scheduler):

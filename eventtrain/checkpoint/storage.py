@@ -134,7 +134,8 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None) ->
     path = check_path(path, "storage.read", "path")
     if path.is_dir():
         files = sorted(each.name for each in path.glob("*") if each.is_file())
-        raise MisconfigurationError(f"{path} is a folder. Give a file in it: {some(files) or 'it has none'}.")
+        advice = f"Give a file in it: {some(files) or 'it has none'}; or fit(ckpt_path='last') for the newest checkpoint."
+        raise MisconfigurationError(f"{path} is a folder. {advice}")
     with reading(path) as file:
         try:
             verify_checksums(file)

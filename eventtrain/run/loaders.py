@@ -50,7 +50,7 @@ class RunLoaders:
 
     dataloaders: dict[Stage, Any]
     module: LightningModule
-    datamodule: LightningDataModule | None
+    datamodule: Any
     batch_limits: dict[Stage, Limit]
     signals: SignalTable
     device: torch.device
@@ -199,7 +199,7 @@ class RunLoaders:
             return partial(move_to_device, device=self.device)  # no hooks: one call a batch in place of four
         return lambda batch: after(move(before(batch, dataloader_idx), self.device, dataloader_idx), dataloader_idx)
 
-    def _owner(self, hook: str, *bases: type) -> LightningModule | LightningDataModule:
+    def _owner(self, hook: str, *bases: type) -> Any:
         """Return the datamodule if it overrides a hook, else the module."""
         if self.datamodule is not None and overridden(self.datamodule, hook, *bases):
             return self.datamodule

@@ -28,12 +28,13 @@ class Resumption:
     Attributes:
         position: The position in its epoch, see :meth:`~eventtrain.data.batches.LoaderPass.position`; None between two epochs.
         epoch_reason: Why the epoch was about to end; None if it was not.
-        restore_generators: Puts all random number generators into the checkpoint's states.
+        restore_last: Restores what hooks at the start of the run or of the epoch may change: all random number generators,
+            and the module's flags.
     """
 
     position: Mapping[str, Any] | None
     epoch_reason: str | None
-    restore_generators: Callable[[], None]
+    restore_last: Callable[[], None]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -90,10 +91,10 @@ class TrainLoop:
     def train(self) -> None:
         """Train until the run is complete or a request stops it."""
         signals = self.signals
-        self.metrics.enter("train", None)
+        self.metrics.enter("train", "start")
         signals.train_start.publish(events.TrainStart())
         if self.resumption is not None:
-            self.resumption.restore_generators()
+            self.resumption.restore_last()
         # A checkpoint of a run's last safe point in an epoch was written before the end of that epoch.
         self.agree()
         while self.resumes_in_epoch() or not (self.is_complete() or self.is_stopping()):
@@ -101,6 +102,7 @@ class TrainLoop:
         if self.known_request not in (None, (self.stop.reason, self.stop.force)) and signals.take_checkpoint.listeners:
             # The run was asked to stop after its last safe point, at which no listener knew of its end.
             signals.take_checkpoint.publish(events.TakeCheckpoint(False, self.batch.window_open))
+        self.metrics.enter("train", None)
         signals.train_end.publish(events.TrainEnd())
 
     def train_epoch(self) -> None:
@@ -151,12 +153,12 @@ class TrainLoop:
             progress.batch_idx, self.steps_before_epoch = -1, progress.global_step
         stop.epoch_reason = self.batch.skip_reason = None
         self.batch.had_loss = False
-        self.metrics.enter("train", "epoch")
+        self.metrics.enter("train", "start")
         self.signals.train_epoch_start.publish(events.TrainEpochStart(progress.current_epoch, progress.batch_idx + 1))
         batches = self.batches = self.open_epoch(progress.current_epoch, position)
         if resumption is None or position is None:
             return batches, False
-        resumption.restore_generators()
+        resumption.restore_last()
         stop.epoch_reason = resumption.epoch_reason
         self.is_last_batch = batches.is_last
         # A validation that was interrupted is left to do for the last batch, and then the epoch's end.
@@ -170,7 +172,7 @@ class TrainLoop:
         progress.batch_idx = batch_idx
         progress.total_batch_idx += 1
         self.is_last_batch = is_last
-        metrics.batch, metrics.scope = batch, "batch"
+        metrics.batch, metrics.batch_size, metrics.scope = batch, None, "batch"
         state.batch, state.batch_idx, state.evaluations = batch, batch_idx, 0
         state.skipped = state.updated = False
         state.under_way = True
@@ -223,12 +225,12 @@ class TrainLoop:
         event = events.TrainBatchStart(batch, batch_idx, is_last, plan)
         self.signals.train_batch_start.publish(event)
         state.plan = event.plan
+        state.skipped, ends_epoch = event.skipped, event.ends_epoch
         if state.processes is not None:
-            event.skipped, event.ends_epoch = state.processes.any_of([event.skipped, event.ends_epoch])
-        state.skipped = event.skipped
-        if event.ends_epoch:
+            state.skipped, ends_epoch = state.processes.any_of([state.skipped, ends_epoch])
+        if ends_epoch:
             self.stop.epoch_reason = "a listener of train_batch_start"
-        return event.ends_epoch
+        return ends_epoch
 
     # ------------------------------------------------------------------ optimization
 

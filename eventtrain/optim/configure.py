@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.module.module import LightningModule
-from eventtrain.module.overriding import overridden_method
+from eventtrain.module.overriding import method_of, overridden_method
 from eventtrain.optim.lr_scheduler import STATE, LRSchedulerConfig, has_torch_api
 
 FORMS = (
@@ -37,7 +37,8 @@ def configure_optimizers(module: LightningModule) -> Configuration:
     automatic = module.automatic_optimization
     if automatic and overridden_method(module, "configure_optimizers") is None:
         raise MisconfigurationError(f"{name} has no configure_optimizers. Define it, and return an optimizer.")
-    configuration = parse_configuration(module.configure_optimizers(), automatic=automatic)
+    returned = method_of(module, "configure_optimizers", LightningModule)()
+    configuration = parse_configuration(returned, automatic=automatic)
     if not automatic:
         return configuration
     if len(configuration.optimizers) > 1:

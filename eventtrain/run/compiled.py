@@ -13,6 +13,7 @@ import torch
 from eventtrain._torch import compiled_parts, is_compiled_function, is_compiled_in_place
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import method_of
 
 Model: TypeAlias = LightningModule | Callable[..., Any]
 """A module, or the result of ``torch.compile(module)``, which type checkers know as a callable."""
@@ -50,7 +51,7 @@ class ModuleSteps:
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         """Return a step, ready to be called."""
-        step: Callable[..., Any] = getattr(self.module, name)
+        step = method_of(self.module, name, LightningModule)
         return step if self._compile is None else self._compile(step)
 
     @contextmanager
@@ -61,7 +62,9 @@ class ModuleSteps:
             return
         try:
             with ExitStack() as self._untraced:
-                self._untraced.enter_context(untraced(self.module, MODULE_CALLS))
+                for part in self.module.modules():
+                    if isinstance(part, LightningModule):
+                        self._untraced.enter_context(untraced(part, MODULE_CALLS))
                 yield
         finally:
             self._untraced = None

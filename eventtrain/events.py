@@ -518,7 +518,7 @@ class ReduceGradients(Event):
 
     Attributes:
         optimizer: The optimizer.
-        skipped: The batch that closes the window was skipped, so that its backward has not averaged gradients.
+        skipped: Backward has not averaged them: the batch that closes the window was skipped, or the user's own code steps.
     """
 
     optimizer: LightningOptimizer

@@ -399,7 +399,7 @@ class TrainLoop:
         if self.stop.epoch_reason is not None:
             cause = f"it was ended ({self.stop.epoch_reason})"
         elif no_loss:
-            cause = "training_step returned no loss in any of its batches. Return the loss"
+            cause = "none of its batches had a loss, which training_step has to return"
         elif state.skip_reason is not None:
             cause = f"its steps were skipped ({state.skip_reason})"
         else:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from eventtrain.errors import MisconfigurationError
 from eventtrain.paths import AnyPath, RemotePath
@@ -244,7 +245,9 @@ def module_text(module: LightningModule) -> str:
     text = repr(module)
     if len(text) > MOST_TEXT:
         text = f"{text[:MOST_TEXT]}\n... and {len(text) - MOST_TEXT} characters more"
-    parameters = list(module.parameters())
+    parameters = [parameter for parameter in module.parameters() if not is_lazy(parameter)]
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     head = f"{sum(p.numel() for p in parameters)} parameters, {trained} of them trained"
+    if lazy := sum(map(is_lazy, module.parameters())):
+        head += f"; {lazy} tensors of lazy modules get their sizes at the first forward and are not counted"
     return "\n".join([head, "", *(f"    {line}" for line in text.splitlines())])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.loggers import event_files, run_files
@@ -259,7 +260,11 @@ class TensorBoardLogger(Callback):
         if event.global_step % self.histograms:
             return
         x = self._x(trainer)
-        parameters = {f"parameters/{name}": finite_values(p) for name, p in trainer.module.named_parameters()}
+        parameters = {
+            f"parameters/{name}": finite_values(parameter)
+            for name, parameter in trainer.module.named_parameters()
+            if not is_lazy(parameter)
+        }
         for name, values in {**parameters, **self._gradients}.items():
             if values.numel():
                 self.writer.add_histogram(name, values, x)

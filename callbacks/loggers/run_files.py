@@ -221,6 +221,18 @@ def configuration(trainer: Trainer) -> dict[str, Any]:
     return facts
 
 
+def logged_hparams(trainer: Trainer) -> dict[Any, Any]:
+    """Return the hyperparameters that loggers write: the module's and the datamodule's.
+
+    If both have one of the same name with different values, the datamodule's gets the prefix ``datamodule/``.
+    """
+    module, data = trainer.module, trainer.datamodule
+    hparams = dict(module.hparams) if module.logs_hparams else {}
+    for name, value in data.hparams.items() if data is not None and getattr(data, "logs_hparams", False) else ():
+        hparams[name if repr(hparams.get(name, value)) == repr(value) else f"datamodule/{name}"] = value
+    return hparams
+
+
 def described(part: Any) -> str:
     """Describe an object in a line: by its class's ``repr``, or by its class and its public attributes of plain types."""
     kind: Any = type(part)

@@ -44,9 +44,9 @@ class TensorBoardLogger(Callback):
     Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end`` and ``teardown``; and, only if you ask for them, to
     ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update`` for histograms.
     Writes the logged scalars under their names (values logged on step only for the updates that are due) and ``epoch``; the
-    texts ``run/environment``, ``run/configuration`` and ``run/module``; and the module's ``hparams`` for the HParams page,
-    whose columns are the hyperparameters and scalars of all runs below TensorBoard's ``logdir``. Write anything else through
-    ``trainer.callback(TensorBoardLogger).writer``. Override :meth:`is_due` for another cadence.
+    texts ``run/environment``, ``run/configuration`` and ``run/module``; and the ``hparams`` of module and datamodule for the
+    HParams page, whose columns are the hyperparameters and scalars of all runs below TensorBoard's ``logdir``. Write anything
+    else through ``trainer.callback(TensorBoardLogger).writer``. Override :meth:`is_due` for another cadence.
 
     Values on the x-axis never fall. An evaluation after the fit is drawn at the end of the fit. A batch in which several
     optimizers step is one update. A run that resumes a checkpoint continues at the position of the checkpoint, in the
@@ -202,8 +202,8 @@ class TensorBoardLogger(Callback):
         self.writer.add_text("run/environment", run_files.table(run_files.environment(trainer)), x)
         self.writer.add_text("run/configuration", run_files.table(run_files.configuration(trainer)), x)
         self.writer.add_text("run/module", run_files.module_text(module), x)
-        if module.logs_hparams:
-            self.log_hyperparams(module.hparams)
+        if hparams := run_files.logged_hparams(trainer):
+            self.log_hyperparams(hparams)
         if self.log_graph and not self._resumed:  # a resumed run has it
             event_files.draw_graph(self.writer, module)
         self.writer.flush()
@@ -227,7 +227,7 @@ class TensorBoardLogger(Callback):
             self.writer.flush()
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
-        if self._writes(trainer) and trainer.module.logs_hparams:
+        if self._writes(trainer) and run_files.logged_hparams(trainer):
             self._add_summary(event_files.session_end())
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eventtrain.checkpoint.storage import init_arguments
 from eventtrain.checkpoint.storage import read as read_checkpoint
 from eventtrain.core.closure import backward
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.hooks import ModuleHooks
-from eventtrain.module.hparams import HyperparametersMixin
+from eventtrain.module.hparams import HyperparametersMixin, of_class
+from eventtrain.module.saved_hparams import build
 from eventtrain.paths import check_path
 
 if TYPE_CHECKING:
@@ -733,16 +733,25 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             parameter.requires_grad_(True)
         self.train()
 
-    @classmethod
+    @of_class
     def load_from_checkpoint(
-        cls: type[Self], checkpoint_path: str | PathLike[str], map_location: Any = None, strict: bool = True, **kwargs: Any
+        cls: type[Self],
+        checkpoint_path: str | PathLike[str],
+        map_location: Any = None,
+        hparams_file: str | PathLike[str] | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
     ) -> Self:
-        """Build a module from a checkpoint, with the hyperparameters that it holds.
+        """Build a module from a checkpoint, with the hyperparameters that it holds. Call it on the class.
 
         Args:
             checkpoint_path: The file.
-            map_location: The device of the tensors, as in :func:`torch.load`; None for the CPU.
-            strict: Whether the keys of the state dict have to match.
+            map_location: The device of the tensors and of the module, as in :func:`torch.load`; None for the CPU.
+            hparams_file: A ``.yaml`` or ``.json`` file of hyperparameters to use instead of those of the checkpoint.
+            strict: Whether the keys of the state dict have to match; None for the module's ``strict_loading``, or yes.
+            weights_only: False reads a file that holds more than tensors and plain values, and runs code in it: only for
+                files that you trust.
             **kwargs: Arguments of ``__init__`` that replace or complete the saved ones.
 
         Returns:
@@ -750,7 +759,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
         Raises:
             OSError: If the file cannot be opened.
-            MisconfigurationError: If the file is not a checkpoint, or is damaged.
+            MisconfigurationError: If the file is not a checkpoint, or is damaged; or if ``__init__`` needs an argument that
+                the checkpoint does not hold, or takes no such argument.
 
         Example:
             >>> import tempfile
@@ -762,11 +772,14 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             True
         """
         path = check_path(checkpoint_path, f"{cls.__name__}.load_from_checkpoint", "checkpoint_path")
-        content = read_checkpoint(path, map_location=map_location)
-        arguments = init_arguments(cls, {**content.get("hyper_parameters", {}), **kwargs})
-        module = cls(**arguments)
-        module.on_load_checkpoint(content)
-        module.load_state_dict(content["state_dict"], strict=strict)
+        content = read_checkpoint(path, map_location, weights_only=weights_only is not False)
+        module: Self = build(cls, content, hparams_file, kwargs)
+        for hook, arguments in (("configure_model", ()), ("on_load_checkpoint", (content,))):
+            if getattr(module, hook) is not None:
+                getattr(module, hook)(*arguments)
+        weights = content["state_dict"]
+        module.to(next((value.device for value in weights.values() if isinstance(value, Tensor)), None))
+        module.load_state_dict(weights, strict=getattr(module, "strict_loading", True) if strict is None else strict)
         return module
 
     # ------------------------------------------------------------------ internals

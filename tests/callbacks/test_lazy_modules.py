@@ -41,13 +41,13 @@ class Lazy(LightningModule):
         self.unused = nn.LazyBatchNorm1d()
         self.example_input_array = torch.ones(4, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.layers(x)
-        later: Tensor = output if self.current_epoch == 0 else self.late(output)
-        return later
+    def forward(self, x: Tensor) -> Any:
+        output = self.layers(x)
+        return output if self.current_epoch == 0 else self.late(output)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self(batch).square().mean()
+        loss: Tensor = self(batch).square().mean()
+        return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val_loss", self(batch).square().mean())

@@ -82,11 +82,6 @@ CASES: dict[str, Case] = {
         lambda: manual(steps),
     ),
     # ---------------------------------------------------------------- stages and checkpoints
-    "a hyperparameter that cannot be given back": Case(
-        lambda: saved(Hyper(lambda: 3)),
-        (r"hyper_parameters", "width", "function", r"ignore=\[\.\.\.\]"),
-        lambda: saved(Hyper(3)),
-    ),
     "a hyperparameter that is no argument": Case(
         lambda: Hyper(3, keep=("depth",)), ("'depth'", r"Hyper\.__init__", "width"), lambda: fit(Hyper(3, keep=("width",)))
     ),

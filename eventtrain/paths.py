@@ -14,9 +14,9 @@ from typing import Any
 
 from eventtrain.errors import MisconfigurationError, nearest
 
-PROTOCOL = re.compile("[A-Za-z][A-Za-z0-9+.-]+")  # a single letter is a drive of Windows
+LOST_SLASH = re.compile("([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")  # a single letter is a drive of Windows
 REMEDY = (
-    "Give a local path, or one with a protocol of fsspec, such as s3:// (pip install s3fs), gs:// (gcsfs), az:// (adlfs), "
+    "Give a local path, or one with a single protocol, such as s3:// (pip install s3fs), gs:// (gcsfs), az:// (adlfs), "
     "sftp:// (paramiko) or memory://."
 )
 
@@ -46,7 +46,8 @@ class RemotePath:
         """Return a path below this one; the other path itself if it is remote or absolute."""
         if isinstance(other, RemotePath) or Path(other).is_absolute():
             return other if isinstance(other, RemotePath) else Path(other)
-        return self._at(posixpath.join(self.url.partition("://")[2], PurePath(other).as_posix()))
+        protocol, _, rest = self.url.partition("://")
+        return RemotePath(f"{protocol}://{posixpath.normpath(posixpath.join(rest, PurePath(other).as_posix()))}")
 
     def __rtruediv__(self, other: Path) -> RemotePath:
         return self
@@ -59,14 +60,12 @@ class RemotePath:
     @property
     def parent(self) -> RemotePath:
         """The folder around it."""
-        return self._at(posixpath.dirname(self.url.partition("://")[2]))
+        protocol, _, rest = self.url.partition("://")
+        return RemotePath(f"{protocol}://{posixpath.dirname(rest)}")
 
-    def with_name(self, name: str) -> RemotePath:
+    def with_name(self, name: str) -> AnyPath:
         """Return the path of another file in the same folder."""
-        return self._at(posixpath.join(self.parent.url.partition("://")[2], name))
-
-    def _at(self, rest: str) -> RemotePath:
-        return RemotePath(f"{self.url.partition('://')[0]}://{posixpath.normpath(rest) if rest else ''}".removesuffix("/."))
+        return self.parent / name
 
     def absolute(self) -> RemotePath:
         """Return the path itself."""
@@ -100,11 +99,11 @@ class RemotePath:
         modified = self._call("modified", self.url)
         return SimpleNamespace(st_size=self._call("size", self.url), st_mtime=modified.timestamp())
 
-    def glob(self, pattern: str) -> list[RemotePath]:
+    def glob(self, pattern: str) -> list[AnyPath]:
         """Return the entries of a folder whose names match, in order."""
         entries = self._call("ls", self.url, detail=False) if self.is_dir() else ()
         names = sorted(posixpath.basename(entry.rstrip("/")) for entry in entries)
-        return [self._at(f"{self.url.partition('://')[2]}/{name}") for name in names if fnmatch(name, pattern)]
+        return [self / name for name in names if fnmatch(name, pattern)]
 
     def mkdir(self, parents: bool = True, exist_ok: bool = False) -> None:
         """Make a folder and those around it, if the store has folders."""
@@ -175,19 +174,17 @@ def check_path(value: Any, owner: str, argument: str) -> AnyPath:
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(text, str) or "\0" in text:
         raise MisconfigurationError(f"{problem}: give a path as a text or a pathlib.Path.")
-    protocol, slashes, rest = text.partition("://")
-    if not slashes and PROTOCOL.fullmatch(text.partition(":/")[0]) and ":/" in text:
-        right = re.sub(":/(?=.)", "://" if not text.startswith(("file:", "local:")) else ":///", text, count=1)
+    if lost := LOST_SLASH.match(text):
+        right = f"{lost[1]}://{text[lost.end() - (lost[1] in ('file', 'local')) :]}"
         raise MisconfigurationError(
-            f"{problem}: a protocol is followed by two slashes, of which pathlib.Path drops one. Give the text {right!r}."
+            f"{problem}: two slashes follow a protocol, and pathlib.Path drops one of them. Give the text {right!r}."
         )
+    protocol, slashes, rest = text.partition("://")
     if not slashes or len(protocol) == 1 or protocol in ("file", "local"):
         try:
             return Path(rest if len(protocol) > 1 and slashes else text).expanduser()
         except RuntimeError as error:
             raise MisconfigurationError(f"{problem}: {error} Write the folder's whole path.") from error
-    if "::" in text or not PROTOCOL.fullmatch(protocol):
-        raise MisconfigurationError(f"{problem}: {protocol!r} is not one protocol. {REMEDY}")
     check_protocol(text, protocol, problem)
     return RemotePath(f"{protocol}://{rest.rstrip('/')}")
 
@@ -201,12 +198,12 @@ def check_protocol(text: str, protocol: str, problem: str) -> None:
     from fsspec import available_protocols, registry  # type: ignore[import-untyped]
 
     known = {*available_protocols(), *registry}
-    if protocol not in known:
-        hint = nearest(protocol.lower(), sorted(known))
-        raise MisconfigurationError(f"{problem}: fsspec knows no protocol {protocol!r}. {hint} {REMEDY}".replace("  ", " "))
+    if protocol not in known or "::" in text:
+        hint = REMEDY if "::" in text else nearest(protocol.lower(), sorted(known), otherwise=REMEDY)
+        raise MisconfigurationError(f"{problem}: {protocol!r} is not one of fsspec's protocols. {hint}")
     try:
         file_system(text)
-    except Exception as error:  # each file system has its own ones for what it needs
+    except Exception as error:  # each file system raises its own errors for missing packages and settings
         raise MisconfigurationError(
             f"{problem}: fsspec cannot use {protocol}://: {type(error).__name__}: {error}. {REMEDY}"
         ) from error

@@ -49,7 +49,8 @@ class ModelCheckpoint(Callback):
     :meth:`file_name_values` for other names. A ``fast_dev_run`` writes nothing.
 
     Args:
-        dirpath: The folder, relative to the trainer's ``default_root_dir``. One run at a time writes there.
+        dirpath: The folder, relative to the trainer's ``default_root_dir``, or one with a protocol of fsspec, such as
+            ``"s3://bucket/run"``. One run at a time writes there.
         filename: The names, such as ``"{epoch}-{step}-{val_loss:.3f}"``, which gives ``epoch=3-step=99-val_loss=0.123.ckpt``.
             Besides ``epoch`` and ``step`` any name in ``trainer.callback_metrics``. None for ``"{epoch}-{step}"``.
         every_n_steps: Updates between two checkpoints.
@@ -225,9 +226,10 @@ class ModelCheckpoint(Callback):
         self.wait(trainer)
         if event.which == "last":
             event.offer(*self._folder.newest())
-        elif self.monitor is None:
+        elif self.monitor is None or event.is_best_of_fit:
             event.offer(*self._best())
-        else:  # before the files of listeners that monitor no metric
+        else:  # before the files of listeners that monitor no metric, after those of the first that does
+            event.is_best_of_fit = bool(self.kept)
             event.paths = [*self._best(), *(event.paths or ())]
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:

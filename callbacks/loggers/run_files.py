@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import platform
 import re
@@ -52,6 +53,8 @@ def new_version(parent: AnyPath) -> AnyPath:
 def new_file(path: AnyPath) -> AnyPath:
     """Make a new empty file for the caller: at the path, or at ``<stem>-<n><suffix>`` if the path exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     candidate, number = path, 0
     while True:
         with contextlib.suppress(FileExistsError):
@@ -101,10 +104,16 @@ def refusing_bad_places(owner: str, argument: str) -> Generator[None, None, None
 
 
 def local_copy(path: RemotePath) -> Any:
-    """Return a temporary file with the content of a file in a remote store, if there is one: most stores cannot append."""
-    file = tempfile.NamedTemporaryFile()  # noqa: SIM115 -- the RunFile closes it
-    if path.exists():
+    """Return a temporary file with the content of a file in a remote store, which is made if there is none.
+
+    Most stores cannot append to a file.
+    """
+    if not path.exists():
+        path.touch()
+    with contextlib.ExitStack() as on_error:
+        file = on_error.enter_context(tempfile.NamedTemporaryFile())
         path.get(file.name)
+        on_error.pop_all()
     return file
 
 
@@ -137,8 +146,6 @@ class RunFile:
             self.position = file.seek(0, os.SEEK_END)
         self._file: Any = file
         self._sent = time.monotonic()
-        if isinstance(path, RemotePath):
-            path.put(file.name)
 
     def write(self, data: bytes) -> None:
         """Append to a buffer, which :meth:`flush` writes."""

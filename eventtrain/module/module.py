@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eventtrain.checkpoint.storage import read as read_checkpoint
-from eventtrain.core.closure import backward
+from eventtrain.checkpoint.weights import load_weights
+from eventtrain.core.closure import backward, check_grad_mode
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError
+from eventtrain.metrics.torchmetrics import LoggableMetric, is_loggable_metric, named_values
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.hooks import ModuleHooks
 from eventtrain.module.hparams import HyperparametersMixin, of_class
@@ -41,6 +43,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         automatic_optimization: Whether the trainer zeroes the gradients, runs backward and steps. Set it to False for manual
             optimization: in the class, in ``__init__``, or as a property.
         example_input_array: An input of ``forward``, for loggers that draw the graph.
+        strict_loading: Whether a checkpoint has to have exactly the weights of the module. If it is False, weights that one of
+            them lacks are passed over.
 
     Example:
         >>> from eventtrain import Trainer
@@ -57,6 +61,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     automatic_optimization: bool = True
     example_input_array: Any = None
+    strict_loading: bool = True
 
     # ------------------------------------------------------------------ the current run
 
@@ -466,7 +471,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             **kwargs: Passed on to ``backward``.
 
         Raises:
-            MisconfigurationError: If the module optimizes automatically, or if the loss is not a tensor.
+            MisconfigurationError: If the module optimizes automatically, if the loss is not a tensor, or if gradients are off.
 
         Example:
             >>> from eventtrain import Trainer
@@ -489,6 +494,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             )
         if not isinstance(loss, Tensor):
             raise MisconfigurationError(f"manual_backward takes the loss, a scalar tensor; it was given {loss!r}.")
+        if not loss.requires_grad:
+            check_grad_mode()
         backward(self.trainer.signals, module.backward, loss, loss, *args, **kwargs)
 
     def clip_gradients(
@@ -655,13 +662,16 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             reduce_fx: ``"mean"`` (weighted by batch size), ``"min"``, ``"max"``, ``"sum"``, or torch's function of that name.
             sync_dist: Whether the value of a step is reduced over ranks; the value of an epoch always is.
             add_dataloader_idx: Whether ``/dataloader_idx_i`` is appended if there are several evaluation loaders.
-            batch_size: The weight in the mean; None for the first dimension of the batch's first tensor.
-            rank_zero_only: Whether ranks other than zero leave it out.
-            enable_graph, sync_dist_group, metric_attribute: Accepted for modules written for Lightning, and not needed.
+            batch_size: The weight in the mean; None for the first dimension of the first tensor anywhere in the batch, or, if
+                there is none, the length of its lists.
+            rank_zero_only: Whether ranks other than zero leave it out. The epoch's value is that of rank zero on all ranks.
+            sync_dist_group: None: values are reduced over all ranks, and a group is an error.
+            enable_graph, metric_attribute: Accepted for modules written for Lightning. Values are logged without their graph,
+                as they are there, and a metric object needs no name.
 
         Raises:
-            MisconfigurationError: If the value is not a scalar, if the name is logged with other options, or if the hook
-                belongs to no step and no epoch.
+            MisconfigurationError: If the value is not a scalar, if the name is logged with other options in the same place, if
+                the hook belongs to no step and no epoch, or if the size of the batch is needed and unknown.
 
         Example:
             >>> from eventtrain import Trainer
@@ -675,21 +685,26 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         if trainer is None:
             warnings.warn(f"{type(self).__name__}.log({name!r}, ...) without a trainer: the value is lost.", stacklevel=2)
             return
-        if rank_zero_only and not trainer.is_global_zero:
-            return
-        trainer.run_state.metrics.log(
+        metrics = trainer.run_state.metrics
+        if rank_zero_only or sync_dist_group is not None:
+            metrics.check_processes(name, value, sync_dist_group)
+            if rank_zero_only and not trainer.is_global_zero:
+                return
+            sync_dist = sync_dist and not rank_zero_only  # the other processes would not take part
+        metrics.log(
             name, value, prog_bar, logger is not False, on_step, on_epoch, reduce_fx, sync_dist, batch_size, add_dataloader_idx
         )
 
-    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+    def log_dict(self, dictionary: Mapping[str, Any] | LoggableMetric, **options: Any) -> None:
         """Log several values with the same options.
 
         Args:
-            dictionary: The values by name.
+            dictionary: The values by name; a collection of metric objects; or a metric object whose ``compute`` gives a
+                mapping.
             **options: As for :meth:`log`.
 
         Raises:
-            MisconfigurationError: If ``dictionary`` is not a mapping.
+            MisconfigurationError: If ``dictionary`` is nothing of this kind.
 
         Example:
             >>> from eventtrain import Trainer
@@ -699,9 +714,10 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").test(Model(), [torch.tensor([0.0, 1.0])])
             [{'low': 0.0, 'high': 1.0}]
         """
-        if not hasattr(dictionary, "items"):  # a collection of torchmetrics is no Mapping
-            raise MisconfigurationError(f"self.log_dict takes a mapping of names to values; it was given {_short(dictionary)}.")
-        for name, value in dictionary.items():
+        values: Any = named_values(dictionary) if is_loggable_metric(dictionary) else dictionary
+        if not hasattr(values, "items"):
+            raise MisconfigurationError(f"self.log_dict takes a mapping of names to values; it was given {_short(values)}.")
+        for name, value in values.items():
             self.log(name, value, **options)
 
     def freeze(self) -> None:
@@ -749,7 +765,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             checkpoint_path: The file.
             map_location: The device of the tensors and of the module, as in :func:`torch.load`; None for the CPU.
             hparams_file: A ``.yaml`` or ``.json`` file of hyperparameters to use instead of those of the checkpoint.
-            strict: Whether the keys of the state dict have to match; None for the module's ``strict_loading``, or yes.
+            strict: Whether the file has to have exactly the weights of the module; None for its ``strict_loading``.
             weights_only: False reads a file that holds more than tensors and plain values, and runs code in it: only for
                 files that you trust.
             **kwargs: Arguments of ``__init__`` that replace or complete the saved ones.
@@ -759,8 +775,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
         Raises:
             OSError: If the file cannot be opened.
-            MisconfigurationError: If the file is not a checkpoint, or is damaged; or if ``__init__`` needs an argument that
-                the checkpoint does not hold, or takes no such argument.
+            MisconfigurationError: If the file is not a checkpoint, is damaged, or has the weights of another module; or if
+                ``__init__`` needs an argument that the checkpoint does not hold, or takes no such argument.
 
         Example:
             >>> import tempfile
@@ -777,9 +793,9 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         for hook, arguments in (("configure_model", ()), ("on_load_checkpoint", (content,))):
             if getattr(module, hook) is not None:
                 getattr(module, hook)(*arguments)
-        weights = content["state_dict"]
-        module.to(next((value.device for value in weights.values() if isinstance(value, Tensor)), None))
-        module.load_state_dict(weights, strict=getattr(module, "strict_loading", True) if strict is None else strict)
+        weights = content["state_dict"].values()
+        module.to(next((value.device for value in weights if isinstance(value, Tensor)), None))
+        load_weights(module, content, checkpoint_path, strict)
         return module
 
     # ------------------------------------------------------------------ internals

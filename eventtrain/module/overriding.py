@@ -17,7 +17,7 @@ def overridden(instance: Any, name: str, *bases: type) -> bool:
     Args:
         instance: The object.
         name: The method's name.
-        *bases: The classes that may define the default version.
+        *bases: The classes that may define the default version; Lightning's own LightningDataModule may too.
 
     Example:
         >>> class Model(LightningModule):
@@ -30,7 +30,9 @@ def overridden(instance: Any, name: str, *bases: type) -> bool:
     if getattr(instance, name, None) is None:
         return False
     method = getattr(type(instance), name, None)
-    return name in getattr(instance, "__dict__", {}) or all(method is not getattr(base, name, None) for base in bases)
+    theirs = [base for base in type(instance).__mro__ if base.__name__ == "LightningDataModule"]
+    inherited = [getattr(base, name, None) for base in (*bases, *theirs)]
+    return name in getattr(instance, "__dict__", {}) or all(method is not other for other in inherited)
 
 
 def overridden_method(module: LightningModule, name: str) -> Callable[..., Any] | None:

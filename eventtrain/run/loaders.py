@@ -50,7 +50,7 @@ class RunLoaders:
 
     dataloaders: dict[Stage, Any]
     module: LightningModule
-    datamodule: LightningDataModule | None
+    datamodule: Any
     batch_limits: dict[Stage, Limit]
     signals: SignalTable
     device: torch.device
@@ -203,7 +203,7 @@ class RunLoaders:
 
         return transfer_to(self.module, self.device, transfer)
 
-    def _owner(self, hook: str, *bases: type) -> LightningModule | LightningDataModule:
+    def _owner(self, hook: str, *bases: type) -> Any:
         """Return the datamodule if it overrides a hook, else the module."""
         if self.datamodule is not None and overridden(self.datamodule, hook, *bases):
             return self.datamodule

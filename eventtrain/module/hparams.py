@@ -174,8 +174,8 @@ def fields_of(values: Any) -> dict[str, Any]:
     """
     if isinstance(values, Mapping):
         return dict(values.items())
-    if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return dict(zip(type(values).__match_args__, values, strict=True))  # the names of its fields
+    if isinstance(values, tuple) and (names := getattr(values, "__match_args__", ())):  # a named tuple's fields
+        return dict(zip(names, values, strict=True))
     if dataclasses.is_dataclass(values) and not isinstance(values, type):
         return {each.name: getattr(values, each.name) for each in dataclasses.fields(values) if hasattr(values, each.name)}
     if hasattr(values, "__dict__") and not isinstance(values, type):
@@ -192,7 +192,7 @@ def kind_of(value: Any) -> str | None:
         return None if type(value) is dict else "mapping"
     if isinstance(value, (Namespace, SimpleNamespace)):
         return "namespace"
-    if isinstance(value, type) or not hasattr(value, "_fields" if isinstance(value, tuple) else "__dataclass_fields__"):
+    if isinstance(value, type) or not hasattr(value, "__match_args__" if isinstance(value, tuple) else "__dataclass_fields__"):
         return None
     return f"record {type(value).__module__}:{type(value).__qualname__}"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from eventtrain.checkpoint.storage import LOADABLE, loadable, reading
+from eventtrain.checkpoint.storage import LOADABLE, first_line, loadable, reading
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.module.hparams import AttributeDict, fields_of, kind_of
 from eventtrain.paths import check_path
@@ -184,17 +184,22 @@ def read_hparams(path: Any) -> dict[str, Any]:
         MisconfigurationError: If it is another file, or PyYAML is not installed.
     """
     path = check_path(path, "load_from_checkpoint", "hparams_file")
-    with reading(path) as file:
+    values: Any = None
+    try:
         if path.name.endswith(".json"):
-            values = json.load(file)
+            with reading(path) as file:
+                values = json.load(file)
         elif path.name.endswith((".yaml", ".yml")):
-            try:
-                import yaml
-            except ImportError as error:
-                raise MisconfigurationError(f"hparams_file={str(path)!r}: install PyYAML, or give a .json file.") from error
-            values = yaml.safe_load(file)
-        else:
-            values = None
+            import yaml
+
+            with reading(path) as file:
+                values = yaml.safe_load(file)
+    except ImportError as error:
+        raise MisconfigurationError(f"hparams_file={str(path)!r}: install PyYAML, or give a .json file.") from error
+    except OSError:
+        raise
+    except Exception as error:  # each format has its own
+        raise MisconfigurationError(f"hparams_file={str(path)!r} cannot be read: {first_line(error)}. Correct it.") from error
     if not isinstance(values, dict):
         raise MisconfigurationError(f"hparams_file={str(path)!r}: give a .yaml, .yml or .json file that holds a mapping.")
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
+from functools import partial
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_child_knows_the_run() -> None:
 
 def test_without_a_trainer_there_is_no_logger() -> None:
     for base in BASES:
-        module = base()
+        module: Any = base()
         assert module.logger is None and module.loggers == []
         assert (module.current_epoch, module.global_step) == (0, 0)
 
@@ -158,6 +159,10 @@ def test_the_same_hyperparameters_are_saved() -> None:
     assert ours == theirs
 
 
+def built(kind: Any, hparams: Any, base: type) -> Any:
+    return kind(hparams)
+
+
 @pytest.mark.parametrize("hparams", [{"width": 3}, Namespace(width=3)], ids=["dict", "namespace"])
 def test_one_object_of_hyperparameters_loads_again(hparams: Any, tmp_path: Any) -> None:
     def make(base: Any) -> Any:
@@ -178,7 +183,7 @@ def test_one_object_of_hyperparameters_loads_again(hparams: Any, tmp_path: Any) 
     loaded = []
     for base, train in zip(BASES, (train_ours, train_theirs), strict=True):
         kind = make(base)
-        outcome = train(lambda _, kind=kind: kind(hparams), Settings(epochs=1))
+        outcome = train(partial(built, kind, hparams), Settings(epochs=1))
         path = tmp_path / f"{train.__name__}.ckpt"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

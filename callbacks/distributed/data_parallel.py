@@ -5,6 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+from torch import nn
+from torch.nn.parameter import is_lazy
+
 from eventtrain.callbacks.distributed.processes import TorchProcesses, check_timeout, device_of_process, join
 from eventtrain.callbacks.distributed.samplers import set_shuffling_seed, shuffling_seed, with_share
 from eventtrain.core.optimizer import evaluates_often
@@ -57,6 +60,18 @@ class DataParallel:
                     f"{type(optimizer.optimizer).__name__} decides by the loss how often it evaluates its closure. The loss "
                     "differs between processes, so they would wait for each other forever. Train with it in one process."
                 )
+
+    def check_initialized(self, module: nn.Module) -> None:
+        """Check that all processes can get the same weights.
+
+        Raises:
+            MisconfigurationError: If a lazy module has no weights yet.
+        """
+        if lazy := [name for name, parameter in module.named_parameters() if is_lazy(parameter)]:
+            raise MisconfigurationError(
+                f"{type(self).__name__}: {lazy[0]} of {type(module).__name__} is not initialized yet, and each process would "
+                "draw other weights at its first forward. Run one forward in configure_model."
+            )
 
     # After validation_start, where other callbacks put their weights and buffers into the module.
     def on_validation_epoch_start(self, trainer: Trainer, event: ValidationEpochStart) -> None:

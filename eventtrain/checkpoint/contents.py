@@ -24,6 +24,8 @@ from eventtrain.core.loop import Resumption
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import CheckpointGathered, CheckpointRead, LoadCheckpoint, SaveCheckpoint
 from eventtrain.metrics.entry import on_device
+from eventtrain.module.hparams import HyperparametersMixin
+from eventtrain.module.saved_hparams import packed
 from eventtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -54,7 +56,9 @@ def call_hooks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """Return the state of a run. Its keys are the schema, which ``docs/resume.md`` describes:
 
-    - ``schema_version``, ``versions`` of the software, ``written_at`` in seconds since 1970, ``hyper_parameters``;
+    - ``schema_version``, ``versions`` of the software, ``written_at`` in seconds since 1970;
+    - ``hyper_parameters`` of the module, ``hparams_name`` and ``hparams_type``, and, if there is a datamodule, these three of
+      it, with names that begin with ``datamodule_``;
     - ``state_dict`` of the module; ``requires_grad`` of its parameters and ``training`` of its submodules, by name;
     - ``optimizer_states`` and ``lr_schedulers``, lists in the order of ``configure_optimizers``, and their ``classes``;
       ``parameter_groups`` of the optimizers by name, as ``configured`` and as ``current``; ``num_steps``, each optimizer's
@@ -78,7 +82,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "versions": {"eventtrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "written_at": time.time(),
-        "hyper_parameters": dict(module.hparams),
+        **packed(module),
         "state_dict": module.state_dict(),
         **flags(module),
         "optimizer_states": [optimizer.state_dict() for optimizer in state.optimizers],
@@ -99,6 +103,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "stop_reason": None if stop.force or trainer.is_ending else stop.reason,
         "callbacks": {state_key(each): each.state_dict() for each in trainer.callbacks if has_state(each)},
         "datamodule": trainer.datamodule.state_dict() if hasattr(trainer.datamodule, "state_dict") else {},
+        **(packed(trainer.datamodule) if isinstance(trainer.datamodule, HyperparametersMixin) else {}),
     }
 
 

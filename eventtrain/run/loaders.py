@@ -11,7 +11,7 @@ import torch
 
 from eventtrain.core.signals import SignalTable
 from eventtrain.data.batches import LoaderPass
-from eventtrain.data.device import move_to_device
+from eventtrain.data.device import transfer_to
 from eventtrain.data.generators import generator_states, set_generator_states
 from eventtrain.data.limits import Limit, as_loaders, known_length, limited_length
 from eventtrain.data.resumable import ResumableLoader, is_stateful, set_epoch
@@ -196,8 +196,12 @@ class RunLoaders:
         hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
         before, move, after = (method_of(self._owner(hook, DataHooks), hook, DataHooks) for hook in hooks)
         if not any(overridden(part, hook, DataHooks) for part in (self.datamodule, self.module) if part for hook in hooks):
-            return partial(move_to_device, device=self.device)  # no hooks: one call a batch in place of four
-        return lambda batch: after(move(before(batch, dataloader_idx), self.device, dataloader_idx), dataloader_idx)
+            return transfer_to(self.module, self.device)  # no hooks: one call a batch in place of four
+
+        def transfer(batch: Any) -> Any:
+            return after(move(before(batch, dataloader_idx), self.device, dataloader_idx), dataloader_idx)
+
+        return transfer_to(self.module, self.device, transfer)
 
     def _owner(self, hook: str, *bases: type) -> Any:
         """Return the datamodule if it overrides a hook, else the module."""

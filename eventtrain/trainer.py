@@ -56,6 +56,8 @@ class Trainer:
         num_sanity_val_steps: Validation batches to run before training, -1 for all; nothing of it is logged.
         fast_dev_run: The number of batches of each stage in a trial run of one epoch, without loggers' files, checkpoints and
             early stopping; True for one batch.
+        read_ahead: Whether a training loader without a length is read one batch ahead, so that the last batch is known.
+            False for batches that depend on the last update, such as those of a replay buffer: ``docs/resume.md``.
         seed: Given to :func:`~eventtrain.seed_everything` at the start of each run; None leaves the generators. Weights that a
             module draws in ``__init__`` come before: seed by hand for those, or draw in ``configure_model``.
         default_root_dir: The directory of callbacks that have no directory of their own.
@@ -105,6 +107,7 @@ class Trainer:
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int = 2,
         fast_dev_run: bool | int = False,
+        read_ahead: bool = True,
         seed: int | None = None,
         default_root_dir: str | os.PathLike[str] = ".",
     ) -> None:
@@ -120,6 +123,7 @@ class Trainer:
             check_val_every_n_epoch=check_val_every_n_epoch,
             num_sanity_val_steps=num_sanity_val_steps,
             fast_dev_run=fast_dev_run,
+            read_ahead=read_ahead,
         )
         self.seed = seed
         self.default_root_dir = os.fspath(default_root_dir)
@@ -157,8 +161,11 @@ class Trainer:
 
         Args:
             model: The module; or ``torch.compile(module)``, whose steps are then called compiled.
-            train_dataloaders: The training loader; if None, the module's or datamodule's.
-            val_dataloaders: A validation loader, or a list of them; if None, the module's or datamodule's.
+            train_dataloaders: The training loader; if None, the module's or datamodule's. A dict or list of loaders, nested in
+                any way, gives batches of this form, until the longest ends; a :class:`~eventtrain.CombinedLoader` combines
+                them in other ways. A list of batches is one loader, and so is a list of one loader.
+            val_dataloaders: A validation loader, or a dict or list of them, which are read one after the other; if None, the
+                module's or datamodule's.
             datamodule: An object that has the loaders.
             ckpt_path: A checkpoint to resume, exactly from the safe point at which it was written: its path; ``"last"``, the
                 newest whole one that an attached callback keeps, or a fresh start if there is none yet; ``"best"``, the best by
@@ -188,7 +195,7 @@ class Trainer:
 
         Args:
             model: The module, compiled or not; if None, the one of the last run.
-            dataloaders: A loader or a list of them; if None, the module's or datamodule's.
+            dataloaders: A loader, or a dict or list of them; if None, the module's or datamodule's.
             ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`.
             datamodule: An object that has the loaders.
 
@@ -710,7 +717,7 @@ class Trainer:
 
     @property
     def num_training_batches(self) -> int | None:
-        """Training batches per epoch in this process, limits applied; None if the loader has no length."""
+        """Batches of the current training epoch in this process, limits applied; None if the loader has no length."""
         return self.run_state.limits.batches_per_epoch
 
     @property
@@ -722,22 +729,26 @@ class Trainer:
     def estimated_stepping_batches(self) -> int:
         """How many batches of the whole run will update something, if none is skipped and nothing stops it.
 
+        Each epoch is taken to be as long as the run's first. If a later one is not, a warning says so.
+
         Raises:
             MisconfigurationError: If the training loader has no length and ``max_steps`` is not set.
         """
         limits = self.run_state.limits
-        event = events.EstimateSteppingBatches(limits.batches_per_epoch, limits.max_epochs, limits.max_steps)
-        if limits.max_epochs is None or limits.batches_per_epoch is None:
+        batches_per_epoch = limits.first_epoch_batches
+        event = events.EstimateSteppingBatches(batches_per_epoch, limits.max_epochs, limits.max_steps)
+        if limits.max_epochs is None or batches_per_epoch is None:
             if limits.max_steps is not None:
                 return limits.max_steps
             raise MisconfigurationError(
                 "estimated_stepping_batches cannot be known: the run has neither max_steps nor both max_epochs and a training "
                 "loader with a length. Give Trainer(max_steps=...), or limit_train_batches as a whole number."
             )
+        limits.is_estimated = True
         self.signals.estimate_stepping_batches.publish(event)
         batches = event.stepping_batches
         if batches is None:
-            batches = limits.max_epochs * limits.batches_per_epoch
+            batches = limits.max_epochs * batches_per_epoch
         return batches if limits.max_steps is None else min(batches, limits.max_steps)
 
     @property

@@ -110,8 +110,7 @@ class TrainLoop:
             elif stop.epoch_reason is not None:  # requested at a safe point
                 ends_epoch = self.validate_if_due(progress.batch_idx, True)
             elif (batch := batches.fetch()) is END:
-                self.warn_of_no_data(batches)
-                ends_epoch = True
+                ends_epoch = self.end_data(batches)
             else:
                 ends_epoch = self.train_batch(batch, progress.batch_idx + 1, batches.is_last)
             if ends_epoch:
@@ -297,6 +296,17 @@ class TrainLoop:
         return due_at_end and (self.has_all_steps() or self.stop.epoch_reason is not None)
 
     # ------------------------------------------------------------------ ends
+
+    def end_data(self, batches: Batches) -> bool:
+        """Do what is due after an epoch's last batch if it was not known to be the last; return whether the epoch ends."""
+        if self.progress.batch_idx < 0:
+            self.warn_of_no_data(batches)
+            return True
+        if not self.is_last_batch:
+            self.is_last_batch = True
+            if self.signals.train_data_end.listeners:
+                self.signals.train_data_end.publish(events.TrainDataEnd(self.progress.current_epoch))
+        return self.validate_if_due(self.progress.batch_idx, True)
 
     def end_epoch(self, batches: Batches) -> None:
         """End an epoch after its last batch, or after the batch at which it was asked to end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from eventtrain.checks import check_whole_number
+from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.state import RunLimits
 from eventtrain.data.limits import Limit, check_limit
 from eventtrain.errors import MisconfigurationError
@@ -31,6 +31,7 @@ class RunArguments:
     check_val_every_n_epoch: int | None
     num_sanity_val_steps: int
     fast_dev_run: int
+    read_ahead: bool
 
     def __post_init__(self) -> None:
         if not isinstance(self.fast_dev_run, bool):
@@ -40,6 +41,7 @@ class RunArguments:
         for stage, limit in self.batch_limits.items():
             check_limit(limit, limit_name(stage))
         check_interval(self.val_check_interval, self.check_val_every_n_epoch)
+        check_option(self.read_ahead, "Trainer", "read_ahead", (True, False))
         check_whole_number(self.num_sanity_val_steps, "Trainer", "num_sanity_val_steps", least=-1)
         if self.fast_dev_run:
             self.max_epochs, self.max_steps, self.min_epochs, self.min_steps = 1, None, None, None

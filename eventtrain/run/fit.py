@@ -19,8 +19,7 @@ from eventtrain.core.evaluation import EvaluationLoop, step_arguments
 from eventtrain.core.loop import TrainLoop
 from eventtrain.core.state import BatchState
 from eventtrain.core.stepping import Stepping
-from eventtrain.data.limits import check_train_loader
-from eventtrain.errors import EvaluationInterrupted
+from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import FitEnd, FitStart, Stage
 from eventtrain.module.modes import evaluation_mode
 from eventtrain.module.overriding import overridden_method
@@ -61,12 +60,18 @@ class Fit(Run):
         if checkpoint is not None:
             checkpoint = contents.announce(trainer, checkpoint)
         state.loaders = self.loaders
-        loader = self.loaders.loader("train")
-        check_train_loader(loader)
-        self._measure(loader)
+        if not self.loaders.of("train"):
+            raise MisconfigurationError(
+                "There is nothing to train on. Give fit(model, train_dataloaders=...), a datamodule, or define "
+                "train_dataloader in the module."
+            )
+        limits = state.limits
+        limits.first_epoch_batches = self._measure()
+        if checkpoint is not None and checkpoint["data"] and len(checkpoint["ranks"]) + 1 == trainer.world_size:
+            limits.first_epoch_batches = checkpoint["data"].get("first_epoch_batches", limits.first_epoch_batches)
         self._configure_optimizers()
         validate = self._validation()
-        state.loop = loop = self._train_loop(loader, validate)
+        state.loop = loop = self._train_loop(validate)
         if checkpoint is not None:
             contents.restore(trainer, checkpoint)
         with torch.enable_grad():
@@ -75,7 +80,7 @@ class Fit(Run):
             if validate is not None and trainer.arguments.num_sanity_val_steps and checkpoint is None:
                 self._sanity_check()
             try:
-                if state.limits.batches_per_epoch != 0:
+                if trainer.arguments.batch_limits["train"] != 0:
                     loop.train()
             finally:  # workers go before callbacks give back the signals that they have taken over
                 if loop.batches is not None:
@@ -91,15 +96,26 @@ class Fit(Run):
 
     # ------------------------------------------------------------------ what the loop is made of
 
-    def _measure(self, loader: Any) -> None:
-        """Fit the limits to the training loader's length."""
-        limits = self.state.limits
-        limits.batches_per_epoch = self.loaders.length("train", loader)
+    def _measure(self) -> int | None:
+        """Fit the limits to the training loader, whose length may differ in each epoch; return the epoch's batches."""
+        limits, (loader,) = self.state.limits, self.loaders.of("train")
+        limits.batches_per_epoch = batches = self.loaders.length("train", loader)
         limits.val_check_interval = validation_interval(
             self.trainer.arguments.val_check_interval,
-            limits.batches_per_epoch,
-            across_epochs=limits.check_val_every_n_epoch is None,
+            batches,
+            # A later epoch may be too short for a validation in it.
+            across_epochs=limits.check_val_every_n_epoch is None or self.state.loop is not None,
         )
+        if limits.is_estimated and batches != limits.first_epoch_batches:
+            limits.is_estimated = False  # once is enough
+            warnings.warn(
+                f"Epoch {self.state.progress.current_epoch} has {batches} training batches, and "
+                f"trainer.estimated_stepping_batches was computed from {limits.first_epoch_batches}, as in the first epoch. "
+                "A schedule that was built from it ends too early or too late: give it your own number of steps, or "
+                "Trainer(max_steps=...).",
+                stacklevel=2,
+            )
+        return batches
 
     def _configure_optimizers(self) -> None:
         trainer, module, state = self.trainer, self.module, self.state
@@ -118,8 +134,8 @@ class Fit(Run):
             if not automatic:
                 self.steps.keep_out_of_graphs(optimizer)
 
-    def _train_loop(self, loader: Any, validate: Callable[[], Any] | None) -> TrainLoop:
-        module, state = self.module, self.state
+    def _train_loop(self, validate: Callable[[], Any] | None) -> TrainLoop:
+        module, state, (loader,) = self.module, self.state, self.loaders.of("train")
         training_step = self.steps["training_step"]
         takes_index = step_arguments(training_step, 1, most=2) > 1
         closure = None
@@ -140,7 +156,7 @@ class Fit(Run):
             stop=state.stop_request,
             metrics=state.metrics,
             limits=state.limits,
-            open_epoch=partial(self.loaders.open, "train", loader, state.limits.batches_per_epoch),
+            open_epoch=partial(self.loaders.open, "train", loader, self._measure),
             training_step=training_step,
             takes_index=takes_index,
             closure=closure,
@@ -161,7 +177,7 @@ class Fit(Run):
     def _validation(self) -> Callable[[], Any] | None:
         """Return a function that runs a validation; None if there is nothing to validate."""
         module, batch = self.module, self.state.batch
-        if self.trainer.arguments.batch_limits["validation"] == 0 or not self.loaders.passes("validation"):
+        if self.trainer.arguments.batch_limits["validation"] == 0 or not self.loaders.lengths("validation"):
             return None
         if overridden_method(module, "validation_step") is None:
             warnings.warn(

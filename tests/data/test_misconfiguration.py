@@ -14,9 +14,6 @@ CASES: dict[str, Case] = {
     "no loader": Case(
         lambda: fit(data=None), ("nothing to train on", "train_dataloaders=", "train_dataloader"), lambda: fit(data=BATCHES)
     ),
-    "several training loaders": Case(
-        lambda: fit(data=[Stream(2), Stream(2)]), ("several training loaders", "ConcatDataset"), lambda: fit(data=Stream(2))
-    ),
     "a loader that cannot be iterated": Case(
         lambda: fit(data=5), ("training loader", r"5 \(int\)", "DataLoader"), lambda: fit(data=BATCHES)
     ),

@@ -125,6 +125,7 @@ class EvaluationLoop:
             if self.stage == "predict":
                 predictions.append(outputs)
             batch_idx += 1
+        batches.finish()
         metrics.suffix = ""
         return predictions
 

@@ -358,8 +358,8 @@ class TrainLoop:
     def warn_of_no_data(self, batches: Batches) -> None:
         """Warn of an epoch without a single batch; raise if nothing but ``max_steps`` would end the run."""
         message = (
-            f"The training loader ({type(batches.loader).__name__}) gave no batch in epoch {self.progress.current_epoch}. Is "
-            "it an iterator that is used up? Give a loader that can be iterated anew."
+            f"The training loader ({type(batches.loader).__name__}) gave no batch in epoch {self.progress.current_epoch}: "
+            f"nothing was trained. {batches.why_empty()}"
         )
         if self.limits.max_epochs is None:
             raise MisconfigurationError(message)

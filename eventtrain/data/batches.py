@@ -9,8 +9,9 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.core.interfaces import END
+from eventtrain.data.combined import loaders_in
 from eventtrain.data.generators import mark, put_back
-from eventtrain.data.limits import known_length
+from eventtrain.data.limits import known_length, limit_name
 from eventtrain.data.resumable import ResumableCombination, ResumableLoader, describe_loader
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import AfterBatchFetch, BeforeBatchFetch, Stage
@@ -171,8 +172,20 @@ class LoaderPass:
         if self._next() is not END:
             raise MisconfigurationError(
                 f"{type(self.loader).__name__} says that it has {self.length} batches and has more. Correct its __len__, or "
-                f"set limit_{self._stage}_batches={self.length}."
+                f"set {limit_name(self._stage)}={self.length}."
             )
+
+    def why_empty(self) -> str:
+        """Return why the pass may have no batch, and what to write."""
+        loader = next((each for each in loaders_in(self.loader) if known_length(each) == 0), None)
+        if loader is None:
+            return "Is it an iterator that is used up? Give a loader that can be iterated anew."
+        if getattr(loader, "drop_last", False) and (samples := len(loader.dataset)):
+            return (
+                f"Its data set has {samples} samples, fewer than batch_size={loader.batch_size}, and drop_last=True drops "
+                "them. Give a smaller batch_size, or drop_last=False."
+            )
+        return "It has no data: its length is 0."
 
     # ------------------------------------------------------------------ position
 

@@ -24,6 +24,12 @@ MODES: dict[str, Callable[[Iterable[int]], int]] = {
 """The modes, each with the function that gives the number of batches from those of the loaders."""
 
 
+_INSTEAD = (
+    "Instead of a dict of tensors, which is a batch, give [batch] or a dict of DataLoaders; instead of a CombinedLoader, the "
+    "dict or list of its loaders."
+)
+
+
 class CombinedLoader:
     """Several loaders that are read as one. They are not changed.
 
@@ -42,7 +48,8 @@ class CombinedLoader:
         flattened: The loaders as a list.
 
     Raises:
-        MisconfigurationError: If the mode is unknown, if there is no loader, or if one of them is a CombinedLoader.
+        MisconfigurationError: If the mode is unknown, if there is no loader, or if one of them is a tensor or a
+            CombinedLoader.
 
     Example:
         >>> combined = CombinedLoader({"a": range(2), "b": range(3)}, "max_size_cycle")
@@ -65,11 +72,9 @@ class CombinedLoader:
         self._form = _mapped(iterables, number, lambda tree: _is_list(tree) and (tree is iterables or is_several(tree)))
         if not self.flattened:
             raise MisconfigurationError(f"CombinedLoader(iterables={iterables!r}): there is no loader. Give at least one.")
-        if any(isinstance(loader, CombinedLoader) for loader in self.flattened):
-            raise MisconfigurationError(
-                "CombinedLoader(iterables=...): one of the loaders is a CombinedLoader. Give its loaders instead, as a dict or "
-                "list in the place of it."
-            )
+        for loader in self.flattened:
+            if isinstance(loader, (Tensor, CombinedLoader)):
+                raise MisconfigurationError(f"One of several loaders is a {type(loader).__name__}. {_INSTEAD}")
 
     def __len__(self) -> int:
         lengths = [self.limited(loader) for loader in self.flattened]
@@ -194,26 +199,30 @@ def _until_the_longest(parts: Sequence[Part]) -> Generator[list[Any], None, None
 
 def _in_cycles(parts: Sequence[Part]) -> Generator[list[Any], None, None]:
     while True:
-        if all(part.has_ended for part in parts):
+        ended = [part.has_ended for part in parts]
+        if all(ended):
             # Only the longest is asked for one more, as a `for` loop over it does; no other begins anew for nothing.
             longest = max(parts, key=lambda part: part.length or 0)
             if longest.next() is END:
                 return
+            raise MisconfigurationError(
+                f"{type(longest.loader).__name__} says that it has {longest.length} batches and has more. Correct its __len__."
+            )
         batches = []
-        for part in parts:
+        for index, part in enumerate(parts):
             batch = part.next()
             if batch is END:
-                if all(part.has_ended for part in parts):
+                ended[index] = True
+                if all(ended):
                     return
                 part.begin()
                 batch = part.next()
-            if batch is END:
-                raise MisconfigurationError(
-                    f"CombinedLoader(mode='max_size_cycle'): {type(part.loader).__name__} gave no batch, so it cannot start "
-                    "anew until the longest loader ends. Give a loader that has batches and can be iterated again, or "
-                    "another mode."
-                )
             batches.append(batch)
+        if empty := [part for part in parts if part.done == 0]:
+            raise MisconfigurationError(
+                f"CombinedLoader(mode='max_size_cycle'): {type(empty[0].loader).__name__} gave no batch, so it cannot start "
+                "anew until the longest loader ends. Give a loader with batches that can be iterated again, or another mode."
+            )
         yield batches
 
 
@@ -255,8 +264,8 @@ def loaders_in(loader: Any) -> list[Any]:
 def is_several(loaders: Any) -> bool:
     """Return whether a value is a dict, or a list or tuple, of loaders, and not one loader.
 
-    A list is, if each item is a loader, and no batch: an iterable that is no tensor, array, string, set, list or dict, and has no ``to`` as
-    batches have. A list or dict counts as a loader here if all its items do.
+    A list is, if each item is a loader and not a batch: an iterable that is no tensor, array, string, set, list or dict, and
+    has no ``to`` as batches have. A list or dict counts as a loader here if all its items do.
 
     Raises:
         MisconfigurationError: If some items are DataLoaders and others are not loaders.
@@ -306,17 +315,12 @@ def check_loader(loader: Any, stage: str) -> None:
     """Check that a run can read a loader.
 
     Raises:
-        MisconfigurationError: If it cannot be iterated; or if it combines something that may be a batch.
+        MisconfigurationError: If it cannot be iterated, or one of those that it combines.
     """
     for index, each in enumerate(loaders_in(loader)):
-        several = isinstance(loader, CombinedLoader)
-        subject = f"The {'training' if stage == 'train' else stage} loader" + (f" {index} of several" if several else "")
-        if several and isinstance(each, Tensor):
-            raise MisconfigurationError(
-                f"{subject} is a Tensor. A dict of tensors is a batch, and a list of batches is a loader: give [batch]; or a "
-                "dict of DataLoaders."
-            )
         if not isinstance(each, Iterable):
+            several = f" {index} of several" if each is not loader else ""
             raise MisconfigurationError(
-                f"{subject} is {each!r} ({type(each).__name__}), which cannot be iterated. Give a DataLoader."
+                f"The {'training' if stage == 'train' else stage} loader{several} is {each!r} ({type(each).__name__}), which "
+                "cannot be iterated. Give a DataLoader."
             )

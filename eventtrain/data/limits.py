@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from eventtrain.errors import MisconfigurationError
+from eventtrain.events import Stage
 
 Limit = int | float | None
 
@@ -38,6 +39,11 @@ def check_limit(limit: Limit, named: str) -> None:
         raise MisconfigurationError(
             f"{named}={limit!r}: it has to be a whole number of batches, a fraction from 0.0 to 1.0, or None for all."
         )
+
+
+def limit_name(stage: Stage) -> str:
+    """Return the argument of the trainer that limits a stage."""
+    return f"limit_{'val' if stage == 'validation' else stage}_batches"
 
 
 def limited_length(length: int | None, limit: Limit, named: str) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.state import RunLimits
-from eventtrain.data.limits import Limit, check_limit
+from eventtrain.data.limits import Limit, check_limit, limit_name
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 from eventtrain.module.datamodule import LightningDataModule
@@ -67,11 +67,6 @@ class RunArguments:
         for argument, least in (("max_epochs", -1), ("max_steps", -1), ("min_epochs", 0), ("min_steps", 0)):
             if (value := getattr(self, argument)) is not None:
                 check_whole_number(value, "Trainer", argument, least=least)
-
-
-def limit_name(stage: Stage) -> str:
-    """Return the argument of the trainer that limits a stage."""
-    return f"limit_{'val' if stage == 'validation' else stage}_batches"
 
 
 def check_interval(interval: Limit, every_n_epoch: int | None) -> None:

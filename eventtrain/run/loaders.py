@@ -14,14 +14,13 @@ from eventtrain.data.batches import LoaderPass
 from eventtrain.data.combined import CombinedLoader, as_loaders, as_one_loader, check_loader, loaders_in
 from eventtrain.data.device import move_to_device
 from eventtrain.data.generators import generator_states, set_generator_states
-from eventtrain.data.limits import Limit, known_length, limited_length
+from eventtrain.data.limits import Limit, known_length, limit_name, limited_length
 from eventtrain.data.resumable import ResumableCombination, ResumableLoader, set_epoch
 from eventtrain.distributed import Processes
 from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module.datamodule import DataHooks, LightningDataModule
 from eventtrain.module.module import LightningModule
 from eventtrain.module.overriding import overridden
-from eventtrain.run.arguments import limit_name
 
 HOOKS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 LOADER_HOOKS: dict[Stage, str] = dict(zip(get_args(Stage), HOOKS, strict=True))

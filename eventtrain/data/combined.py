@@ -63,7 +63,6 @@ class CombinedLoader:
         self.iterables = iterables
         self.mode = check_option(mode, "CombinedLoader", "mode", tuple(MODES))
         self.flattened: list[Any] = []
-        self.limited: Callable[[Any], int | None] = known_length
 
         def number(loader: Any) -> int:
             self.flattened.append(loader)
@@ -77,7 +76,7 @@ class CombinedLoader:
                 raise MisconfigurationError(f"One of several loaders is a {type(loader).__name__}. {_INSTEAD}")
 
     def __len__(self) -> int:
-        lengths = [self.limited(loader) for loader in self.flattened]
+        lengths = [known_length(loader) for loader in self.flattened]
         if None in lengths:
             raise TypeError("A CombinedLoader has a length if each of its loaders has one.")
         return MODES[self.mode](length for length in lengths if length is not None)
@@ -102,34 +101,21 @@ class CombinedLoader:
     def read_on(self, parts: Sequence[Part]) -> Iterator[tuple[Any, int, int]]:
         """Continue a pass whose parts are at some batch."""
         if self.mode == "sequential":
-            yield from self._one_by_one(parts)
-        else:
-            read = {"min_size": _until_the_shortest, "max_size": _until_the_longest, "max_size_cycle": _in_cycles}[self.mode]
-            for batch_idx, items in enumerate(read(parts)):
-                yield _mapped(self._form, items.__getitem__, _is_list), batch_idx, 0
+            for index, part in enumerate(parts):
+                if not (part.is_open or part.has_ended):
+                    part.begin()
+                while part.is_open and (batch := part.next()) is not END:
+                    yield batch, part.done - 1, index
+            return
+        read = _in_cycles(parts) if self.mode == "max_size_cycle" else _side_by_side(parts, self.mode == "min_size")
+        for batch_idx, batches in enumerate(read):
+            yield _mapped(self._form, batches.__getitem__, _is_list), batch_idx, 0
 
-    def replaced(self, loaders: list[Any], limited: Callable[[Any], int | None]) -> CombinedLoader:
-        """Return a copy with other loaders.
-
-        Args:
-            loaders: The loaders, in the order of :attr:`flattened`.
-            limited: Gives the batches of a loader that are used; None for all of a loader without a length.
-        """
+    def replaced(self, loaders: list[Any]) -> CombinedLoader:
+        """Return a copy with other loaders, in the order of :attr:`flattened`."""
         other = copy.copy(self)
-        other.flattened, other.limited = loaders, limited
+        other.flattened = loaders
         return other
-
-    def _one_by_one(self, parts: Sequence[Part]) -> Iterator[tuple[Any, int, int]]:
-        for index, part in enumerate(parts):
-            if part.has_ended:
-                continue
-            if not part.is_open:
-                part.begin()
-            limit, length = self.limited(part.loader), known_length(part.loader)
-            # A loader that is read in full is asked for one more, as a `for` loop does.
-            while (limit == length or part.done != limit) and (batch := part.next()) is not END:
-                yield batch, part.done - 1, index
-            part.end()
 
 
 class Part:
@@ -165,7 +151,7 @@ class Part:
         """Return the next batch, or END."""
         batch = next(self.iterator, END)
         if batch is END:
-            self.end()
+            self.has_ended, self.is_open = True, False
             return END
         self.done += 1
         if self.done == 1:  # not earlier: a loader may only now know how long it is this time
@@ -173,28 +159,18 @@ class Part:
         self.has_ended |= self.done == self.length
         return batch
 
-    def end(self) -> None:
-        """End, for this pass."""
-        self.has_ended, self.is_open = True, False
-        self.iterator = iter(())
 
-
-def _until_the_shortest(parts: Sequence[Part]) -> Generator[list[Any], None, None]:
+def _side_by_side(parts: Sequence[Part], until_the_shortest: bool) -> Generator[list[Any], None, None]:
     while True:
         batches: list[Any] = []
-        for part in parts:  # as zip does it
-            if (batch := part.next()) is END:
-                return
-            batches.append(batch)
-        yield batches
-
-
-def _until_the_longest(parts: Sequence[Part]) -> Generator[list[Any], None, None]:
-    while True:
-        batches = [part.next() if part.is_open else END for part in parts]
-        if all(batch is END for batch in batches):
+        for part in parts:
+            batch = part.next() if part.is_open else END
+            if batch is END and until_the_shortest:
+                return  # the others are not asked, as in zip
+            batches.append(None if batch is END else batch)
+        if not any(part.is_open for part in parts):
             return
-        yield [None if batch is END else batch for batch in batches]
+        yield batches
 
 
 def _in_cycles(parts: Sequence[Part]) -> Generator[list[Any], None, None]:

@@ -93,15 +93,8 @@ class RunLoaders:
                 self.signals.prepare_loader.publish(event)
                 parts.append(event.loader)
                 dataloader_idx += 1
-            prepared.append(self._combined_anew(stage, loader, parts) if isinstance(loader, CombinedLoader) else parts[0])
+            prepared.append(loader.replaced(parts) if isinstance(loader, CombinedLoader) else parts[0])
         return prepared
-
-    def _combined_anew(self, stage: Stage, loader: CombinedLoader, parts: list[Any]) -> CombinedLoader:
-        # One loader after the other: a limit is one of each of them, as in an evaluation.
-        return loader.replaced(parts, partial(self._limited, stage) if loader.mode == "sequential" else known_length)
-
-    def _limited(self, stage: Stage, loader: Any) -> int | None:
-        return limited_length(known_length(loader), self.batch_limits[stage], limit_name(stage))
 
     def length(self, stage: Stage, loader: Any, most: int | None = None) -> int | None:
         """Return how many batches of a loader are used now; None for all of a loader without a length.
@@ -114,8 +107,7 @@ class RunLoaders:
         Raises:
             MisconfigurationError: If the stage's limit does not fit the loader.
         """
-        is_limited = isinstance(loader, CombinedLoader) and loader.mode == "sequential"
-        length = known_length(loader) if is_limited else self._limited(stage, loader)
+        length = limited_length(known_length(loader), self.batch_limits[stage], limit_name(stage))
         if stage == "train" and length is not None and self.processes.world_size > 1:
             return min(self.processes.gather_for_all(length))  # no process trains on after others have nothing left
         return length if most is None else most if length is None else min(most, length)

@@ -14,10 +14,12 @@ from lightning.pytorch.utilities import CombinedLoader as LightningsCombinedLoad
 from torch import Tensor
 from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
 from eventtrain import CombinedLoader, LightningDataModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
+from eventtrain.callbacks.distributed.data_parallel import DataParallel
+from eventtrain.distributed import SingleProcess
 from tests.kit import Line, ModuleOf, NoLength, On, batches, new_trainer, train
 from tests.resuming import Model, check_all_safe_points
 
@@ -206,8 +208,8 @@ def test_training_reads_each_mode(mode: str, expected: Any, known: bool) -> None
         ("max_size_cycle", 0.75, [[1, 5], [2, 6], [3, 5]]),
         ("min_size", 0.5, [[1, 5]]),
         ("max_size", 0.75, [[1, 5], [2, 6], [3, None]]),
-        ("sequential", 1, [1, 5]),
-        ("sequential", 0.5, [1, 2, 5]),
+        ("sequential", 5, [1, 2, 3, 4, 5]),
+        ("sequential", 0.5, [1, 2, 3]),
     ],
 )
 def test_limits(mode: str, limit: Any, expected: Any) -> None:
@@ -285,7 +287,8 @@ def test_evaluations_read_one_loader_after_the_other(stage: str, form: Any) -> N
     trainer = new_trainer()
     outputs = getattr(trainer, stage)(module, form(loader(1, 2), loader(3)))
     assert module.read == [(1, 0, 0), (2, 1, 0), (3, 0, 1)]
-    assert outputs == ([[1, 2], [3]] if stage == "predict" else [{}, {}])
+    expected: Any = [[1, 2], [3]] if stage == "predict" else [{}, {}]
+    assert outputs == expected
 
 
 def test_metrics_of_a_dict_of_loaders_have_its_indices() -> None:
@@ -451,6 +454,27 @@ def test_each_loader_is_prepared_by_itself_and_none_is_changed() -> None:
     assert prepared == [("train", 0), ("train", 1), ("validation", 0), ("validation", 1)]
     assert module.read[0] == {"a": 1, "b": 3}
     assert len(combined) == 2
+
+
+def test_each_process_reads_its_share_of_each_loader() -> None:
+    class Second(SingleProcess):
+        world_size, global_rank, local_rank = 2, 1, 1
+
+        def overwrite(self, tensors: Any) -> None: ...
+
+    def trained(loaders: Any) -> tuple[list[Any], DataParallel]:
+        parallel = DataParallel(shares_data=True, timeout=None)
+        parallel._processes = Second()  # type: ignore[assignment]
+        module = Reader()
+        keep = On(train_end=lambda trainer, event: states.append(parallel.state_dict()))
+        train(module, loaders, parallel, keep, max_epochs=2)
+        return module.read, parallel
+
+    states: list[Any] = []
+    read, parallel = trained({"a": loader(1, 2, 3, 4), "b": loader(5, 6)})
+    assert read == 2 * [{"a": 2, "b": 6}, {"a": 4, "b": 6}]
+    assert [type(seed) for seed in states[0]["seeds"]] == [int, int]
+    parallel.load_state_dict({"seed": None})  # of an older checkpoint
 
 
 def test_samplers_of_all_loaders_are_told_the_epoch() -> None:

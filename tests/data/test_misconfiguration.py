@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 LOADER = DataLoader(torch.ones(4, 1), batch_size=1)  # type: ignore[arg-type, var-annotated]
+EMPTY_FORMS: list[Any] = [{}, [], (), {"a": {}}]
 EMPTY = DataLoader(torch.ones(3, 1), batch_size=4, drop_last=True)  # type: ignore[arg-type, var-annotated]
 
 
@@ -88,7 +89,7 @@ CASES: dict[str, Case] = {
             ("CombinedLoader", "no loader", "at least one"),
             lambda: fit_any(CombinedLoader([LOADER])),
         )
-        for none in ({}, [], (), {"a": {}})
+        for none in EMPTY_FORMS
     },
     "a dict without loaders": Case(
         lambda: fit_any({}), ("CombinedLoader", "no loader", "at least one"), lambda: fit_any({"a": LOADER})

@@ -19,8 +19,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch.distributed.fsdp import FSDPModule
     from torch.utils.tensorboard import SummaryWriter
 
@@ -129,7 +127,7 @@ def is_profiling() -> bool:
 # ------------------------------------------------------------------ TensorBoard
 
 
-def summary_writer(directory: Path, open_events: Callable[[int | None], Any], purge_step: int | None = None) -> SummaryWriter:
+def summary_writer(directory: object, open_events: Callable[[int | None], Any], purge_step: int | None = None) -> SummaryWriter:
     """Return a ``SummaryWriter`` whose events go to another event writer than TensorBoard's.
 
     TensorBoard's event writer writes in a thread, which a full disk ends. Missing: an argument for the event writer.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from fsspec import filesystem  # type: ignore[import-untyped]
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +21,13 @@ def _plain_torch() -> None:
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test in its own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def store() -> Iterator[str]:
+    """Return a folder of fsspec's store in memory that only this test uses."""
+    folder = f"memory://{uuid.uuid4().hex}"
+    yield folder
+    memory = filesystem("memory")
+    if memory.exists(folder):
+        memory.rm(folder, recursive=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import string
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from eventtrain.checkpoint import storage
 from eventtrain.errors import MisconfigurationError
+from eventtrain.paths import AnyPath, RemotePath
 
 SUFFIX = ".ckpt"
 LAST, PREVIOUS = f"last{SUFFIX}", f"previous{SUFFIX}"
@@ -25,7 +24,7 @@ class CheckpointFolder:
         path: The folder.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
 
     def prepare(self, surplus: Iterable[str]) -> None:
@@ -62,17 +61,18 @@ class CheckpointFolder:
         for name in surplus:
             (self.path / name).unlink(missing_ok=True)
 
-    def newest(self) -> list[Path]:
-        """Return the files, newest first. A file with two names is listed once."""
-        files: dict[tuple[int, int], Path] = {}
-        for path in sorted(self.path.glob(f"*{SUFFIX}"), key=lambda path: path.name != LAST):
+    def newest(self) -> list[AnyPath]:
+        """Return the files, newest first. A file with two names is listed once; a remote store has two files then."""
+        files: dict[Any, AnyPath] = {}
+        paths: list[AnyPath] = list(self.path.glob(f"*{SUFFIX}"))
+        for path in sorted(paths, key=lambda path: path.name != LAST):
             if path.is_file():
-                status = path.stat()
-                files.setdefault((status.st_dev, status.st_ino), path)
+                status = None if isinstance(path, RemotePath) else path.stat()
+                files.setdefault(path if status is None else (status.st_dev, status.st_ino), path)
         return sorted(files.values(), key=storage.written_at, reverse=True)
 
 
-def link(path: Path, new: Path, *, previous: Path | None = None) -> None:
+def link(path: AnyPath, new: AnyPath, *, previous: AnyPath | None = None) -> None:
     """Give a checkpoint a second name, without a second copy if the file system has hard links.
 
     Args:
@@ -86,12 +86,10 @@ def link(path: Path, new: Path, *, previous: Path | None = None) -> None:
     with storage.renamed_to(new, previous) as temporary:
         temporary.unlink(missing_ok=True)
         try:
-            os.link(path, temporary)
+            temporary.hardlink_to(path)
         except OSError:
-            with open(path, "rb") as source, open(temporary, "wb") as file:
+            with path.open("rb") as source, storage.writing(temporary) as file:
                 shutil.copyfileobj(source, file)
-                file.flush()
-                os.fsync(file.fileno())
 
 
 def file_name(template: str, values: Mapping[str, Any]) -> str:

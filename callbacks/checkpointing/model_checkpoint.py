@@ -16,6 +16,7 @@ from eventtrain.callback import Callback
 from eventtrain.callbacks.checkpointing.folder import LAST, CheckpointFolder, check_template, file_name
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
+from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
 from eventtrain.errors import MisconfigurationError
@@ -28,7 +29,7 @@ from eventtrain.events import (
     TakeCheckpoint,
     Teardown,
 )
-from eventtrain.metrics.watched import WatchedMetric
+from eventtrain.paths import AnyPath, check_path
 from eventtrain.trainer import Trainer
 
 
@@ -48,7 +49,8 @@ class ModelCheckpoint(Callback):
     :meth:`file_name_values` for other names. A ``fast_dev_run`` writes nothing.
 
     Args:
-        dirpath: The folder, relative to the trainer's ``default_root_dir``. One run at a time writes there.
+        dirpath: The folder, relative to the trainer's ``default_root_dir``, or one with a protocol of fsspec, such as
+            ``"s3://bucket/run"``. One run at a time writes there.
         filename: The names, such as ``"{epoch}-{step}-{val_loss:.3f}"``, which gives ``epoch=3-step=99-val_loss=0.123.ckpt``.
             Besides ``epoch`` and ``step`` any name in ``trainer.callback_metrics``. None for ``"{epoch}-{step}"``.
         every_n_steps: Updates between two checkpoints.
@@ -102,7 +104,7 @@ class ModelCheckpoint(Callback):
         check_whole_number(save_top_k, "ModelCheckpoint", "save_top_k", least=-1)
         if save_top_k == 0 and not save_last:
             raise MisconfigurationError("ModelCheckpoint(save_top_k=0, save_last=False) keeps no file. Change one of the two.")
-        self.dirpath = Path(dirpath).expanduser()
+        self.dirpath = check_path(dirpath, "ModelCheckpoint", "dirpath")
         self.filename = check_template("{epoch}-{step}" if filename is None else filename, "ModelCheckpoint")
         self.every_n_steps, self.every_n_epochs, self.every_n_minutes = every_n_steps, every_n_epochs, every_n_minutes
         self.monitor, self.mode = monitor, mode
@@ -118,7 +120,7 @@ class ModelCheckpoint(Callback):
         self._top = TopK(self.save_top_k, self.mode if self.monitor is not None else None)
         self._reached: tuple[int, ...] | None = None  # the last safe point
         self._saved: tuple[int, ...] | None = None  # the safe point of the last checkpoint
-        self._path: Path | None = None  # its file
+        self._path: AnyPath | None = None  # its file
         self._steps = self._validations = 0  # the counters at that safe point
         self._time = time.monotonic()
         self._metric = (
@@ -169,15 +171,15 @@ class ModelCheckpoint(Callback):
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         if event.stage == "fit":
             self._begin()
-            self._folder = CheckpointFolder(Path(trainer.default_root_dir) / self.dirpath)
+            self._folder = CheckpointFolder(trainer.root / self.dirpath)
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         if trainer.fast_dev_run:
             return
         for other in trainer.callbacks:
-            if isinstance(other, ModelCheckpoint) and other is not self and other.dirpath == self.dirpath:
+            if isinstance(other, ModelCheckpoint) and other is not self and other._folder.path == self._folder.path:
                 raise MisconfigurationError(
-                    f"Two ModelCheckpoints write to {os.fspath(self.dirpath)!r}, and each would delete the files of the other. "
+                    f"Two ModelCheckpoints write to {str(self.dirpath)!r}, and each would delete the files of the other. "
                     "Give each of them another dirpath."
                 )
         # Without the weights: those of a lazy module do not exist yet, and will when they are written.
@@ -189,7 +191,7 @@ class ModelCheckpoint(Callback):
                 self._folder.prepare(self._top.surplus)
             except OSError as error:
                 raise MisconfigurationError(
-                    f"ModelCheckpoint(dirpath={os.fspath(self.dirpath)!r}): nothing can be written there: "
+                    f"ModelCheckpoint(dirpath={str(self.dirpath)!r}): nothing can be written there: "
                     f"{storage.first_line(error)}. Give another directory."
                 ) from error
         self._top.surplus.clear()
@@ -217,16 +219,17 @@ class ModelCheckpoint(Callback):
             if self._saved != place or self._path is None:
                 self._save(trainer, ranked=False)
             self.wait(trainer)
-            event.path = None if self._path is None else os.fspath(self._path)
+            event.path = None if self._path is None else str(self._path)
 
     def on_find_checkpoint(self, trainer: Trainer, event: FindCheckpoint) -> None:
-        self._folder = CheckpointFolder(Path(trainer.default_root_dir) / self.dirpath)
+        self._folder = CheckpointFolder(trainer.root / self.dirpath)
         self.wait(trainer)
         if event.which == "last":
             event.offer(*self._folder.newest())
-        elif self.monitor is None:
+        elif self.monitor is None or event.is_best_of_fit:
             event.offer(*self._best())
-        else:  # before the files of listeners that monitor no metric
+        else:  # before the files of listeners that monitor no metric, after those of the first that does
+            event.is_best_of_fit = bool(self.kept)
             event.paths = [*self._best(), *(event.paths or ())]
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
@@ -327,11 +330,11 @@ class ModelCheckpoint(Callback):
         else:
             assert self._path is not None
             self._top.surplus.clear()
-            trainer.signals.checkpoint_saved.publish(CheckpointSaved(os.fspath(self._path)))
+            trainer.signals.checkpoint_saved.publish(CheckpointSaved(str(self._path)))
 
     # ------------------------------------------------------------------ the files
 
-    def _best(self) -> list[Path]:
+    def _best(self) -> list[AnyPath]:
         """Return the kept files, best first. If this process has kept none, its newest checkpoint names them."""
         if not self.kept and (content := storage.read_first(self._folder.newest())[1]) is not None:
             self._top.scores = dict(content["callbacks"].get(self.state_key, {}).get("kept", {}))
@@ -345,7 +348,7 @@ class ModelCheckpoint(Callback):
     @property
     def best_model_path(self) -> str:
         """The best file of the run, or without ``monitor`` the newest; empty if there is none."""
-        return next((os.fspath(path) for path in self._best()), "")
+        return next((str(path) for path in self._best()), "")
 
     @property
     def best_model_score(self) -> float | None:
@@ -355,7 +358,7 @@ class ModelCheckpoint(Callback):
     @property
     def last_model_path(self) -> str:
         """The newest file in the folder; empty if there is none."""
-        return next((os.fspath(path) for path in self._folder.newest()), "")
+        return next((str(path) for path in self._folder.newest()), "")
 
     # ------------------------------------------------------------------ state
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.distributed.data_parallel import DataParallel
-from eventtrain.callbacks.distributed.sharded_checkpoint import KEY, Shards
+from eventtrain.callbacks.distributed.sharded_checkpoint import KEY, Shards, refuse_remote_places
 from eventtrain.callbacks.distributed.sharded_module import drop_gradients, held_gradients, hold_gradients, reshard, units
 from eventtrain.callbacks.distributed.sharded_tensors import Placement, ShardedProcesses, part_of
 from eventtrain.distributed import SingleProcess
@@ -29,6 +29,8 @@ from eventtrain.events import (
     ReduceGradients,
     Setup,
 )
+from eventtrain.hints import check_names
+from eventtrain.paths import check_path
 from eventtrain.trainer import Trainer
 
 CALL = "_call_step"
@@ -115,6 +117,8 @@ class FullyShardedDataParallel(DataParallel, Callback):
                 "module's children."
             )
         self.units = None if units is None else tuple(units)
+        known = list(inspect.signature(fully_shard).parameters)[1:]
+        check_names("FullyShardedDataParallel", options, ["units", "shares_data", "timeout", *known])
         self.options = options
         self._mesh: DeviceMesh | None = None
         self._shards: Shards | None = None
@@ -134,7 +138,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
     # ------------------------------------------------------------------ the beginning of a run
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
-        root = Path(trainer.default_root_dir) / "checkpoints" / KEY
+        root = trainer.root / "checkpoints" / KEY
         self._shards = Shards(root, self._processes or SingleProcess())
         if self._processes is None:
             return
@@ -153,6 +157,8 @@ class FullyShardedDataParallel(DataParallel, Callback):
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         super().on_fit_start(trainer, event)
+        if self._processes is not None:
+            refuse_remote_places(trainer)
         for callback in trainer.callbacks if self._processes is not None else ():
             name = type(callback).__name__
             if getattr(callback, "scaler", None) is not None:
@@ -218,7 +224,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
 
     def on_checkpoint_saved(self, trainer: Trainer, event: CheckpointSaved) -> None:
         if self._shards is not None and trainer.is_global_zero:
-            self._shards.clear(Path(event.path))
+            self._shards.clear(check_path(event.path, "FullyShardedDataParallel", "path"))
 
     def on_checkpoint_read(self, trainer: Trainer, event: CheckpointRead) -> None:
         assert self._shards is not None

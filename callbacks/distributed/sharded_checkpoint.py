@@ -29,9 +29,11 @@ from eventtrain.callbacks.distributed.sharded_tensors import (
     map_tensors,
     shard_dim,
 )
-from eventtrain.checkpoint.storage import first_line
+from eventtrain.checkpoint.storage import first_line, without_tensors
 from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
+from eventtrain.paths import AnyPath, RemotePath, check_path
+from eventtrain.trainer import Trainer
 
 KEY = "shards"
 """The key of a checkpoint under which it names its sharded tensors; also the name of the folder that holds them."""
@@ -52,8 +54,8 @@ class Shards:
         used: The names of the folders that this run has written or read.
     """
 
-    def __init__(self, root: Path, processes: Processes) -> None:
-        self.root = root
+    def __init__(self, root: AnyPath, processes: Processes) -> None:
+        self.root: Any = root
         self.processes = processes
         self.used: set[str] = set()
 
@@ -154,7 +156,7 @@ class Shards:
             load({**tensors, **more}, storage_reader=reader, no_dist=self.processes.world_size == 1)
         return tensors, {key.removeprefix(prefix): tensor for key, tensor in more.items()}
 
-    def clear(self, saved: Path) -> None:
+    def clear(self, saved: AnyPath) -> None:
         """Remove folders that no checkpoint refers to any more.
 
         Args:
@@ -162,13 +164,13 @@ class Shards:
         """
         if not self.root.is_dir():
             return
-        folder_of_files = saved.absolute().parent
+        folder_of_files: Any = saved.absolute().parent
         referred = {referred_by(path) for path in {saved, *folder_of_files.glob(CHECKPOINTS)}}
         for folder in [each for each in self.root.iterdir() if each.is_dir()]:
-            owner = Path(text) if (text := owner_of(folder)) else None
+            owner = check_path(text, "FullyShardedDataParallel", OWNER) if (text := owner_of(folder)) else None
             if folder.name in referred:
                 if owner is None:
-                    (folder / OWNER).write_text(os.fspath(saved.absolute()))
+                    (folder / OWNER).write_text(str(saved.absolute()))
             elif owner is not None:
                 # The owner may have another suffix, so it was not among the files above.
                 if owner.parent == folder_of_files and referred_by(owner) != folder.name:
@@ -182,11 +184,26 @@ class Shards:
         return {referred_by(path) for path in self.root.parent.parent.rglob(CHECKPOINTS)}
 
 
-def referred_by(path: Path) -> str | None:
+def refuse_remote_places(trainer: Trainer) -> None:
+    """Refuse to put checkpoints into a remote store, before the run: torch writes sharded tensors to a folder.
+
+    Raises:
+        MisconfigurationError: If the trainer's directory, or that of a callback that writes checkpoints, is remote.
+    """
+    keeping = [callback for callback in trainer.callbacks if hasattr(callback, "on_take_checkpoint")]
+    places = {f"{type(each).__name__}(dirpath=": getattr(each, "dirpath", None) for each in keeping}
+    for argument, place in {"Trainer(default_root_dir=": trainer.root, **places}.items():
+        if isinstance(place, RemotePath):
+            raise MisconfigurationError(
+                f"{argument}{str(place)!r}): FullyShardedDataParallel writes each process's tensors to a folder. Give one that "
+                "all processes see, and copy it to the store afterwards."
+            )
+
+
+def referred_by(path: AnyPath) -> str | None:
     """Return the name of the folder that holds a checkpoint's sharded tensors; None if the file names none, or is damaged."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return str(content[KEY]["name"])
+        return str(without_tensors(path)[KEY]["name"])
     except Exception:
         return None
 

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from eventtrain.callbacks.loggers.run_files import RunFile
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.data.device import move_to_device
 from eventtrain.module.modes import restore_modes
+from eventtrain.paths import AnyPath
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -50,7 +50,7 @@ class EventFile:
         OSError: If the file cannot be opened.
     """
 
-    def __init__(self, directory: Path, owner: str, purge_step: int | None = None) -> None:
+    def __init__(self, directory: AnyPath, owner: str, purge_step: int | None = None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
         from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
@@ -81,11 +81,11 @@ class EventFile:
         """
         self._records.write(event.SerializeToString())
         if time.monotonic() - self._flushed > FLUSH_INTERVAL:
-            self.flush()
+            self.flush(now=False)
 
-    def flush(self) -> None:
-        """Write the buffer to disk."""
-        self._file.flush()
+    def flush(self, *, now: bool = True) -> None:
+        """Write the buffer to disk, see :meth:`RunFile.flush`."""
+        self._file.flush(now=now)
         self._flushed = time.monotonic()
 
     def close(self) -> None:
@@ -93,22 +93,23 @@ class EventFile:
         self._file.close()
 
 
-def event_files(directory: Path) -> list[Path]:
+def event_files(directory: AnyPath) -> list[Any]:
     """Return a directory's event files, as :class:`EventFile` names them."""
     return [path for path in directory.glob("events.out.tfevents.*") if EVENT_FILE.match(path.name)]
 
 
-def event_file_stamps(directory: Path) -> list[int]:
+def event_file_stamps(directory: AnyPath) -> list[int]:
     """Return the seconds in the names of a directory's event files."""
     matches = (EVENT_FILE.match(path.name) for path in event_files(directory))
     return [int(match.group(1)) for match in matches if match]
 
 
-def cut_off(directory: Path, lengths: Mapping[str, int]) -> None:
+def cut_off(directory: AnyPath, owner: str, lengths: Mapping[str, int]) -> None:
     """Take everything out of a directory's event files that was written after a checkpoint.
 
     Args:
         directory: The run's directory.
+        owner: The name of the logger, for the warning.
         lengths: The length in bytes of each file at the checkpoint, by its name. Other files are removed.
 
     Raises:
@@ -118,10 +119,10 @@ def cut_off(directory: Path, lengths: Mapping[str, int]) -> None:
         if path.name not in lengths:
             path.unlink()
         elif path.stat().st_size > lengths[path.name]:
-            os.truncate(path, lengths[path.name])
+            RunFile(path, owner, lengths[path.name]).close()
 
 
-def open_writer(directory: Path, owner: str, purge_step: int | None = None) -> SummaryWriter:
+def open_writer(directory: AnyPath, owner: str, purge_step: int | None = None) -> SummaryWriter:
     """Return a ``SummaryWriter`` whose events go to an :class:`EventFile`.
 
     Args:

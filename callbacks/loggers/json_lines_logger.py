@@ -13,6 +13,7 @@ from eventtrain.callback import Callback
 from eventtrain.callbacks.loggers.run_files import RunFile, new_file, portable, refusing_bad_places
 from eventtrain.checks import check_whole_number
 from eventtrain.events import FitStart, MetricsLogged, Setup, Teardown
+from eventtrain.paths import AnyPath, check_path
 from eventtrain.trainer import Trainer
 
 
@@ -22,7 +23,8 @@ class JSONLinesLogger(Callback):
 
     Listens to ``metrics_logged``, ``setup``, ``fit_start`` and ``teardown``. A line holds ``time`` (seconds since 1970),
     ``stage``, ``scope``, ``step`` and ``epoch``, then each value under its name. A value whose name is one of these five is
-    written as ``logged/<name>``. JSON has no numbers that are not finite: they are the strings ``"nan"``, ``"inf"`` and
+    written as ``logged/<name>``. For values that a validation or test logs on step, which are all written, ``step`` is the
+    count of evaluation batches. JSON has no numbers that are not finite: they are the strings ``"nan"``, ``"inf"`` and
     ``"-inf"``, which ``float`` accepts. A line is written as a whole, so that a reader never sees half of one. Override
     :meth:`is_due` for another cadence.
 
@@ -34,7 +36,7 @@ class JSONLinesLogger(Callback):
     Args:
         path: The file; relative to the trainer's ``default_root_dir``. If it exists, the run's file is
             ``<stem>-<n><suffix>``, with the first free number.
-        log_every_n_steps: Updates between two lines of values that were logged on step.
+        log_every_n_steps: Updates between two lines of values that training logged on step.
 
     Attributes:
         run_path: The file of the current run, or of the last one. It is None before the first ``fit_start``, in a
@@ -53,11 +55,11 @@ class JSONLinesLogger(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str] = "metrics.jsonl", *, log_every_n_steps: int = 50) -> None:
-        self.path = Path(path)
+        self.path = check_path(path, "JSONLinesLogger", "path")
         self.log_every_n_steps = check_whole_number(log_every_n_steps, "JSONLinesLogger", "log_every_n_steps", least=1)
-        self.run_path: Path | None = None
+        self.run_path: AnyPath | None = None
         self._position = 0  # the length in bytes of this run's part of the file at run_path
-        self._root = "."
+        self._root: AnyPath = Path(".")
         self._file: RunFile | None = None
 
     def is_due(self, global_step: int) -> bool:
@@ -78,7 +80,7 @@ class JSONLinesLogger(Callback):
     # ------------------------------------------------------------------ events
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
-        self._root = trainer.default_root_dir
+        self._root = trainer.root
         if event.stage == "fit":
             self.run_path, self._position = None, 0  # a checkpoint may bring other ones before fit_start
         elif event.stage != "predict":
@@ -88,7 +90,7 @@ class JSONLinesLogger(Callback):
         self._open(trainer)
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
-        if event.scope == "step" and not self.is_due(event.step):
+        if event.scope == "step" and event.stage == "train" and not self.is_due(event.step):
             return
         if self._file is None or not event.metrics:
             return
@@ -96,7 +98,7 @@ class JSONLinesLogger(Callback):
         record["epoch"] = trainer.current_epoch
         record |= {f"logged/{name}" if name in record else name: number(value) for name, value in event.metrics.items()}
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self._file.flush(now=False)
         self._position = self._file.position
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
@@ -107,16 +109,18 @@ class JSONLinesLogger(Callback):
     def _open(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:
             with refusing_bad_places("JSONLinesLogger", "path"):
-                self.run_path = self.run_path or new_file(Path(trainer.default_root_dir) / self.path)
+                self.run_path = self.run_path or new_file(trainer.root / self.path)
                 self._file = RunFile(self.run_path, "JSONLinesLogger", self._position)
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
+        if self._file is not None:
+            self._file.flush()  # a run that resumes here does not write these lines again
         return {"path": portable(self.run_path, self._root), "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        path = state["path"] and Path(self._root) / state["path"]
+        path = state["path"] and self._root / check_path(state["path"], "JSONLinesLogger", "path")
         if path and path.is_file():
             self.run_path, self._position = path, state["position"]
 

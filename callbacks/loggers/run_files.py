@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import platform
 import re
 import socket
 import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eventtrain.errors import MisconfigurationError
+from eventtrain.paths import AnyPath, RemotePath
 from eventtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -24,17 +28,18 @@ if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
 
 MOST_TEXT = 20_000  # characters of a module's text that are written
+SEND_INTERVAL = 60.0  # seconds after which a file goes to a remote store again
 
 # ------------------------------------------------------------------ a place for each run
 
 
-def next_version(parent: Path) -> Path:
+def next_version(parent: AnyPath) -> AnyPath:
     """Return the first free ``version_<n>`` in a directory, after the largest number in use."""
     taken = [int(m.group(1)) for child in parent.glob("version_*") if (m := re.fullmatch(r"version_(\d+)", child.name))]
     return parent / f"version_{max(taken, default=-1) + 1}"
 
 
-def new_version(parent: Path) -> Path:
+def new_version(parent: AnyPath) -> AnyPath:
     """Make the directory of :func:`next_version`. Runs that begin at the same time get different ones."""
     parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -44,19 +49,22 @@ def new_version(parent: Path) -> Path:
             return directory
 
 
-def new_file(path: Path) -> Path:
+def new_file(path: AnyPath) -> AnyPath:
     """Make a new empty file for the caller: at the path, or at ``<stem>-<n><suffix>`` if the path exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     candidate, number = path, 0
     while True:
         with contextlib.suppress(FileExistsError):
             candidate.touch(exist_ok=False)
             return candidate
         number += 1
-        candidate = path.with_stem(f"{path.stem}-{number}")
+        name = Path(path.name)
+        candidate = path.with_name(f"{name.stem}-{number}{name.suffix}")
 
 
-def portable(path: Path | None, root: str) -> str | None:
+def portable(path: AnyPath | None, root: AnyPath) -> str | None:
     """Return a path in the form for checkpoints: relative to the run's root if it lies below it, so that the tree can move.
 
     Args:
@@ -65,7 +73,9 @@ def portable(path: Path | None, root: str) -> str | None:
     """
     if path is None:
         return None
-    full, base = path.resolve(), Path(root).resolve()
+    if isinstance(path, RemotePath):
+        return str(path).removeprefix(f"{root}/")
+    full, base = path.resolve(), Path(str(root)).resolve()
     return (full.relative_to(base) if full.is_relative_to(base) else full).as_posix()
 
 
@@ -87,8 +97,23 @@ def refusing_bad_places(owner: str, argument: str) -> Generator[None, None, None
         yield
     except OSError as error:
         raise MisconfigurationError(
-            f"{owner} cannot write to {error.filename}: {error.strerror}. Give a {argument} that can be written to."
+            f"{owner} cannot write to {error.filename or argument}: {error.strerror or error}. Give a {argument} that can be "
+            "written to."
         ) from error
+
+
+def local_copy(path: RemotePath) -> Any:
+    """Return a temporary file with the content of a file in a remote store, which is made if there is none.
+
+    Most stores cannot append to a file.
+    """
+    if not path.exists():
+        path.touch()
+    with contextlib.ExitStack() as on_error:
+        file = on_error.enter_context(tempfile.NamedTemporaryFile())
+        path.get(file.name)
+        on_error.pop_all()
+    return file
 
 
 class RunFile:
@@ -109,16 +134,17 @@ class RunFile:
         position: The file's length in bytes, as of the last flush that succeeded.
     """
 
-    def __init__(self, path: Path, owner: str, position: int | None = None) -> None:
+    def __init__(self, path: AnyPath, owner: str, position: int | None = None) -> None:
         self.path = path.absolute()  # the program may change its directory
         self.owner = owner
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
+        file: Any = path.open("ab") if isinstance(path, Path) else local_copy(path)
         self.position = file.seek(0, os.SEEK_END)
         if position is not None and position < self.position:
             file.truncate(position)
             self.position = file.seek(0, os.SEEK_END)
         self._file: Any = file
+        self._sent = time.monotonic()
 
     def write(self, data: bytes) -> None:
         """Append to a buffer, which :meth:`flush` writes."""
@@ -128,12 +154,16 @@ class RunFile:
             except OSError as error:
                 self._give_up(error)
 
-    def flush(self) -> None:
-        """Write the buffer to disk."""
+    def flush(self, *, now: bool = True) -> None:
+        """Write the buffer to disk. A file in a remote store is replaced as a whole; without ``now`` once in a minute."""
         if self._file is not None:
             try:
                 self._file.flush()
-                os.stat(self.path)  # a file that was removed accepts writes without an error
+                if isinstance(self.path, Path):
+                    self.path.stat()  # a file that was removed accepts writes without an error
+                elif now or time.monotonic() - self._sent > SEND_INTERVAL:
+                    self.path.put(self._file.name)
+                    self._sent = time.monotonic()
                 self.position = self._file.tell()
             except OSError as error:
                 self._give_up(error)
@@ -150,7 +180,7 @@ class RunFile:
         with contextlib.suppress(OSError):  # its buffer can't be written either
             file.close()
         warnings.warn(
-            f"{self.owner} has stopped writing: {self.path} cannot be written to any more ({error.strerror}). The run "
+            f"{self.owner} has stopped writing: {self.path} cannot be written to any more ({error.strerror or error}). The run "
             "continues, and nothing more is logged there.",
             stacklevel=3,
         )

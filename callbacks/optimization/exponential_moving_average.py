@@ -14,9 +14,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from eventtrain._torch import tensors_of
 from eventtrain.callback import Callback
 from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.weights import load_weights
 from eventtrain.checks import check_number, check_option
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import AfterUpdate, LoadCheckpoint, SaveCheckpoint, Setup, Teardown, ValidationStart
+from eventtrain.paths import check_path
 from eventtrain.trainer import Trainer
 
 
@@ -178,14 +180,14 @@ class ExponentialMovingAverage(Callback):
         Raises:
             MisconfigurationError: If the file cannot be read, or has no averages of such a module.
         """
-        content = storage.read(path)
+        content = storage.read(check_path(path, f"{cls.__name__}.load_into", "path"))
         states = content.get("callbacks", {})
         if cls.__qualname__ not in states:
             raise MisconfigurationError(
-                f"{os.fspath(path)} has no averages of {cls.__qualname__}, only the state of {sorted(states)}. Call load_into "
+                f"{path} has no averages of {cls.__qualname__}, only the state of {sorted(states)}. Call load_into "
                 "of the class that was attached, or load the raw weights with load_from_checkpoint."
             )
-        module.load_state_dict(content["state_dict"])
+        load_weights(module, content, path)
         copy_averages(states[cls.__qualname__]["averages"], module)
 
     def on_load_checkpoint(self, trainer: Trainer, event: LoadCheckpoint) -> None:

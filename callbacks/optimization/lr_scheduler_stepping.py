@@ -8,8 +8,8 @@ from typing import Any
 from torch.optim.lr_scheduler import OneCycleLR
 
 from eventtrain.callback import Callback, on_demand
+from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.events import AfterUpdate, FitStart, MetricsLogged, Setup, TrainBatchEnd, TrainDataEnd, ValidationEnd
-from eventtrain.metrics.watched import WatchedMetric
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
 from eventtrain.trainer import Trainer
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from eventtrain.callback import Callback
 from eventtrain.callbacks.profiling.timeline import Recorder, plain
+from eventtrain.checkpoint import storage
 from eventtrain.checks import check_whole_number
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
@@ -25,6 +25,7 @@ from eventtrain.events import (
     Teardown,
     TrainStart,
 )
+from eventtrain.paths import AnyPath, check_path
 from eventtrain.trainer import Trainer
 
 WARM_UP = 2  # windows that allocate, compile and fill caches
@@ -80,7 +81,7 @@ class EventTimeline(Callback):
         clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self.steps = None if steps is None else check_steps(steps)
-        self.dirpath = Path(dirpath)
+        self.dirpath = check_path(dirpath, "EventTimeline", "dirpath")
         self.evaluation_batches = check_whole_number(evaluation_batches, "EventTimeline", "evaluation_batches", least=1)
         self.max_events = check_whole_number(max_events, "EventTimeline", "max_events", least=1)
         self.clock = clock
@@ -91,7 +92,7 @@ class EventTimeline(Callback):
         self._first_step = 0
         self._fetched = 0
         self._error = ""
-        self._paths: tuple[Path, Path] | None = None
+        self._paths: tuple[AnyPath, AnyPath] | None = None
 
     def is_due(self, global_step: int) -> bool:
         """Return whether a step is recorded: the policy to override.
@@ -106,7 +107,7 @@ class EventTimeline(Callback):
             return global_step in self.steps
         return WARM_UP <= global_step - self._first_step < WARM_UP + WINDOWS
 
-    def write(self) -> tuple[Path, Path]:
+    def write(self) -> tuple[AnyPath, AnyPath]:
         """Write the recording of the current run, or of the last one. The files of that run are replaced.
 
         Returns:
@@ -127,7 +128,8 @@ class EventTimeline(Callback):
         if self._paths is None:
             self._paths = free_paths(self._directory(trainer))
         for path, text in zip(self._paths, (page, trace), strict=True):
-            path.write_text(text, encoding="utf-8")
+            with storage.writing(path) as file:
+                file.write(text.encode())
         return self._paths
 
     # ------------------------------------------------------------------ events
@@ -225,8 +227,8 @@ class EventTimeline(Callback):
             notes.append(f"The run was ended by {self._error}")
         return notes
 
-    def _directory(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / self.dirpath
+    def _directory(self, trainer: Trainer) -> AnyPath:
+        return trainer.root / self.dirpath
 
 
 def check_steps(steps: Iterable[int] | int) -> range | frozenset[int]:
@@ -250,7 +252,7 @@ def check_steps(steps: Iterable[int] | int) -> range | frozenset[int]:
     return steps if isinstance(steps, range) else frozenset(ends)
 
 
-def check_writable(directory: Path, dirpath: Path) -> None:
+def check_writable(directory: AnyPath, dirpath: AnyPath) -> None:
     """Make a directory and check that files can be written to it.
 
     Args:
@@ -262,15 +264,16 @@ def check_writable(directory: Path, dirpath: Path) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        trial = directory / f".{uuid.uuid4().hex}"
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise MisconfigurationError(
             f"EventTimeline(dirpath={str(dirpath)!r}) cannot be written to: {error}. Give another directory."
         ) from error
 
 
-def free_paths(directory: Path) -> tuple[Path, Path]:
+def free_paths(directory: AnyPath) -> tuple[AnyPath, AnyPath]:
     """Create an empty page under the number after the largest that is taken.
 
     Args:
@@ -284,7 +287,7 @@ def free_paths(directory: Path) -> tuple[Path, Path]:
     while True:
         page, trace = (directory / f"timeline-{number}.{kind}" for kind in ("html", "json"))
         try:
-            page.open("x").close()
+            page.touch(exist_ok=False)
             return page, trace
         except FileExistsError:  # another run has taken it since
             number += 1

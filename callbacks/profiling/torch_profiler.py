@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from eventtrain import _torch
 from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.profiling.spans import Label, Span, Spans
+from eventtrain.checkpoint import storage
 from eventtrain.checks import check_whole_number
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
@@ -34,6 +34,7 @@ from eventtrain.events import (
     ValidationEnd,
     ValidationStart,
 )
+from eventtrain.paths import AnyPath, check_path
 from eventtrain.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class TorchProfiler(Callback):
         row_limit: int = 20,
         print_summary: bool = True,
     ) -> None:
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath = None if dirpath is None else check_path(dirpath, "TorchProfiler", "dirpath")
         self.wait = check_whole_number(wait, "TorchProfiler", "wait")
         self.warmup = check_whole_number(warmup, "TorchProfiler", "warmup")
         self.active = check_whole_number(active, "TorchProfiler", "active", least=1)
@@ -125,7 +126,7 @@ class TorchProfiler(Callback):
         self.sort_by = sort_by
         self.row_limit = check_whole_number(row_limit, "TorchProfiler", "row_limit", least=1)
         self.print_summary = print_summary
-        self.traces: list[Path] = []
+        self.traces: list[AnyPath] = []
         self._trainer: Trainer | None = None
         self._begin_run()
 
@@ -294,15 +295,16 @@ class TorchProfiler(Callback):
         if not self._trainer.fast_dev_run:
             # The form of name that TensorBoard's plugin looks for: who, when, and this suffix.
             trace = self._directory(self._trainer) / f"{self._trainer.stage}.{time.time_ns()}.pt.trace.json"
-            profile.export_chrome_trace(str(trace))
+            with storage.writing(trace) as file:
+                profile.export_chrome_trace(file.name)
             self.traces.append(trace)
 
-    def _directory(self, trainer: Trainer) -> Path:
+    def _directory(self, trainer: Trainer) -> AnyPath:
         if self.dirpath is not None:
-            return Path(trainer.default_root_dir) / self.dirpath
+            return trainer.root / self.dirpath
         directories = (getattr(callback, "run_dir", None) for callback in trainer.callbacks)
         run_dir = next((directory for directory in directories if directory is not None), None)
-        return Path(trainer.default_root_dir) / "profiles" if run_dir is None else Path(run_dir)
+        return trainer.root / ("profiles" if run_dir is None else check_path(run_dir, "TorchProfiler", "dirpath"))
 
     def summary(self, sort_by: str | None = None, row_limit: int | None = None) -> str:
         """Return the operators that took the most time in the last cycle of the current run, or of the last one.
@@ -401,7 +403,7 @@ class Ranges(Spans):
             self.closed(self.open.pop())
 
 
-def make_directory(directory: Path) -> None:
+def make_directory(directory: AnyPath) -> None:
     """Make the directory of the traces.
 
     Args:
@@ -414,5 +416,5 @@ def make_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MisconfigurationError(
-            f"TorchProfiler cannot write to {directory}: {error.strerror}. Give a dirpath that can be written to."
+            f"TorchProfiler cannot write to {directory}: {error.strerror or error}. Give a dirpath that can be written to."
         ) from error

@@ -6,10 +6,10 @@ import math
 from typing import Any, Literal
 
 from eventtrain.callback import Callback
+from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checks import check_number, check_option, check_whole_number
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import FitStart, MetricsLogged, Setup, ValidationStart
-from eventtrain.metrics.watched import WatchedMetric
 from eventtrain.trainer import Trainer
 
 

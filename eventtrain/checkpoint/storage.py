@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
+import tempfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -14,7 +16,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from eventtrain.checkpoint.weights import kind_of, some
 from eventtrain.errors import MisconfigurationError
+from eventtrain.paths import AnyPath, RemotePath, check_path
 
 LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, str, bytes, bytearray, type(None))
 """The types that ``torch.load(weights_only=True)`` reads, besides tensors, and lists, tuples, sets and dicts of them."""
@@ -22,7 +26,7 @@ TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
 
 
-def write(content: Mapping[str, Any], path: str | os.PathLike[str], *, previous: Path | None = None) -> None:
+def write(content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath, *, previous: AnyPath | None = None) -> None:
     """Write a checkpoint; it gets its final name only when it is whole on disk.
 
     Args:
@@ -42,43 +46,67 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str], *, previous:
         3
     """
     content = loadable(content)
-    target = Path(path)
+    target = check_path(path, "storage.write", "path")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with renamed_to(target, previous) as temporary, crc32_computed(), open(temporary, "wb") as file:
+    with renamed_to(target, previous) as temporary, crc32_computed(), writing(temporary) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
             # The cause is the error of the file; torch then fails to end its archive, and raises that error instead.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager
-def renamed_to(target: Path, previous: Path | None) -> Generator[Path, None, None]:
+def renamed_to(target: AnyPath, previous: AnyPath | None) -> Generator[Any, None, None]:
     """Yield a temporary path next to a file, and rename it to the file after the ``with`` block has written it.
 
-    A process that is killed leaves the temporary file; the next writer of the same file overwrites it.
+    A process that is killed leaves the temporary file; the next writer of the same file overwrites it. In a remote store too,
+    no reader sees half a file; in most of them a rename is a copy.
 
     Args:
         target: The file.
         previous: As in :func:`write`.
     """
-    temporary = target.with_name(f".{target.name}{TEMPORARY}")
+    temporary: Any = target.with_name(f".{target.name}{TEMPORARY}")
     try:
         yield temporary
         if previous is not None and target.exists():
-            os.replace(target, previous)
-        os.replace(temporary, target)
+            target.replace(previous)  # type: ignore[arg-type]
+        temporary.replace(target)
     finally:
         # It is still there after an error, and after a rename to another name of the same file, which does nothing.
         temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself is on disk once its directory is; Windows has no such call
+    # The rename itself is on disk once its directory is. Windows has no such call.
+    if isinstance(target, Path) and hasattr(os, "O_DIRECTORY"):
         directory = os.open(target.parent, os.O_DIRECTORY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+@contextmanager
+def reading(path: AnyPath) -> Generator[Any, None, None]:
+    """Open a file, of which most will be read: a local copy of a remote one."""
+    if isinstance(path, Path):
+        with open(path, "rb") as file:
+            yield file
+    else:
+        with tempfile.NamedTemporaryFile() as copy:
+            path.get(copy.name)
+            yield copy
+
+
+@contextmanager
+def writing(path: AnyPath) -> Generator[Any, None, None]:
+    """Open a file to write it anew. After the ``with`` block it is on disk, or in its store, to which it goes as a whole."""
+    with open(path, "wb") if isinstance(path, Path) else tempfile.NamedTemporaryFile() as file:
+        yield file
+        file.flush()
+        if isinstance(path, Path):
+            os.fsync(file.fileno())
+        else:
+            path.put(file.name)
 
 
 @contextmanager
@@ -92,7 +120,7 @@ def crc32_computed() -> Generator[None, None, None]:
         torch.serialization.set_crc32_options(before)
 
 
-def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, Any]:
+def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint. Its checksums are verified; code in the file is refused, never run.
 
     Args:
@@ -103,17 +131,29 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, An
         OSError: If there is no such file, or if it cannot be opened.
         MisconfigurationError: If the file is not a checkpoint, is damaged, or holds code.
     """
-    with open(path, "rb") as file:
+    path = check_path(path, "storage.read", "path")
+    if path.is_dir():
+        files = sorted(each.name for each in path.glob("*") if each.is_file())
+        advice = f"Give a file in it: {some(files) or 'it has none'}; or fit(ckpt_path='last') for the newest checkpoint."
+        raise MisconfigurationError(f"{path} is a folder. {advice}")
+    with reading(path) as file:
         try:
             verify_checksums(file)
             content = torch.load(file, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:  # a damaged file can cause any error in its reader
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            problem = f"it is damaged, or of another kind ({first_line(error)})"
+            if code is not None:
+                problem = (
+                    f"it holds a {code[1]}, and only tensors and plain values are read, so that no code in a file is run. If "
+                    "you trust it, write its weights to another one: "
+                    "torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, new_path)"
+                )
             raise MisconfigurationError(
-                f"{os.fspath(path)} is no checkpoint that can be read safely: it is damaged, or holds more than tensors and "
-                f"plain values. Give a file that trainer.save_checkpoint wrote. ({first_line(error)})"
+                f"{path} is no checkpoint that can be read safely: {problem}. Give a file that trainer.save_checkpoint wrote."
             ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise MisconfigurationError(f"{os.fspath(path)} is no checkpoint: it holds no 'state_dict'.")
+        raise MisconfigurationError(f"{path} is no checkpoint: {kind_of(content)}")
     return content
 
 
@@ -136,20 +176,26 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def written_at(path: Path) -> float:
+def without_tensors(path: AnyPath) -> dict[str, Any]:
+    """Read the plain values of a checkpoint; its tensors hold no numbers."""
+    with path.open("rb") as file, torch.serialization.skip_data():
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return content
+
+
+def written_at(path: AnyPath) -> float:
     """Return when a checkpoint was written, in seconds since 1970.
 
     The time is read from the checkpoint, because a copy of a file has another date. For a damaged checkpoint it is the
     date of the file, so that it is sorted into its place, and is named when its turn comes.
     """
     try:
-        # Mapped into memory, so that no tensor is read.
-        return float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["written_at"])
+        return float(without_tensors(path)["written_at"])
     except Exception:
-        return path.stat().st_mtime
+        return float(path.stat().st_mtime)
 
 
-def read_first(paths: Sequence[Path], map_location: Any = None) -> tuple[Path | None, dict[str, Any] | None]:
+def read_first(paths: Sequence[AnyPath], map_location: Any = None) -> tuple[AnyPath | None, dict[str, Any] | None]:
     """Read the first checkpoint that is whole; name damaged ones in a warning, and pass over them.
 
     Args:

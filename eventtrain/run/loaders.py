@@ -20,7 +20,7 @@ from eventtrain.distributed import Processes
 from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module.datamodule import DataHooks, LightningDataModule
 from eventtrain.module.module import LightningModule
-from eventtrain.module.overriding import overridden
+from eventtrain.module.overriding import method_of, overridden
 
 HOOKS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 LOADER_HOOKS: dict[Stage, str] = dict(zip(get_args(Stage), HOOKS, strict=True))
@@ -50,7 +50,7 @@ class RunLoaders:
 
     dataloaders: dict[Stage, Any]
     module: LightningModule
-    datamodule: LightningDataModule | None
+    datamodule: Any
     batch_limits: dict[Stage, Limit]
     signals: SignalTable
     device: torch.device
@@ -73,7 +73,7 @@ class RunLoaders:
             loaders = self.dataloaders.get(stage)
             if loaders is None:
                 hook = LOADER_HOOKS[stage]
-                loaders = getattr(self._owner(hook, LightningModule, LightningDataModule, DataHooks), hook)()
+                loaders = method_of(self._owner(hook, LightningModule, LightningDataModule, DataHooks), hook, DataHooks)()
             if stage == "train":
                 loaders = None if loaders is None else [as_one_loader(loaders)]
             else:
@@ -212,12 +212,12 @@ class RunLoaders:
 
     def _transfer(self, dataloader_idx: int) -> Callable[[Any], Any]:
         hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-        before, move, after = (getattr(self._owner(hook, DataHooks), hook) for hook in hooks)
+        before, move, after = (method_of(self._owner(hook, DataHooks), hook, DataHooks) for hook in hooks)
         if not any(overridden(part, hook, DataHooks) for part in (self.datamodule, self.module) if part for hook in hooks):
             return partial(move_to_device, device=self.device)  # no hooks: one call a batch in place of four
         return lambda batch: after(move(before(batch, dataloader_idx), self.device, dataloader_idx), dataloader_idx)
 
-    def _owner(self, hook: str, *bases: type) -> LightningModule | LightningDataModule:
+    def _owner(self, hook: str, *bases: type) -> Any:
         """Return the datamodule if it overrides a hook, else the module."""
         if self.datamodule is not None and overridden(self.datamodule, hook, *bases):
             return self.datamodule

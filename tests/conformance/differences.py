@@ -7,6 +7,7 @@ runs them all and checks that the table is fresh.
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,12 +70,10 @@ class Side:
             gradient_clip_val=clip,
             callbacks=list(extra),
             accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             barebones=False,
-            **options,
+            **{"logger": False, "enable_checkpointing": False, **options},
         )
 
     def fit(self, module: Any, trainer: Any, count: int = 5, **loaders: Any) -> Any:
@@ -438,6 +437,164 @@ def none_closes_a_window(side: Side) -> Any:
     return outcome(train)
 
 
+def hooks_in_manual_mode(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward((self.w * batch).sum())
+        optimizer.step()
+
+    def on_before_zero_grad(self: Any, optimizer: Any) -> None:
+        self.seen.append(None)
+
+    module = probe(side.base, training_step=step, on_before_zero_grad=on_before_zero_grad)
+    module.automatic_optimization = False
+    return len(side.fit(module, side.trainer(), 3).seen)
+
+
+def second_fit(side: Side) -> Any:
+    trainer = side.trainer(max_epochs=2)
+    return [len(side.fit(probe(side.base, training_step=recorded), trainer, 3).seen) for _ in range(2)]
+
+
+def recorded(self: Any, batch: Any, batch_idx: int) -> Any:
+    self.seen.append(float(batch))
+    return (self.w * batch).sum()
+
+
+def stopped_epoch(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1:
+            if side.here:
+                self.trainer.stop("the test wants it")
+            else:
+                self.trainer.should_stop = True
+        return (self.w * batch).sum()
+
+    trainer = side.trainer(max_epochs=3)
+    side.fit(probe(side.base, training_step=step), trainer, 5)
+    return trainer.current_epoch
+
+
+def scheduler_of_a_left_epoch(side: Side) -> Any:
+    def build(self: Any) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)]
+
+    def lr_scheduler_step(self: Any, scheduler: Any, metric: Any) -> None:
+        self.seen.append(None)
+        scheduler.step()
+
+    def on_train_batch_start(self: Any, batch: Any, batch_idx: int) -> Any:
+        return -1 if batch_idx == 1 else None
+
+    changes = {"configure_optimizers": build, "lr_scheduler_step": lr_scheduler_step}
+    return len(side.fit(probe(side.base, on_train_batch_start=on_train_batch_start, **changes), side.trainer(), 3).seen)
+
+
+def loaders_and_optimizers(side: Side) -> Any:
+    def train_dataloader(self: Any) -> Any:
+        self.seen.append("loader")
+        return loader(1)
+
+    def build(self: Any) -> Any:
+        self.seen.append("optimizer")
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    module = probe(side.base, configure_optimizers=build, train_dataloader=train_dataloader)
+    side.trainer().fit(module)
+    return module.seen
+
+
+def x_axis(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        self.log("x", float(batch))
+        return (self.w * batch).sum()
+
+    places: list[int] = []
+
+    class Theirs(lightning.loggers.CSVLogger):
+        def log_metrics(self, metrics: Any, step: Any = None) -> None:
+            places.append(step)
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def save(self) -> None:
+            pass
+
+    class Here:
+        def on_metrics_logged(self, trainer: Any, event: Any) -> None:
+            if event.scope == "step":
+                places.append(event.step)
+
+    options = {"extra": [Here()]} if side.here else {"logger": Theirs("."), "log_every_n_steps": 1}
+    side.fit(probe(side.base, training_step=step), side.trainer(**options), 3)
+    return places
+
+
+def keyboard_interrupt(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        raise KeyboardInterrupt
+
+    try:
+        side.fit(probe(side.base, training_step=step), side.trainer(), 3)
+    except BaseException as error:
+        return f"raises {type(error).__name__}"
+    return "returns"
+
+
+def resumed(side: Side, at: int, **options: Any) -> Any:
+    """Save a checkpoint after a number of 4 batches, and resume it; return the module."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/a.ckpt"
+
+        def save(trainer: Any, batch_idx: int) -> None:
+            if batch_idx + 1 == at:
+                trainer.save_checkpoint(path)
+
+        class Here:
+            def on_safe_point(self, trainer: Any, event: Any) -> None:
+                save(trainer, trainer.batch_idx)
+
+        class Theirs(lightning.Callback):
+            def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+                save(trainer, batch_idx)
+
+        extra = [Here() if side.here else Theirs()]
+        side.fit(probe(side.base, training_step=recorded), side.trainer(extra=extra, **options), 4)
+        return side.fit(probe(side.base, training_step=recorded), side.trainer(**options), 4, ckpt_path=path)
+
+
+def resumed_batches(side: Side) -> Any:
+    return resumed(side, 2).seen
+
+
+def resumed_window(side: Side) -> Any:
+    return round(-float(resumed(side, 3, accumulate=2).w), 4)
+
+
+def damaged_checkpoint(side: Side) -> Any:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the damaged file is named
+
+        def trainer() -> Any:
+            if side.here:
+                return side.trainer(extra=[ours.ModelCheckpoint(folder, every_n_steps=2)])
+            keep = lightning.callbacks.ModelCheckpoint(folder, every_n_train_steps=2, save_last=True, save_top_k=-1)
+            return side.trainer(extra=[keep], enable_checkpointing=True)
+
+        side.fit(probe(side.base), trainer(), 4)
+        last = Path(folder) / "last.ckpt"
+        last.write_bytes(last.read_bytes()[:100])
+        if side.here:  # the newest file has two names
+            for path in Path(folder).glob("*step=4.ckpt"):
+                path.unlink()
+        return outcome(
+            lambda: bool(side.fit(probe(side.base), trainer(), 4, ckpt_path="last")) and "resumes from the one before"
+        )
+
+
 # fmt: off
 DIFFERENCES = [
     Difference("A5", "LBFGS with accumulation over 2 batches",
@@ -466,6 +623,10 @@ DIFFERENCES = [
                scheduler_across_epochs, 3, 5),
     Difference("D4", "3 batches whose loss is None: scheduler steps", scheduler_without_updates, 3, 0),
     Difference("D4", "fp16, 3 batches, one overflows: scheduler steps", steps_with_overflow, 3, 2),
+    Difference("D5", "`max_epochs=3`, a stop within the first epoch: `current_epoch` afterwards", stopped_epoch, 1, 0),
+    Difference("D5", "`on_train_batch_start` returns -1 for the second batch: steps of the epoch's scheduler",
+               scheduler_of_a_left_epoch, 1, 0),
+    Difference("E2", "manual optimization, 3 batches: calls of `on_before_zero_grad`", hooks_in_manual_mode, 0, 3),
     Difference("E3", "after a `toggled_optimizer` within another: do the parameters of both need gradients",
                nested_toggle, (True, False), (True, True)),
     Difference("F2", "fp16, `optimizer.optimizer.step(closure)`, 4 batches: the sum of updates",
@@ -473,14 +634,26 @@ DIFFERENCES = [
     Difference("G1", "two optimizers a batch, `max_steps=5`: batches trained", two_optimizers_count_once, 3, 5),
     Difference("G2", "accumulation {0: 4, 1: 2, 2: 1} over 6 batches",
                estimate_with_a_schedule, "estimates 18, takes 11", "estimates 11, takes 11"),
+    Difference("G2", "the order in which `fit` prepares a run",
+               loaders_and_optimizers, ["optimizer", "loader"], ["loader", "optimizer"]),
     Difference("G3", "`max_steps=3` in an epoch of 5 batches: validations", last_validation, 0, 1),
     Difference("H2", "fp16, two optimizers, both backwards first: the updates", two_backwards_first, [1.0, 0.5], [1.0, 1.0]),
     Difference("H3", "fp16, 3 batches, one overflows: `global_step`", overflow_counts, 3, 2),
     Difference("H4", "fp16, `closure(); optimizer.step()` in `optimizer_step`, 2 batches: the sum of updates",
                closure_then_step_in_fp16, 0.0, 3.0),
     Difference("H5", "fp16, the batch that closes a window has the loss None: the update", none_closes_a_window, 0.0, 1.0),
+    Difference("I1", "the x of the values that 3 steps log", x_axis, [0, 1, 2], [1, 2, 3]),
     Difference("J1", "training's random numbers with and without validation",
                random_numbers_in_validation, "other draws", "same draws"),
+    Difference("J3", "a `KeyboardInterrupt` in `training_step`",
+               keyboard_interrupt, "raises SystemExit", "raises KeyboardInterrupt"),
+    Difference("K8", "`max_epochs=2`, `fit` twice with one trainer, 3 batches: batches trained", second_fit, [6, 0], [6, 6]),
+    Difference("K8", "a checkpoint after 2 of 4 batches: batches that the resumed epoch trains",
+               resumed_batches, [1.0, 2.0], [3.0, 4.0]),
+    Difference("K8", "accumulation over 2, a checkpoint after 3 of 4 batches: the sum of updates in the end",
+               resumed_window, 2.0, 5.0),
+    Difference("K8", "`ckpt_path=\"last\"`, and the newest file is cut short",
+               damaged_checkpoint, "raises RuntimeError", "resumes from the one before"),
 ]
 # fmt: on
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from eventtrain import Callback, MisconfigurationError, Trainer
+from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.events import MetricsLogged
-from eventtrain.metrics.watched import WatchedMetric
 from tests.kit import Line, On, new_trainer, rows
 
 BATCHES = rows(3)

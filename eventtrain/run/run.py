@@ -148,6 +148,7 @@ class Run(ABC):
             self.signals,
             trainer.device,
             trainer.processes,
+            trainer.arguments.read_ahead,
         )
         parts = [part for part in (datamodule, module) if part is not None]
         for part in parts:

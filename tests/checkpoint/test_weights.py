@@ -190,10 +190,10 @@ def test_a_file_of_another_kind_is_named_with_its_content(tmp_path: Path, conten
 
 
 def test_a_folder_is_named_with_its_files(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationError, match=r"is a folder\. Give a file in it: it has none\."):
+    with pytest.raises(MisconfigurationError, match=r"is a folder\. Give a file in it: it has none\b"):
         LOADS["fit"](Adapter, tmp_path)
     (tmp_path / "last.ckpt").touch()
-    with pytest.raises(MisconfigurationError, match=r"is a folder\. Give a file in it: 'last\.ckpt'\."):
+    with pytest.raises(MisconfigurationError, match=r"is a folder\. Give a file in it: 'last\.ckpt'"):
         LOADS["test"](Adapter, tmp_path)
 
 

@@ -40,11 +40,17 @@ def gather(trainer: Trainer) -> dict[str, Any]:
     """
     checkpoint = state_of(trainer)
     trainer.signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
-    for part in (trainer.datamodule, trainer.module) if trainer.stage is None else ():  # hooks are connected in runs only
-        if (hook := getattr(part, "on_save_checkpoint", None)) is not None:
-            hook(checkpoint)
+    if trainer.stage is None:  # hooks are connected in runs only
+        call_hooks(trainer, checkpoint)
     trainer.signals.checkpoint_gathered.publish(CheckpointGathered(checkpoint))
     return checkpoint
+
+
+def call_hooks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let datamodule and module add to a checkpoint, by ``on_save_checkpoint``."""
+    for part in (trainer.datamodule, trainer.module):
+        if (hook := getattr(part, "on_save_checkpoint", None)) is not None:
+            hook(checkpoint)
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -104,7 +110,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 def try_out(trainer: Trainer) -> None:
     """Collect a checkpoint before training, so that a value that no file can hold is found now, and not at the first save.
 
-    Listeners of ``save_checkpoint`` are called for it. If one of them raises, its additions stay unchecked, with a warning.
+    Callbacks, datamodule and module add to it by ``on_save_checkpoint``, and no event is published. If one of them raises, the
+    additions stay unchecked, with a warning.
 
     Args:
         trainer: The trainer, in a fit that is about to train.
@@ -118,7 +125,10 @@ def try_out(trainer: Trainer) -> None:
     with isolated_rng():
         checkpoint = state_of(trainer)
         try:
-            signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
+            for callback in trainer.callbacks:
+                if hasattr(callback, "on_save_checkpoint"):
+                    callback.on_save_checkpoint(trainer, event=SaveCheckpoint(checkpoint))
+            call_hooks(trainer, checkpoint)
         except Exception as error:
             warnings.warn(
                 f"on_save_checkpoint was tried before training, and raised {storage.first_line(error)}. So it is not known "

@@ -37,22 +37,25 @@ if TYPE_CHECKING:
     of_class = classmethod
 else:
 
-    class of_class(classmethod):
-        """A class method that refuses to be called on an object, which it would not change."""
+    def of_class(function: Any) -> Any:
+        """Return a class method that refuses to be called on an object, which it would not change."""
 
-        def __get__(self, instance, owner=None):
-            """Return the bound method."""
-            if instance is None:
-                return super().__get__(instance, owner)
-            kind, name = type(instance).__name__, self.__func__.__name__
+        class OfClass(classmethod):
+            def __get__(self, instance: Any, owner: Any = None) -> Any:
+                """Return the method of the class, or a refusal."""
+                if instance is None:
+                    return super().__get__(instance, owner)
+                kind, name = type(instance).__name__, function.__name__
 
-            def refuse(*args: Any, **kwargs: Any) -> None:
-                raise MisconfigurationError(
-                    f"{name} builds a new object and leaves this {kind} as it is. Call it on the class, and use the result: "
-                    f"model = {kind}.{name}(...)."
-                )
+                def refuse(*args: Any, **kwargs: Any) -> None:
+                    raise MisconfigurationError(
+                        f"{name} builds a new object and leaves this {kind} as it is. Call it on the class, and use the "
+                        f"result: model = {kind}.{name}(...)."
+                    )
 
-            return refuse
+                return refuse
+
+        return OfClass(function)
 
 
 class HyperparametersMixin:

@@ -24,7 +24,7 @@ from tests.kit import Line, ModuleOf, NoLength, On, batches, new_trainer, train
 from tests.resuming import Model, check_all_safe_points
 
 MODES = ["min_size", "max_size", "max_size_cycle", "sequential"]
-STATEFUL = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+STATEFUL = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated", "ignore:Parts of the batch have the sizes")
 Pair = namedtuple("Pair", ["a", "b"])
 
 
@@ -43,6 +43,18 @@ class Reader(ModuleOf):
     def evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         self.read.append((plain(batch), batch_idx, dataloader_idx))
         return plain(batch)
+
+
+def losing(use: Any) -> ModuleOf:
+    """Return a module that gives its batches to a function, and returns a loss if that returns."""
+    module = ModuleOf()
+
+    def training_step(batch: Any, batch_idx: int) -> Tensor:
+        use(batch)
+        return module.w.sum()
+
+    module.training_step = training_step  # type: ignore[method-assign]
+    return module
 
 
 def plain(batch: Any) -> Any:
@@ -122,9 +134,8 @@ class Graph:
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_list_of_batches_is_one_loader(batch: Any, count: int) -> None:
     seen: list[Any] = []
-    module = ModuleOf(
-        training_step=lambda batch, batch_idx: seen.append(batch), test_step=lambda batch, batch_idx: seen.append(batch)
-    )
+    module = losing(seen.append)
+    module.test_step = lambda batch, batch_idx: seen.append(batch)  # type: ignore[method-assign]
     train(module, [batch] * count)
     new_trainer().test(module, [batch] * count)
     assert len(seen) == 2 * count and all(type(each) is type(batch) for each in seen)
@@ -387,7 +398,7 @@ def test_a_run_over_several_loaders_resumes_at_each_safe_point(tmp_path: Path, m
     check_all_safe_points(build, tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:.*keeps no position")
+@pytest.mark.filterwarnings("ignore:.*keeps no position", "ignore:Parts of the batch have the sizes")
 def test_a_run_over_several_loaders_without_a_length_resumes(tmp_path: Path) -> None:
     class Stream(IterableDataset[Tensor]):
         def __iter__(self) -> Iterator[Tensor]:
@@ -399,6 +410,7 @@ def test_a_run_over_several_loaders_without_a_length_resumes(tmp_path: Path) -> 
     assert check_all_safe_points(build, tmp_path) == 8
 
 
+@STATEFUL
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_of_several_loaders_are_seeded_for_each_batch(tmp_path: Path, persistent: bool) -> None:
     def build() -> Any:
@@ -410,7 +422,7 @@ def test_workers_of_several_loaders_are_seeded_for_each_batch(tmp_path: Path, pe
 
 def test_worker_seeds_differ_between_loaders_and_passes() -> None:
     drawn: list[list[float]] = []
-    module = ModuleOf(training_step=lambda batch, batch_idx: drawn.append([float(each) for each in batch]))
+    module = losing(lambda batch: drawn.append([float(each) for each in batch]))
     train(module, [DataLoader(Draws(4), None, num_workers=1), DataLoader(Draws(2), None, num_workers=1)])
     flat = [x for pair in drawn for x in pair]
     assert len(drawn) == 4 and len(set(flat)) == 8
@@ -488,7 +500,7 @@ def test_samplers_of_all_loaders_are_told_the_epoch() -> None:
 
     samplers = [Told(range(2)), Told(range(3))]
     loaders = [DataLoader(Rows(3), None, sampler=sampler) for sampler in samplers]
-    train(ModuleOf(training_step=lambda batch, batch_idx: None), loaders, max_epochs=2)
+    train(losing(type), loaders, max_epochs=2)
     assert [sampler.epochs for sampler in samplers] == [[0, 1], [0, 1]]
 
 

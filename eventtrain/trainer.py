@@ -58,6 +58,8 @@ class Trainer:
         num_sanity_val_steps: Validation batches to run before training, -1 for all; nothing of it is logged.
         fast_dev_run: The number of batches of each stage in a trial run of one epoch, without loggers' files, checkpoints and
             early stopping; True for one batch.
+        read_ahead: Whether a training loader without a length is read one batch ahead, so that the last batch is known.
+            False for batches that depend on the last update, such as those of a replay buffer: ``docs/resume.md``.
         inference_mode: Whether validate, test and predict run in ``torch.inference_mode``. False for ``torch.no_grad``, in
             which a step may turn gradients on again, and whose tensors training can use.
         seed: Given to :func:`~eventtrain.seed_everything` at the start of each run; None leaves the generators. Weights that a
@@ -111,6 +113,7 @@ class Trainer:
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int = 2,
         fast_dev_run: bool | int = False,
+        read_ahead: bool = True,
         inference_mode: bool = True,
         seed: int | None = None,
         default_root_dir: str | os.PathLike[str] = ".",
@@ -127,6 +130,7 @@ class Trainer:
             check_val_every_n_epoch=check_val_every_n_epoch,
             num_sanity_val_steps=num_sanity_val_steps,
             fast_dev_run=fast_dev_run,
+            read_ahead=read_ahead,
             inference_mode=inference_mode,
         )
         self.seed = seed
@@ -175,6 +179,12 @@ class Trainer:
 
         Args:
             model: The module; or ``torch.compile(module)``, whose steps are then called compiled.
+            train_dataloaders: The training loader; if None, the module's or datamodule's. A dict or list of loaders, nested in
+                any way, gives batches of this form, until the longest ends; a :class:`~eventtrain.CombinedLoader` combines
+                them in other ways. A list of batches is one loader, and so is a list of one loader.
+            val_dataloaders: A validation loader, or a dict or list of them, which are read one after the other; if None, the
+                module's or datamodule's.
+            datamodule: An object that has the loaders.
             train_dataloaders: The training loader; if None, the module's or datamodule's. A datamodule may stand here too.
             val_dataloaders: A validation loader, or a list of them; if None, the module's or datamodule's.
             datamodule: An object that has the loaders: a ``LightningDataModule``, or any other with their methods.
@@ -206,6 +216,9 @@ class Trainer:
         """Validate a module.
 
         Args:
+            model: The module, compiled or not; if None, the one of the last run.
+            dataloaders: A loader, or a dict or list of them; if None, the module's or datamodule's.
+            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`.
             model: The module, compiled or not, whose weights are used as they are. If None, the one of the last run; if that
                 was a fit that kept the best checkpoint by a metric, its weights are loaded first, as in Lightning.
             dataloaders: A loader or a list of them, or a datamodule; if None, the module's or datamodule's.
@@ -751,7 +764,7 @@ class Trainer:
 
     @property
     def num_training_batches(self) -> int | None:
-        """Training batches per epoch in this process, limits applied; None if the loader has no length."""
+        """Batches of the current training epoch in this process, limits applied; None if the loader has no length."""
         return self.run_state.limits.batches_per_epoch
 
     @property
@@ -762,6 +775,8 @@ class Trainer:
     @property
     def estimated_stepping_batches(self) -> int:
         """How many batches of the whole run will update something, if none is skipped and nothing stops it.
+
+        Each epoch is taken to be as long as the run's first. If a later one is not, a warning says so.
 
         Raises:
             MisconfigurationError: If the training loader has no length and ``max_steps`` is not set.

@@ -104,6 +104,7 @@ class DistributedDataParallel(DataParallel, Callback):
         if self._processes is None:
             return
         module = trainer.module
+        self.check_initialized(module)
         if event.stage == "fit":
             trainer.listen(self.on_before_forward)
             trainer.listen(self.on_reduce_gradients)

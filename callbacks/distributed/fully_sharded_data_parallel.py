@@ -145,6 +145,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
         for handler in (self.on_before_forward, self.on_after_zero_grad, self.on_reduce_gradients):
             trainer.listen(handler)
         module = trainer.module
+        self.check_initialized(module)
         self._syncs, self._may_hold_gradients, self._has_called_a_step = None, True, False
         if not isinstance(module, FSDPModule):
             if self._mesh is None and "mesh" not in self.options:

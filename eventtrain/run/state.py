@@ -77,7 +77,7 @@ def stepping_batches(limits: RunLimits, signals: SignalTable) -> int:
     Raises:
         MisconfigurationError: If it cannot be known.
     """
-    epochs, length, max_steps = limits.max_epochs, limits.batches_per_epoch, limits.max_steps
+    epochs, length, max_steps = limits.max_epochs, limits.first_epoch_batches, limits.max_steps
     if epochs is None or length is None:
         if max_steps is not None:
             return max_steps
@@ -85,6 +85,7 @@ def stepping_batches(limits: RunLimits, signals: SignalTable) -> int:
             "estimated_stepping_batches cannot be known: the run has neither max_steps nor both max_epochs and a training "
             "loader with a length. Give Trainer(max_steps=...), or limit_train_batches as a whole number."
         )
+    limits.is_estimated = True
     event = EstimateSteppingBatches(length, epochs, max_steps)
     signals.estimate_stepping_batches.publish(event)
     batches = epochs * length if event.stepping_batches is None else event.stepping_batches

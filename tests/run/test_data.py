@@ -253,5 +253,5 @@ def test_data_given_in_two_ways_or_in_a_wrong_place_is_refused(case: str) -> Non
 
 
 def test_fit_without_a_model_is_refused() -> None:
-    with pytest.raises(TypeError, match="'model'"):
+    with pytest.raises(MisconfigurationError, match="missing a required argument: 'model'"):
         Trainer(max_epochs=1, device="cpu").fit(datamodule=Ours())  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""Names of other trainers: what a trainer says of attributes that it lacks, and of loaders that nobody reads."""
+"""If people use names of other trainers, for attributes or for loaders, messages say how to write them here."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Keeps(Callback):
 
 
 def listener(name: str, *parameters: str) -> Any:
-    """Return a callback that has a method with these parameters, and a handler."""
+    """Return a callback with such a method and a handler: it is attached if the method fits."""
     namespace: dict[str, Any] = {}
     exec(f"def {name}({', '.join(('self', *parameters))}): pass", namespace)
     return type("Listener", (Callback,), {name: namespace[name], "on_fit_end": lambda self, trainer, event: None})()
@@ -129,7 +129,7 @@ def monitored(callback: Any) -> Trainer:
 
 
 def wrong_call(stage: str, **arguments: Any) -> Any:
-    """Call a stage with arguments by name, after a module."""
+    """Call a stage with arguments by name; it fails if one of them does not exist."""
     return before_fit(lambda trainer: getattr(trainer, stage)(ModuleOf(), **arguments))
 
 

@@ -1,4 +1,4 @@
-"""Names of other trainers: what a trainer says of attributes that it lacks, and of loaders that nobody reads."""
+"""If people use names of other trainers, for attributes or for loaders, messages say how to write them here."""
 
 from __future__ import annotations
 
@@ -186,3 +186,7 @@ def test_a_callback_may_have_helpers_that_are_named_like_events() -> None:
     saves = Saves()
     fit(None, saves)
     assert saves.done == 2
+
+
+def test_a_builtin_without_a_signature_may_stand_for_a_method() -> None:
+    assert fit(ModuleOf(prepare_data=dict)).global_step == 4

@@ -1,4 +1,4 @@
-"""What people bring from Lightning is refused here with what to write instead, and what Lightning refuses is refused here."""
+"""If people bring code from Lightning that cannot work here, the error says how to write it; Lightning's refusals hold here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHIPPED = [name for room in (their_callbacks, their_loggers, their_profilers) fo
 
 
 def raised(train: Any, **changes: Any) -> Exception:
-    """Return the error that ends a run of the same source in one framework."""
+    """Return the error that ends a run of the same source in one framework; fail if there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

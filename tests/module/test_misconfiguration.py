@@ -91,7 +91,7 @@ class NeverBuilt(ModuleOf):
 
 
 def method(name: str, *parameters: str) -> dict[str, Any]:
-    """Return a method with these parameters, by its name."""
+    """Return a method with these parameters, by its name; it fits if a run calls it like that."""
     namespace: dict[str, Any] = {}
     exec(f"def {name}({', '.join(('self', *parameters))}): return None", namespace)
     return {name: namespace[name]}

@@ -1,4 +1,4 @@
-"""An error that ends a run carries a note of the stage, the epoch and the batch, once."""
+"""If an error ends a run, it carries a note of the stage, the epoch and the batch, once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def notes_of(error: type[BaseException], run: Callable[[], Any]) -> list[str]:
 
 
 class Model(ModuleOf):
-    """Fails with a wrong shape in a batch of a stage, or in a hook."""
+    """Fails with a wrong shape if it gets to a batch of a stage, or to a hook."""
 
     def __init__(self, stage: str, epoch: int = 0, batch_idx: int = 0) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ from eventtrain.callbacks.stopping.early_stopping import EarlyStopping
 from eventtrain.callbacks.stopping.preemption import Preemption
 from eventtrain.callbacks.stopping.terminate_on_nan import TerminateOnNaN
 from eventtrain.callbacks.stopping.timer import Timer
+from eventtrain.hints import hint
 
 if TYPE_CHECKING:
     from eventtrain.callbacks.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
@@ -64,4 +65,4 @@ def __getattr__(name: str) -> Any:
         from eventtrain.callbacks.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 
         return FullyShardedDataParallel
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}. {hint('class', name, __all__)}".rstrip())

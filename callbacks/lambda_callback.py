@@ -9,8 +9,9 @@ from typing import Any
 
 from eventtrain.callback import Callback
 from eventtrain.core.signals import check_listener, describe_listener
-from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import EVENTS
+from eventtrain.hints import hint
 
 
 class LambdaCallback(Callback):
@@ -59,8 +60,8 @@ def checked(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
     event_name = name.removeprefix("on_")
     if not name.startswith("on_") or event_name not in EVENTS:
         known = [f"on_{event}" for event in EVENTS]
-        hint = nearest(name, known, otherwise="eventtrain.events lists them all.")
-        raise MisconfigurationError(f"LambdaCallback({name}=...) names no event. {hint}")
+        remedy = hint("callback", name, known) or "eventtrain.events lists them all."
+        raise MisconfigurationError(f"LambdaCallback({name}=...) names no event. {remedy}")
     described = f"LambdaCallback({name}={describe_function(handler)})"
     check_listener(handler, event_name, named=described)
     listener = partial(handler)  # an object for this callback only: others may have the same function

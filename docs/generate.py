@@ -39,6 +39,7 @@ ARGUMENT_TYPES = {
     "loss": "Tensor",
     "checkpoint": "dict[str, Any]",
     "stage": "str",
+    "exception": "BaseException",
 }
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dis
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from eventtrain.core.signals import Signals, check_listener
-from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import EVENTS
+from eventtrain.hints import explained, hint, tables
 from eventtrain.module.hooks import CallbackHooks
 
 F = TypeVar("F", bound=Callable[..., Any])
+LIBRARIES = ("lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "transformers", "keras", "composer")
+"""The libraries whose callbacks and loggers people bring."""
 
 
 def on_demand(handler: F) -> F:
@@ -76,6 +81,11 @@ class Callback(CallbackHooks):
 
     role: str | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.startswith("eventtrain.callbacks.") and "__init__" in vars(cls):
+            cls.__init__ = explained(cls.__init__)  # type: ignore[method-assign]
+
     @property
     def state_key(self) -> str:
         """The name of this callback's state in a checkpoint: unique in a trainer, the same in all runs."""
@@ -117,13 +127,41 @@ def handlers(callback: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
             continue
         event_name = attribute.removeprefix("on_")
         if event_name not in EVENTS:
-            hint = nearest(attribute, [f"on_{known}" for known in EVENTS])
-            message = f"{name}.{attribute} names no event. {hint}".rstrip()
+            remedy = hint("callback", attribute, [f"on_{known}" for known in EVENTS])
+            message = f"{name}.{attribute} names no event. {remedy}".rstrip()
             raise MisconfigurationError(f"{message} Rename the method: those that begin with 'on_' are listeners.")
         if getattr(method, "__func__", None) is getattr(CallbackHooks, attribute):
             continue  # not overridden
         check_listener(method, event_name, named=f"{name}.{attribute}")
         yield event_name, method
+
+
+def check_class(callback: Any) -> None:
+    """Check that a callback is written for eventtrain, and that its base classes were initialized.
+
+    Raises:
+        MisconfigurationError: If it belongs to another library, a method would listen but for its name, or an ``__init__`` does
+            not call that of its base class.
+    """
+    kind = type(callback)
+    for base in kind.__mro__:
+        library = base.__module__.partition(".")[0]
+        if library in LIBRARIES and not isinstance(callback, Callback) and (remedy := tables()["class"].get(base.__name__)):
+            raise MisconfigurationError(f"{kind.__name__}: {library}'s {base.__name__} does not work here. {remedy}")
+    for event_name in EVENTS:
+        method = getattr(kind, event_name, None)
+        if inspect.isfunction(method) and {"stage", "pl_module", "event"} & inspect.signature(method).parameters.keys():
+            raise MisconfigurationError(
+                f"{kind.__name__}.{event_name}{inspect.signature(method)} is never called. "
+                f"Write `def on_{event_name}(self, trainer, event)`; the module is `trainer.module`."
+            )
+    for base in kind.__mro__[1:]:
+        code = getattr(inspect.unwrap(vars(base).get("__init__", object.__init__)), "__code__", None)
+        attributes = [step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"] if code else []
+        if attributes and not any(hasattr(callback, attribute) for attribute in attributes):
+            raise MisconfigurationError(
+                f"{kind.__name__}.__init__ does not call `super().__init__(...)`, which sets the attributes of {base.__name__}."
+            )
 
 
 def check_together(callback: Any, attached: list[Any]) -> None:
@@ -157,51 +195,100 @@ def _claims_key(callback: Any) -> bool:
     return is_named or has_state(callback)
 
 
-def attach(callback: Any, signals: Signals, attached: list[Any]) -> None:
-    """Connect a callback's handlers; all of its checks come before the first connection.
+class AttachedCallbacks(list[Any]):
+    """The callbacks of a trainer, in the order in which they are called: to add one attaches it, to remove one detaches it.
 
     Args:
-        callback: The callback.
         signals: The trainer's signals.
-        attached: The callbacks attached so far; this one is appended.
 
-    Raises:
-        MisconfigurationError: If a handler or the callback cannot be attached: see :func:`handlers`, :func:`check_together`.
+    Example:
+        >>> class PrintLoss(Callback):
+        ...     def on_train_batch_end(self, trainer, event):
+        ...         print("loss", event.loss.item())
+        >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
+        >>> trainer.callbacks.append(PrintLoss())
+        >>> len(trainer.signals.train_batch_end.listeners)
+        1
+        >>> trainer.callbacks.clear()
+        >>> len(trainer.signals.train_batch_end.listeners)
+        0
     """
-    check_together(callback, attached)
-    handled = list(handlers(callback))
-    if not handled and not isinstance(callback, Callback):
-        raise MisconfigurationError(
-            f"{callback!r} ({type(callback).__name__}) was given as a callback and listens to nothing. A callback has methods "
-            "on_<event>(self, trainer, event); a function is connected by trainer.signals.<event>.connect(function)."
-        )
-    for event_name, method in handled:
-        signals[event_name].connect(method)
-        if is_on_demand(method):
-            signals[event_name].idle(method)
-    attached.append(callback)
+
+    def __init__(self, signals: Signals) -> None:
+        super().__init__()
+        self.signals = signals
+
+    def become(self, callbacks: Iterable[Any]) -> None:
+        """Detach the callbacks that are not among these, and attach those that are new.
+
+        Args:
+            callbacks: The callbacks of before, in their order, as far as they stay, and then new ones.
+
+        Raises:
+            MisconfigurationError: If they have another order, or if one cannot be attached.
+        """
+        wanted = list(callbacks)
+        staying = [each for each in self if any(each is other for other in wanted)]
+        if any(one is not other for one, other in zip(staying, wanted, strict=False)):
+            raise MisconfigurationError(
+                "trainer.callbacks: callbacks are called in the order in which they were attached, and a new one comes last. "
+                "Append it, or give Trainer(callbacks=[...]) in the order that you want."
+            )
+        for callback in self:
+            if not any(callback is other for other in staying):
+                for event_name, method in handlers(callback):
+                    self.signals[event_name].disconnect(method)
+        super().__setitem__(slice(None), staying)
+        for callback in wanted[len(staying) :]:
+            self._attach(callback)
+
+    def _attach(self, callback: Any) -> None:
+        """Connect a callback's handlers; all of its checks come before the first connection."""
+        check_together(callback, self)
+        check_class(callback)
+        handled = list(handlers(callback))
+        if not handled and not isinstance(callback, Callback):
+            raise MisconfigurationError(
+                f"{callback!r} ({type(callback).__name__}) was given as a callback and listens to nothing. A callback has "
+                "methods on_<event>(self, trainer, event); a function is connected by "
+                "trainer.signals.<event>.connect(function)."
+            )
+        for event_name, method in handled:
+            self.signals[event_name].connect(method)
+            if is_on_demand(method):
+                self.signals[event_name].idle(method)
+        super().append(callback)
 
 
-def make_idle(callback: Any, signals: Signals) -> None:
-    """Make a callback's handlers idle that are marked by :func:`on_demand`: a run is over.
+def _changing(name: str) -> Callable[..., Any]:
+    """Return a list's method that attaches and detaches what it adds and removes."""
+
+    def change(callbacks: AttachedCallbacks, *args: Any, **kwargs: Any) -> Any:
+        changed = list(callbacks)
+        result = getattr(changed, name)(*args, **kwargs)
+        callbacks.become(changed)
+        return callbacks if result is changed else result
+
+    return change
+
+
+for _name in (
+    *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse"),
+    *("__iadd__", "__imul__", "__setitem__", "__delitem__"),
+):
+    setattr(AttachedCallbacks, _name, _changing(_name))
+
+
+def make_idle(callback: Any, signals: Signals, *, replaced: bool = False) -> None:
+    """Make a callback's handlers idle that are marked by :func:`on_demand`: a run is over. Wake the others.
 
     Args:
         callback: An attached callback.
         signals: The trainer's signals.
+        replaced: Whether all handlers become idle, because another callback takes its place.
     """
     for event_name, method in handlers(callback):
-        if is_on_demand(method):
+        if replaced or is_on_demand(method):
             signals[event_name].idle(method)
-
-
-def detach(callback: Any, signals: Signals, attached: list[Any]) -> None:
-    """Undo :func:`attach`.
-
-    Args:
-        callback: An attached callback.
-        signals: The trainer's signals.
-        attached: The attached callbacks; this one is removed.
-    """
-    for event_name, method in list(handlers(callback)):
-        signals[event_name].disconnect(method)
-    attached[:] = [other for other in attached if other is not callback]
+        else:
+            signals[event_name].wake(method)

@@ -12,11 +12,17 @@ the work ends.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from importlib.resources import files
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsFloat, TypeVar, dataclass_transform
+
+from eventtrain.errors import MisconfigurationError
+from eventtrain.hints import hint
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +48,43 @@ class EventType(type):
 
     def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
         """Make the class."""
-        made: type = super().__new__(cls, name, bases, namespace)
-        # To add the slots, dataclass makes the class once more, by this function.
-        return made if "__slots__" in namespace else dataclass(slots=True)(made)
+        made: Any = super().__new__(cls, name, bases, namespace)
+        if "__slots__" in namespace:
+            return made  # to add the slots, dataclass makes the class once more, by this function
+        made = dataclass(slots=True)(made)
+        protect(made)
+        return made
+
+
+def protect(event_type: Any) -> None:
+    """Refuse writes to the fields that are not writable. Their values have private names, and ``__init__`` writes those.
+
+    No function in Python is called for it: events are made as fast as without it, and a getter in C reads the fields.
+    """
+    private = {each.name: f"_{each.name}" for each in fields(event_type) if not each.metadata.get("writable")}
+    for name, private_name in private.items():
+        setattr(event_type, private_name, vars(event_type)[name])
+        setattr(event_type, name, property(attrgetter(private_name), partial(refuse, name=name)))
+    code = event_type.__init__.__code__
+    event_type.__init__.__code__ = code.replace(co_names=tuple(private.get(name, name) for name in code.co_names))
+    event_type.__slots__ = tuple(private.get(name, name) for name in event_type.__slots__)  # for copies
+
+
+def refuse(event: Event, value: Any, *, name: str) -> None:
+    """Refuse to write a field of an event.
+
+    Args:
+        event: The event.
+        value: The value that a listener writes.
+        name: The field's name.
+
+    Raises:
+        MisconfigurationError: Always. The message says what to write instead.
+    """
+    raise MisconfigurationError(
+        f"event.{name} = {reprlib.repr(value)} at {signal_name(type(event))} would change nothing: a listener only reads "
+        f"this field. {hint('event', name, value=value)}".rstrip()
+    )
 
 
 class Event(metaclass=EventType):
@@ -137,6 +177,8 @@ class FindCheckpoint(Event):
         which: ``"last"`` or ``"best"``.
         paths: The answers; a damaged file is passed over. Of ``"last"`` the newest is tried first, of ``"best"`` the first.
             None if no listener keeps checkpoints.
+        is_best_of_fit: Whether the first answer is the best file of the trainer's last fit by a metric: the one that a test
+            without a module takes.
 
     Example:
         >>> class FromTheArchive(Callback):
@@ -146,6 +188,7 @@ class FindCheckpoint(Event):
 
     which: Literal["last", "best"]
     paths: list[AnyPath] | None = _writable(None)
+    is_best_of_fit: bool = _writable(False)
 
     def offer(self, *paths: AnyPath) -> None:
         """Add answers.
@@ -344,11 +387,11 @@ class TrainBatchStart(Event):
     def skip_batch(self) -> None:
         """Make this a batch without a loss: no forward, no backward. Its plan still holds, so a window that it closes is
         closed."""
-        self.skipped = True
+        self._skipped = True
 
     def end_epoch(self) -> None:
         """End the training epoch before this batch. Nothing steps for it; validation still runs."""
-        self.ends_epoch = True
+        self._ends_epoch = True
 
 
 class OptimizerStep(Phase):
@@ -549,7 +592,7 @@ class BeforeOptimizerStep(Event):
                 because the weights have moved by then. The first veto's reason counts.
         """
         if self.skip_reason is None:
-            self.skip_reason = reason
+            self._skip_reason = reason
 
 
 class BeforeGradientClipping(Event):
@@ -829,13 +872,14 @@ class TrainEpochEnd(Event):
 
 class MetricsLogged(Event):
     """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a
-    batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over;
-    with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``.
+    batch that updated, and for each evaluation batch that logged on step: after its end, but in a fit after the
+    last batch, because an interrupted validation is repeated. With scope ``"epoch"`` once an epoch of training, or a
+    pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``.
 
     Attributes:
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
-        scope: ``"step"``, of which loggers write a part; ``"epoch"`` or ``"monitor"``, of which they write all.
-        step: ``global_step``.
+        scope: ``"step"``, of which loggers write a part in training; ``"epoch"`` or ``"monitor"``, of which they write all.
+        step: ``global_step``; for a step of an evaluation the number of evaluation batches in the run so far.
         metrics: The values that were logged with ``logger=True``, by name: scalar tensors on their device,
             numbers, or anything that ``float()`` takes. Read them during the event.
         epoch_complete: The data of the epoch was used to its end. False for an epoch that was ended
@@ -972,6 +1016,7 @@ class ExceptionRaised(Event):
     """
 
     signal_name: ClassVar = "exception"
+    module_arguments: ClassVar = ("exception",)
     exception: BaseException
 
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventtrain import events
-from eventtrain.callback import attach, is_on_demand
+from eventtrain.callback import AttachedCallbacks, is_on_demand
 from eventtrain.checkpoint import contents, storage
 from eventtrain.checkpoint.find import interrupted_path
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.core.signals import EventSignal, Signals
-from eventtrain.core.state import Progress, RunLimits, RunStage
+from eventtrain.core.state import Progress, RunLimits, RunStage, StopRequest
 from eventtrain.data.device import resolve_device
 from eventtrain.data.limits import Limit
 from eventtrain.describe import describe, overview
 from eventtrain.distributed import Processes, SingleProcess
 from eventtrain.errors import MisconfigurationError
+from eventtrain.hints import MissingAttribute, explained
 from eventtrain.metrics.metrics import Metrics
-from eventtrain.module.datamodule import LightningDataModule
 from eventtrain.module.module import LightningModule
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
 from eventtrain.paths import AnyPath, check_path
-from eventtrain.run.arguments import RunArguments
+from eventtrain.run.arguments import RunArguments, checked_attribute
 from eventtrain.run.compiled import Model, ModuleSteps
 from eventtrain.run.evaluate import Evaluation
 from eventtrain.run.fit import Fit
@@ -40,7 +41,7 @@ class Trainer:
     Each ``fit`` is a new run, with counters from zero, unless it resumes a checkpoint.
 
     Args:
-        max_epochs: Epochs of training; -1 for no limit. Give this or ``max_steps``.
+        max_epochs: Epochs of training; -1 for no limit. A fit needs this or ``max_steps``.
         min_epochs: :meth:`stop` waits until this many epochs are complete.
         max_steps: Updates of the whole run; None or -1 for no limit.
         min_steps: :meth:`stop` waits until there were this many updates.
@@ -57,6 +58,8 @@ class Trainer:
         num_sanity_val_steps: Validation batches to run before training, -1 for all; nothing of it is logged.
         fast_dev_run: The number of batches of each stage in a trial run of one epoch, without loggers' files, checkpoints and
             early stopping; True for one batch.
+        inference_mode: Whether validate, test and predict run in ``torch.inference_mode``. False for ``torch.no_grad``, in
+            which a step may turn gradients on again, and whose tensors training can use.
         seed: Given to :func:`~eventtrain.seed_everything` at the start of each run; None leaves the generators. Weights that a
             module draws in ``__init__`` come before: seed by hand for those, or draw in ``configure_model``.
         default_root_dir: The directory of callbacks that have no directory of their own, local or with a protocol of fsspec,
@@ -64,7 +67,7 @@ class Trainer:
 
     Attributes:
         signals: One signal per event.
-        callbacks: The attached callbacks, in order.
+        callbacks: The attached callbacks, in order. To append one attaches it, and to remove one detaches it.
         device: The device of the module and its batches.
         processes: This process's view of the others that train with it.
         arguments: The arguments that shape runs, checked.
@@ -89,6 +92,7 @@ class Trainer:
         6
     """
 
+    @explained
     def __init__(
         self,
         *,
@@ -107,6 +111,7 @@ class Trainer:
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int = 2,
         fast_dev_run: bool | int = False,
+        inference_mode: bool = True,
         seed: int | None = None,
         default_root_dir: str | os.PathLike[str] = ".",
     ) -> None:
@@ -122,46 +127,59 @@ class Trainer:
             check_val_every_n_epoch=check_val_every_n_epoch,
             num_sanity_val_steps=num_sanity_val_steps,
             fast_dev_run=fast_dev_run,
+            inference_mode=inference_mode,
         )
         self.seed = seed
         self.default_root_dir = str(check_path(default_root_dir, "Trainer", "default_root_dir"))
         self.device = resolve_device(device)
         self.processes: Processes = SingleProcess()
         self.signals = Signals(self)
-        self.callbacks: list[Any] = []
+        self.callbacks = AttachedCallbacks(self.signals)
         self.run_state = self._new_state()
         self._run: Run | None = None  # the current one
         self._attach(callbacks, default_callbacks)
 
+    if not TYPE_CHECKING:  # type checkers would take it as a leave to set anything
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, checked_attribute(self, name, value))
+
     def _attach(self, callbacks: Any, default_callbacks: bool) -> None:
-        several = isinstance(callbacks, Iterable) and not isinstance(callbacks, str)
-        chosen = list(callbacks) if several else [callbacks]
+        chosen = list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
         if default_callbacks:
             # The one place at which the library knows callbacks, and late, because they import the library.
             from eventtrain.callbacks import LRSchedulerStepping, ProgressBar
 
             kinds = (LRSchedulerStepping, ProgressBar)
             chosen += [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]
-        for callback in chosen:
-            attach(callback, self.signals, self.callbacks)
+        self.callbacks.extend(chosen)
+
+    if not TYPE_CHECKING:  # type checkers know the attributes
+
+        def __getattr__(self, name: str) -> Any:
+            # Reached only if there is no such attribute, or a property raised AttributeError.
+            if name.startswith("__") or hasattr(type(self), name):
+                return object.__getattribute__(self, name)
+            raise MissingAttribute(name=name, obj=self)
 
     # ------------------------------------------------------------------ the four stages
 
+    @explained
     def fit(
         self,
         model: Model,
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
-        datamodule: LightningDataModule | None = None,
+        datamodule: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> None:
         """Train a module.
 
         Args:
             model: The module; or ``torch.compile(module)``, whose steps are then called compiled.
-            train_dataloaders: The training loader; if None, the module's or datamodule's.
+            train_dataloaders: The training loader; if None, the module's or datamodule's. A datamodule may stand here too.
             val_dataloaders: A validation loader, or a list of them; if None, the module's or datamodule's.
-            datamodule: An object that has the loaders.
+            datamodule: An object that has the loaders: a ``LightningDataModule``, or any other with their methods.
             ckpt_path: A checkpoint to resume, exactly from the safe point at which it was written: its path; ``"last"``, the
                 newest whole one that an attached callback keeps, or a fresh start if there is none yet; ``"best"``, the best by
                 the callback's monitored metric.
@@ -179,19 +197,21 @@ class Trainer:
         loaders: dict[Any, Any] = {"train": train_dataloaders, "validation": val_dataloaders}
         self._execute(lambda: Fit(self, self._new_state(self.run_state.steps), model, datamodule, loaders, ckpt_path))
 
+    @explained
     def validate(
         self,
         model: Model | None = None,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
-        datamodule: LightningDataModule | None = None,
+        datamodule: Any = None,
     ) -> list[dict[str, float]]:
         """Validate a module.
 
         Args:
-            model: The module, compiled or not; if None, the one of the last run.
-            dataloaders: A loader or a list of them; if None, the module's or datamodule's.
-            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`.
+            model: The module, compiled or not, whose weights are used as they are. If None, the one of the last run; if that
+                was a fit that kept the best checkpoint by a metric, its weights are loaded first, as in Lightning.
+            dataloaders: A loader or a list of them, or a datamodule; if None, the module's or datamodule's.
+            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`; None for none, but see ``model``.
             datamodule: An object that has the loaders.
 
         Returns:
@@ -208,12 +228,13 @@ class Trainer:
         """
         return self._evaluate("validate", model, dataloaders, ckpt_path, datamodule).results
 
+    @explained
     def test(
         self,
         model: Model | None = None,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
-        datamodule: LightningDataModule | None = None,
+        datamodule: Any = None,
     ) -> list[dict[str, float]]:
         """Test a module. Arguments, result and errors are those of :meth:`validate`, with ``test_step``.
 
@@ -225,29 +246,35 @@ class Trainer:
         """
         return self._evaluate("test", model, dataloaders, ckpt_path, datamodule).results
 
+    @explained
     def predict(
         self,
         model: Model | None = None,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
-        datamodule: LightningDataModule | None = None,
-    ) -> list[Any]:
-        """Predict with a module. Arguments and errors are those of :meth:`validate`, with ``predict_step``.
+        datamodule: Any = None,
+        return_predictions: bool = True,
+    ) -> Any:
+        """Predict with a module. The other arguments and errors are those of :meth:`validate`, with ``predict_step``.
+
+        Args:
+            return_predictions: Whether the values of ``predict_step`` are kept and returned. False for a step or a callback
+                that writes them, if together they are too large.
 
         Returns:
-            The value of ``predict_step`` for each batch; with several loaders, a list of such lists.
+            The value of ``predict_step`` for each batch; with several loaders, a list of such lists. None if they are not
+            returned.
 
         Example:
             >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
             >>> [output.shape for output in trainer.predict(Line(), [torch.ones(4, 1)] * 2)]
             [torch.Size([4, 1]), torch.Size([4, 1])]
         """
-        outputs = self._evaluate("predict", model, dataloaders, ckpt_path, datamodule).outputs
-        return outputs[0] if len(outputs) == 1 else outputs
+        outputs = self._evaluate("predict", model, dataloaders, ckpt_path, datamodule, keeps=return_predictions).outputs
+        return (outputs[0] if len(outputs) == 1 else outputs) if return_predictions else None
 
-    def _evaluate(self, stage: RunStage, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any) -> Evaluation:
-        state = self.run_state
-        return self._execute(lambda: Evaluation(self, state, stage, model, datamodule, dataloaders, ckpt_path))
+    def _evaluate(self, stage: RunStage, *call: Any, keeps: bool = True) -> Evaluation:
+        return self._execute(lambda: Evaluation(self, stage, keeps, *call))
 
     def _execute(self, make: Callable[[], R]) -> R:
         if self._run is not None:
@@ -285,7 +312,7 @@ class Trainer:
             >>> trainer.global_step, trainer.stop_reason
             (3, 'three updates are enough')
         """
-        request = self.run_state.stop_request
+        request = self._request(f"stop({reason!r})")
         if request.reason is None or force or at_once:
             request.reason = reason
         request.force |= force or at_once
@@ -313,7 +340,7 @@ class Trainer:
             >>> trainer.global_step
             2
         """
-        request = self.run_state.stop_request
+        request = self._request(f"interrupt({reason!r})")
         if reason is not None or not request.interruption_is_agreed:
             request.interruption = reason
 
@@ -332,7 +359,14 @@ class Trainer:
             >>> trainer.global_step
             2
         """
-        self.run_state.stop_request.epoch_reason = reason
+        self._request(f"end_epoch({reason!r})").epoch_reason = reason
+
+    def _request(self, verb: str) -> StopRequest:
+        """Return the request of the current fit; outside a fit one that nobody reads, with a warning."""
+        if self.stage == "fit":
+            return self.run_state.stop_request
+        warnings.warn(f"trainer.{verb} does nothing, because no fit is running. Call it in a callback.", stacklevel=3)
+        return StopRequest()
 
     def listen(self, handler: Callable[..., Any]) -> None:
         """Have a handler that is marked :func:`~eventtrain.on_demand` called from the next event on, until the run ends or
@@ -408,8 +442,8 @@ class Trainer:
         return self.run_state.metrics.update_counts.get(name, 0)
 
     def log_on_step(self, values: Mapping[str, Any]) -> None:
-        """Add values to those that the current update hands to loggers, which write them at their cadence. For callbacks; a
-        module has ``self.log``.
+        """Add values to those that the current update hands to loggers, which write them at their cadence; in validation and
+        test, to those of the current batch. For callbacks; a module has ``self.log``.
 
         Args:
             values: By name, numbers, scalar tensors, or anything that ``float()`` takes; it is called when they are written.
@@ -464,8 +498,8 @@ class Trainer:
             event = events.BeforeLRSchedulerStep(config, config.learning_rates(), metric)
             signals.before_lr_scheduler_step.publish(event)
             metric = event.metric
-        assert self.run_state.module is not None
-        self.run_state.module.lr_scheduler_step(config.scheduler, metric)
+        module: Any = self.run_state.module
+        (module.lr_scheduler_step or LightningModule().lr_scheduler_step)(config.scheduler, metric)
         if signals.after_lr_scheduler_step.listeners:
             signals.after_lr_scheduler_step.publish(events.AfterLRSchedulerStep(config, config.learning_rates()))
 
@@ -487,6 +521,7 @@ class Trainer:
         """
         return contents.gather(self) if publish else contents.state_of(self)
 
+    @explained
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write the run's state to a file. In several processes all have to call it.
 
@@ -605,7 +640,7 @@ class Trainer:
         return self.run_state.module
 
     @property
-    def datamodule(self) -> LightningDataModule | None:
+    def datamodule(self) -> Any:
         """The datamodule of the current run, or of the last one; None if it has none."""
         return self.run_state.datamodule
 
@@ -750,8 +785,16 @@ class Trainer:
 
     @property
     def should_stop(self) -> bool:
-        """Whether :meth:`stop` was called in this run."""
+        """Whether :meth:`stop` was called in this run. To set it to True stops the run; to False withdraws the request, unless
+        other processes know of it already."""
         return self.run_state.stop_request.reason is not None
+
+    @should_stop.setter
+    def should_stop(self, should_stop: bool) -> None:
+        if should_stop:
+            self.stop("trainer.should_stop = True")
+        elif not (request := self.run_state.stop_request).is_agreed:
+            request.reason, request.force, request.at_once = None, False, False
 
     @property
     def stop_reason(self) -> str | None:

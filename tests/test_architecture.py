@@ -84,7 +84,7 @@ LAYERS = [
     ],
     ["eventtrain.distributed", "eventtrain.events"],
     ["eventtrain.core"],
-    ["eventtrain.checkpoint.rng", "eventtrain.checkpoint.storage"],
+    ["eventtrain.checkpoint.rng", "eventtrain.checkpoint.storage", "eventtrain.checkpoint.weights"],
     ["eventtrain.data", "eventtrain.metrics"],
     ["eventtrain.module"],
     ["eventtrain.optim"],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eventtrain import Callback, Trainer
 from eventtrain import callbacks as shipped
-from eventtrain.callback import attach, detach, has_state, state_key
+from eventtrain.callback import has_state, state_key
 from tests.kit import Line, connections, rows
 from tests.together import PARALLEL, Witness, fit, new_trainer_of_all
 
@@ -101,7 +101,7 @@ def test_it_leaves_no_connection_behind_when_it_is_detached(
     trainer = trainer_of(callback)
     assert connections(trainer)  # it listens to something
     trainer.fit(Scheduled(), BATCHES)
-    detach(callback, trainer.signals, trainer.callbacks)
+    trainer.callbacks.remove(callback)
     assert connections(trainer) == {}
     assert callback not in trainer.callbacks
 
@@ -182,7 +182,7 @@ def check_connections(trainer: Trainer, fit: Callable[[Trainer], None]) -> None:
         fit: Trains with it.
     """
     looks = Looks()
-    attach(looks, trainer.signals, trainer.callbacks)
+    trainer.callbacks.append(looks)
     tree, receivers = look(trainer)
     fit(trainer)
     assert looks.seen.keys() == set(MOMENTS)

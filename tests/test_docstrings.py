@@ -38,9 +38,16 @@ NAMES: dict[str, Any] = {
 }
 
 
+class Finder(doctest.DocTestFinder):
+    """Finds examples of methods that a decorator wraps, too."""
+
+    def _from_module(self, module: Any, object: Any) -> bool:
+        return bool(super()._from_module(module, inspect.unwrap(object)))  # type: ignore[misc]
+
+
 def examples() -> list[doctest.DocTest]:
     """Return the examples of every docstring of the package, one for each docstring that has any."""
-    finder = doctest.DocTestFinder(exclude_empty=True)
+    finder = Finder(exclude_empty=True)
     tests: list[doctest.DocTest] = []
     for module_info in pkgutil.walk_packages(eventtrain.__path__, "eventtrain."):
         module = importlib.import_module(module_info.name)

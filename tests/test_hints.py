@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import eventtrain
 from eventtrain import LightningDataModule, LightningModule, Trainer, callbacks
 from eventtrain.events import EVENTS, module_hook
 from eventtrain.hints import hint, tables
+from eventtrain.run.hook_connections import LIKE_A_HOOK
 from tests.kit import ModuleOf
 
 CLASSES: dict[str, Any] = {"Trainer": Trainer, **{name: getattr(callbacks, name) for name in callbacks.__all__}}
@@ -134,7 +136,9 @@ def test_hints_for_attributes_of_a_trainer_can_be_run(in_tmp_path: None) -> None
     for table, name, code in CODE:
         if table == "trainer" and code.startswith("trainer."):
             try:
-                eval(code, {**namespace, "function": lambda trainer, event: None})
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "trainer.* does nothing, because no fit is running")
+                    eval(code, {**namespace, "function": lambda trainer, event: None})
             except Exception as error:
                 raise AssertionError(f"{name}: {code}") from error
             done += 1
@@ -161,6 +165,10 @@ def test_no_hint_is_for_an_attribute_a_hook_or_a_handler_that_exists() -> None:
         assert not tables()[table].keys() & {*of_module, *dir(LightningDataModule)}
     assert {*tables()["instead"].values(), *tables()["loader"].values()} <= of_module
     assert not tables()["callback"].keys() & {f"on_{name}" for name in EVENTS}
+
+
+def test_all_hooks_that_nobody_calls_are_looked_up() -> None:
+    assert all(LIKE_A_HOOK.match(name) for table in ("hook", "instead") for name in tables()[table])
 
 
 def test_a_hint_shows_the_value_if_it_is_short() -> None:

@@ -56,7 +56,7 @@ def defined(tree: ast.AST) -> Iterator[str]:
 
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
 OURS = {name for tree in TREES.values() for name in defined(tree) if is_private(name)} | {
-    "_on_demand", "_eventtrain_noted", "_trainer", "_toggles", "_hparams", "_call_step", "_entered", "_seen",
+    "_on_demand", "_eventtrain_noted", "_trainer", "_toggles", "_hparams", "_call_step", "_entered", "_seen", "_left_metrics",
 }  # fmt: skip
 """The private names of the package's own classes; those after the bar are attributes and keys that are not assigned by name."""
 OF_TORCH = {name for name, _ in uses(ast.parse(GATHERED.read_text()))}

@@ -42,6 +42,14 @@ class BadModule(LightningModule):
 
 def misspelt(trainer: Trainer, event: events.BeforeForward) -> None:
     event.runs
+
+unknown_argument = Trainer(max_epochs=1, gpus=1)
+
+unknown_stage_argument = trainer.validate(train_dataloader=[])
+
+unknown_callback_argument = GradientAccumulation(steps=2)
+
+unknown_attribute = trainer.lightning_module
 """
 
 
@@ -58,6 +66,8 @@ def test_a_wrong_signature_is_found_before_anything_runs(tmp_path: Path) -> None
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]
     reported = [(int(line.split(":")[1]), line.rsplit("[", 1)[1].rstrip("]")) for line in errors]
     expected = [("class BadCallback", 1, "override"), ("class BadModule", 1, "override"), ("def misspelt", 1, "attr-defined")]
+    expected += [(f"unknown_{what}argument", 0, "call-arg") for what in ("", "stage_", "callback_")]
+    expected += [("unknown_attribute", 0, "attr-defined")]
     lines = USER_CODE.splitlines()
     starts = [next(i for i, line in enumerate(lines, 1) if line.startswith(begin)) for begin, _, _ in expected]
     assert reported == [(start + after, kind) for start, (_, after, kind) in zip(starts, expected, strict=True)], done.stdout

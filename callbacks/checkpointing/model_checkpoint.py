@@ -226,9 +226,10 @@ class ModelCheckpoint(Callback):
         self.wait(trainer)
         if event.which == "last":
             event.offer(*self._folder.newest())
-        elif self.monitor is None:
+        elif self.monitor is None or event.is_best_of_fit:
             event.offer(*self._best())
-        else:  # before the files of listeners that monitor no metric
+        else:  # before the files of listeners that monitor no metric, after those of the first that does
+            event.is_best_of_fit = bool(self.kept)
             event.paths = [*self._best(), *(event.paths or ())]
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:

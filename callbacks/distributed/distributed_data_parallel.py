@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.distributed.data_parallel import DataParallel
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import BeforeForward, ReduceGradients, Setup, Teardown, TrainEpochStart
+from eventtrain.hints import check_names
 from eventtrain.module.module import LightningModule
 from eventtrain.trainer import Trainer
 
@@ -80,6 +82,8 @@ class DistributedDataParallel(DataParallel, Callback):
 
     def __init__(self, *, shares_data: bool = True, timeout: timedelta | float | None = None, **options: Any) -> None:
         super().__init__(shares_data, timeout)
+        known = list(inspect.signature(TorchDistributedDataParallel).parameters)[1:]
+        check_names("DistributedDataParallel", options, ["shares_data", "timeout", *known])
         self.options = options
         self._wrapper: TorchDistributedDataParallel | None = None
         self._wrapped: list[nn.Parameter] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -28,6 +29,7 @@ from eventtrain.events import (
     ReduceGradients,
     Setup,
 )
+from eventtrain.hints import check_names
 from eventtrain.paths import check_path
 from eventtrain.trainer import Trainer
 
@@ -115,6 +117,8 @@ class FullyShardedDataParallel(DataParallel, Callback):
                 "module's children."
             )
         self.units = None if units is None else tuple(units)
+        known = list(inspect.signature(fully_shard).parameters)[1:]
+        check_names("FullyShardedDataParallel", options, ["units", "shares_data", "timeout", *known])
         self.options = options
         self._mesh: DeviceMesh | None = None
         self._shards: Shards | None = None

@@ -23,7 +23,8 @@ class JSONLinesLogger(Callback):
 
     Listens to ``metrics_logged``, ``setup``, ``fit_start`` and ``teardown``. A line holds ``time`` (seconds since 1970),
     ``stage``, ``scope``, ``step`` and ``epoch``, then each value under its name. A value whose name is one of these five is
-    written as ``logged/<name>``. JSON has no numbers that are not finite: they are the strings ``"nan"``, ``"inf"`` and
+    written as ``logged/<name>``. For values that a validation or test logs on step, which are all written, ``step`` is the
+    count of evaluation batches. JSON has no numbers that are not finite: they are the strings ``"nan"``, ``"inf"`` and
     ``"-inf"``, which ``float`` accepts. A line is written as a whole, so that a reader never sees half of one. Override
     :meth:`is_due` for another cadence.
 
@@ -35,7 +36,7 @@ class JSONLinesLogger(Callback):
     Args:
         path: The file; relative to the trainer's ``default_root_dir``. If it exists, the run's file is
             ``<stem>-<n><suffix>``, with the first free number.
-        log_every_n_steps: Updates between two lines of values that were logged on step.
+        log_every_n_steps: Updates between two lines of values that training logged on step.
 
     Attributes:
         run_path: The file of the current run, or of the last one. It is None before the first ``fit_start``, in a
@@ -89,7 +90,7 @@ class JSONLinesLogger(Callback):
         self._open(trainer)
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
-        if event.scope == "step" and not self.is_due(event.step):
+        if event.scope == "step" and event.stage == "train" and not self.is_due(event.step):
             return
         if self._file is None or not event.metrics:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from eventtrain.events import (
     Teardown,
     TrainBatchStart,
 )
-from eventtrain.metrics.metrics import infer_batch_size
+from eventtrain.metrics.batch_size import batch_sizes
 from eventtrain.paths import AnyPath, check_path
 from eventtrain.trainer import Trainer
 
@@ -47,7 +48,8 @@ class TensorBoardLogger(Callback):
     whose columns are the hyperparameters and scalars of all runs below TensorBoard's ``logdir``. Write anything else through
     ``trainer.callback(TensorBoardLogger).writer``. Override :meth:`is_due` for another cadence.
 
-    Values on the x-axis never fall. An evaluation after the fit is drawn at the end of the fit. A batch in which several
+    Values that a validation or test logs on step are all written; their x is the count of evaluation batches. The x of all
+    others never falls. An evaluation after the fit is drawn at the end of the fit. A batch in which several
     optimizers step is one update. A run that resumes a checkpoint continues at the position of the checkpoint, in the
     directory of the checkpoint's run if it still exists. Everything that was written there after the checkpoint is cut off,
     so that each step is there once. The new event file begins with the mark of ``SummaryWriter(purge_step=...)``, so that
@@ -61,9 +63,9 @@ class TensorBoardLogger(Callback):
         log_dir: The directory of all runs; relative to the trainer's ``default_root_dir``.
         name: The name of the runs; None for the module's class name. A run's directory is
             ``log_dir/name/version_<n>``, with the first free number.
-        log_every_n_steps: Updates between two written values that were logged on step.
-        x_axis: The x-axis of all values: ``"global_step"``, ``"batches"`` or ``"samples"`` of the run, or ``"wall_time"``,
-            whole seconds since the fit began, including those before a resume.
+        log_every_n_steps: Updates between two written values that training logged on step.
+        x_axis: The x-axis of values of training, and of epochs: ``"global_step"``, ``"batches"`` or ``"samples"`` of the run,
+            or ``"wall_time"``, whole seconds since the fit began, including those before a resume.
         log_graph: Whether to draw the graph of the module's ``forward`` on its ``example_input_array``.
         histograms: Updates between two histograms of each parameter (after the update) and of each gradient (the true
             one, unclipped), as ``parameters/<name>`` and ``gradients/<name>``; None for no histograms. Values that are not
@@ -108,6 +110,7 @@ class TensorBoardLogger(Callback):
         self._resumed = False
         self._gradients: dict[str, Tensor] = {}
         self._last_x = 0
+        self._evaluated = 0  # the highest x of values that an evaluation logged on step
         self._samples = 0
         self._seconds_before = 0.0
         self._began = 0.0
@@ -140,7 +143,7 @@ class TensorBoardLogger(Callback):
             if not self._writes(trainer):
                 return cast("SummaryWriter", SilentWriter())
             # The checkpoint has the values up to here. The later ones are to be written again.
-            purge_step = self._place(trainer) + 1 if self._resumed else None
+            purge_step = max(self._place(trainer), self._evaluated) + 1 if self._resumed else None
             with run_files.refusing_bad_places(OWNER, "log_dir"):
                 if self._resumed and self._event_files is not None:
                     event_files.cut_off(self.run_dir, OWNER, self._event_files)
@@ -183,7 +186,7 @@ class TensorBoardLogger(Callback):
             self._run_dir = None  # made at its first use, because a checkpoint may bring another one
             self._resumed = False
             self._event_files = None
-            self._last_x = self._samples = 0
+            self._last_x = self._evaluated = self._samples = 0
             self._seconds_before = self._began = 0.0
         elif event.stage != "predict":
             _ = self.writer  # raises now if the directory is bad; an evaluation after a fit continues in the fit's directory
@@ -209,19 +212,23 @@ class TensorBoardLogger(Callback):
 
     @on_demand
     def on_train_batch_start(self, trainer: Trainer, event: TrainBatchStart) -> None:
-        self._samples += infer_batch_size(event.batch) * trainer.world_size
+        sizes = batch_sizes(event.batch, 'Give TensorBoardLogger(x_axis="batches").')
+        self._samples += sizes[0] * trainer.world_size
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
         scope = event.scope
-        if scope == "step" and not self.is_due(event.step):
+        in_evaluation = scope == "step" and event.stage != "train"
+        if scope == "step" and not in_evaluation and not self.is_due(event.step):
             return
         if not self._writes(trainer):
             return
         scalars = dict(event.metrics)
         if scope == "epoch" and event.stage == "train":
             scalars["epoch"] = trainer.current_epoch
+        if in_evaluation:
+            self._evaluated = max(self._evaluated, event.step)
         if scalars:
-            self.log_scalars(scalars, self._x(trainer))
+            self.log_scalars(scalars, event.step if in_evaluation else self._x(trainer))
         if scope == "epoch" and isinstance(self.run_dir, Path):  # the files of a remote store go there once in a minute
             self.writer.flush()
 
@@ -275,7 +282,11 @@ class TensorBoardLogger(Callback):
             x: Their position on the x-axis.
         """
         for name, value in scalars.items():
-            self.writer.add_scalar(name, float(value), x)
+            number = float(value)
+            is_long = math.isfinite(number) and torch.tensor(number, dtype=torch.float32).item() != number
+            # TensorBoard's own scalars have 32 bits. Readers of its API find the others among its tensors.
+            is_long &= abs(number) > 2**24
+            self.writer.add_scalar(name, number, x, new_style=is_long, double_precision=is_long)
 
     def log_hyperparams(self, hparams: Mapping[str, Any]) -> None:
         """Write hyperparameters for TensorBoard's HParams page, which shows the first ones that a run writes.
@@ -320,11 +331,13 @@ class TensorBoardLogger(Callback):
             "event_files": files,
             "x_axis": self.x_axis,
             "samples": self._samples,
+            "evaluated": self._evaluated,
             "seconds": self._seconds(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples = state["samples"]
+        self._evaluated = state.get("evaluated", 0)
         self._seconds_before = state["seconds"]
         self._began = 0.0
         run_dir = state["run_dir"] and self._running().root / check_path(state["run_dir"], OWNER, "log_dir")

@@ -11,6 +11,7 @@ from eventtrain.callback import Callback
 from eventtrain.callbacks.monitoring.numbered import numbered
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.events import AfterOptimizerStep, Teardown
+from eventtrain.optim.lr_scheduler import LRSchedulerConfig
 from eventtrain.trainer import Trainer
 
 
@@ -24,6 +25,7 @@ class LearningRateMonitor(Callback):
     Emits, for an optimizer of the class ``SGD``:
 
     - ``lr-SGD``; or ``lr-SGD-0``, ``lr-SGD-1``, ... if the run has several optimizers of the class;
+    - the ``name`` of a scheduler's config in place of ``lr-SGD``, for the optimizer whose rates it sets;
     - ``lr-SGD/group_0``, ``lr-SGD/group_1``, ... if it has several parameter groups, and ``lr-SGD/<name>`` for a group
       that has a ``"name"``; names that several groups have are numbered like the classes;
     - the same with ``-momentum`` (the group's ``momentum``, or the first of its ``betas``) and ``-weight_decay``, if you ask
@@ -52,7 +54,7 @@ class LearningRateMonitor(Callback):
         groups = optimizer.optimizer.param_groups  # on the wrapped one: the wrapper's look-up is slower
         entries = self._entries.get(optimizer)
         if entries is None or len(entries) != len(groups):  # add_param_group was called
-            entries = self._entries[optimizer] = list(self._names(optimizer, trainer.optimizers))
+            entries = self._entries[optimizer] = list(self._names(optimizer, trainer))
         values: dict[str, Any] = {}
         for group, names in zip(groups, entries, strict=True):
             for name, key in names:
@@ -66,10 +68,10 @@ class LearningRateMonitor(Callback):
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         self._entries.clear()
 
-    def _names(self, optimizer: LightningOptimizer, optimizers: list[LightningOptimizer]) -> Iterator[list[tuple[str, str]]]:
+    def _names(self, optimizer: LightningOptimizer, trainer: Trainer) -> Iterator[list[tuple[str, str]]]:
         """Yield for each parameter group the pairs of a name to log under and the group's key."""
-        kinds = numbered(type(each.optimizer).__name__ for each in optimizers)
-        kind = next(name for name, each in zip(kinds, optimizers, strict=True) if each is optimizer)
+        curves = numbered(curve(each, trainer.lr_scheduler_configs) for each in trainer.optimizers)
+        name = next(name for name, each in zip(curves, trainer.optimizers, strict=True) if each is optimizer)
         groups = optimizer.optimizer.param_groups
         ends = numbered(f"/{group.get('name', f'group_{i}')}" for i, group in enumerate(groups)) if len(groups) > 1 else [""]
         for group, end in zip(groups, ends, strict=True):
@@ -79,4 +81,10 @@ class LearningRateMonitor(Callback):
             if self.weight_decay:
                 keys["weight_decay"] = "-weight_decay"
             # Some optimizers choose their rate themselves, and have None.
-            yield [(f"lr-{kind}{end}{suffix}", key) for key, suffix in keys.items() if group.get(key) is not None]
+            yield [(f"{name}{end}{suffix}", key) for key, suffix in keys.items() if group.get(key) is not None]
+
+
+def curve(optimizer: LightningOptimizer, configs: list[LRSchedulerConfig]) -> str:
+    """Return the name of an optimizer's curve: that of a scheduler's config, or one made of the optimizer's class."""
+    names = [each.name for each in configs if each.name and each.sets_rates_of(optimizer)]
+    return names[0] if names else f"lr-{type(optimizer.optimizer).__name__}"

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from eventtrain._torch import tensors_of
 from eventtrain.callback import Callback
 from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.weights import load_weights
 from eventtrain.checks import check_number, check_option
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import AfterUpdate, LoadCheckpoint, SaveCheckpoint, Setup, Teardown, ValidationStart
@@ -186,7 +187,7 @@ class ExponentialMovingAverage(Callback):
                 f"{path} has no averages of {cls.__qualname__}, only the state of {sorted(states)}. Call load_into "
                 "of the class that was attached, or load the raw weights with load_from_checkpoint."
             )
-        module.load_state_dict(content["state_dict"])
+        load_weights(module, content, path)
         copy_averages(states[cls.__qualname__]["averages"], module)
 
     def on_load_checkpoint(self, trainer: Trainer, event: LoadCheckpoint) -> None:

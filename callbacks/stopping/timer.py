@@ -109,7 +109,7 @@ class Timer(Callback):
         self._before, self._began = self.elapsed, None
 
     def _interrupt_if_due(self, trainer: Trainer) -> None:
-        if self.is_due(trainer):
+        if trainer.stage == "fit" and self.is_due(trainer):
             trainer.interrupt(self._reason())
 
     def _reason(self) -> str:

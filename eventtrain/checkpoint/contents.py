@@ -9,12 +9,17 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from eventtrain._torch import mark_stepped
 from eventtrain.callback import has_state, state_key
+from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.flags import flags, restore_flags
 from eventtrain.checkpoint.migrations import SCHEMA_VERSION, migrated
+from eventtrain.checkpoint.optimizers import class_names, parameter_groups, restore_optimizers
 from eventtrain.checkpoint.ranks import state_of_rank, state_of_this_rank
-from eventtrain.checkpoint.rng import set_rng_state
+from eventtrain.checkpoint.rng import isolated_rng, set_rng_state
+from eventtrain.checkpoint.weights import load_weights
 from eventtrain.core.loop import Resumption
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import CheckpointGathered, CheckpointRead, LoadCheckpoint, SaveCheckpoint
@@ -33,6 +38,9 @@ def gather(trainer: Trainer) -> dict[str, Any]:
     """
     checkpoint = state_of(trainer)
     trainer.signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
+    for part in (trainer.datamodule, trainer.module) if trainer.stage is None else ():  # hooks are connected in runs only
+        if (hook := getattr(part, "on_save_checkpoint", None)) is not None:
+            hook(checkpoint)
     trainer.signals.checkpoint_gathered.publish(CheckpointGathered(checkpoint))
     return checkpoint
 
@@ -41,8 +49,10 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     """Return the state of a run. Its keys are the schema, which ``docs/resume.md`` describes:
 
     - ``schema_version``, ``versions`` of the software, ``written_at`` in seconds since 1970, ``hyper_parameters``;
-    - ``state_dict`` of the module; ``optimizer_states`` and ``lr_schedulers``, lists in the order of
-      ``configure_optimizers``; ``num_steps``, each optimizer's count;
+    - ``state_dict`` of the module; ``requires_grad`` of its parameters and ``training`` of its submodules, by name;
+    - ``optimizer_states`` and ``lr_schedulers``, lists in the order of ``configure_optimizers``, and their ``classes``;
+      ``parameter_groups`` of the optimizers by name, as ``configured`` and as ``current``; ``num_steps``, each optimizer's
+      count;
     - ``progress``, the counters; ``epoch`` and ``global_step``, copies of two of them under Lightning's names;
     - ``window``, the current accumulation window, with the gradients that are held;
     - ``metrics``, the values that were logged, and the unfinished epoch's reductions;
@@ -64,8 +74,14 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "written_at": time.time(),
         "hyper_parameters": dict(module.hparams),
         "state_dict": module.state_dict(),
+        **flags(module),
         "optimizer_states": [optimizer.state_dict() for optimizer in state.optimizers],
-        "lr_schedulers": [config.scheduler.state_dict() for config in state.lr_scheduler_configs],
+        "lr_schedulers": [config.state_dict() for config in state.lr_scheduler_configs],
+        "classes": class_names(state),
+        "parameter_groups": {
+            "configured": state.configured_groups,
+            "current": parameter_groups(module, state.optimizers),
+        },
         "num_steps": [optimizer.num_steps for optimizer in state.optimizers],
         "progress": dataclasses.asdict(state.progress),
         "epoch": state.progress.current_epoch,
@@ -76,16 +92,52 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         # A request to stop that min_epochs or min_steps hold off; one that holds now was made for this process.
         "stop_reason": None if stop.force or trainer.is_ending else stop.reason,
         "callbacks": {state_key(each): each.state_dict() for each in trainer.callbacks if has_state(each)},
-        "datamodule": trainer.datamodule.state_dict() if trainer.datamodule is not None else {},
+        "datamodule": trainer.datamodule.state_dict() if hasattr(trainer.datamodule, "state_dict") else {},
     }
 
 
-def announce(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def try_out(trainer: Trainer) -> None:
+    """Collect a checkpoint before training, so that a value that no file can hold is found now, and not at the first save.
+
+    Listeners of ``save_checkpoint`` are called for it. If one of them raises, its additions stay unchecked, with a warning.
+
+    Args:
+        trainer: The trainer, in a fit that is about to train.
+
+    Raises:
+        MisconfigurationError: If there is such a value. It is a warning if nothing listens to ``take_checkpoint``.
+    """
+    signals = trainer.signals.table
+    if trainer.fast_dev_run or not (signals.take_checkpoint.listeners or signals.save_checkpoint.listeners):
+        return
+    with isolated_rng():
+        checkpoint = state_of(trainer)
+        try:
+            signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
+        except Exception as error:
+            warnings.warn(
+                f"on_save_checkpoint was tried before training, and raised {storage.first_line(error)}. So it is not known "
+                "whether a file can hold the values that it adds.",
+                stacklevel=2,
+            )
+            return
+    # Without tensors: those of a lazy module do not exist yet, and will when they are written.
+    others = {name: value for name, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)}
+    try:
+        storage.loadable({**checkpoint, "state_dict": others})
+    except MisconfigurationError as error:
+        if signals.take_checkpoint.listeners:
+            raise
+        warnings.warn(f"No checkpoint of this run can be saved: {error}", stacklevel=2)
+
+
+def announce(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
     """Let listeners, and the datamodule, see a checkpoint before loaders and optimizers are made.
 
     Args:
         trainer: The trainer that resumes it.
         checkpoint: The checkpoint, of any schema.
+        path: Its file, for errors.
 
     Returns:
         The checkpoint in the current schema.
@@ -95,29 +147,29 @@ def announce(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """
     trainer.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
     trainer.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
-    checkpoint = migrated(checkpoint)
-    if trainer.datamodule is not None:
+    checkpoint = migrated(checkpoint, path)
+    if hasattr(trainer.datamodule, "load_state_dict"):
         trainer.datamodule.load_state_dict(checkpoint["datamodule"])
     return checkpoint
 
 
-def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
     """Give a trainer the state of a run.
 
     Args:
         trainer: The trainer, whose module, loaders, optimizers and schedulers exist.
         checkpoint: The checkpoint that :func:`announce` returned.
+        path: Its file, for errors.
 
     Raises:
-        MisconfigurationError: If the checkpoint has another number of optimizers or schedulers, or another number of processes
-            wrote it, at a place from which these cannot continue.
+        MisconfigurationError: If the checkpoint is of another module, or of other optimizers or schedulers; or another number
+            of processes wrote it, at a place from which these cannot continue.
     """
     state = trainer.run_state
     checkpoint = state_of_rank(checkpoint, trainer)
-    trainer.module.load_state_dict(checkpoint["state_dict"])
-    schedulers = [config.scheduler for config in state.lr_scheduler_configs]
-    restore_parts("optimizer_states", state.optimizers, checkpoint)
-    restore_parts("lr_schedulers", schedulers, checkpoint)
+    load_weights(trainer.module, checkpoint, path)
+    restore_optimizers(state, checkpoint, path)
+    restore_flags(trainer.module, checkpoint)
     for stepping, steps in zip(state.steppings, checkpoint["num_steps"], strict=True):
         stepping.num_steps = steps
         # Else torch's schedulers warn of a step before the optimizer's first: that was in another process.
@@ -132,22 +184,6 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         state.metrics.load_state_dict(checkpoint["metrics"], trainer.module, trainer.device)
     restore_callbacks(trainer, checkpoint["callbacks"])
     restore_position(trainer, checkpoint)
-
-
-def restore_parts(key: str, parts: list[Any], checkpoint: dict[str, Any]) -> None:
-    """Load the states of optimizers or schedulers.
-
-    Raises:
-        MisconfigurationError: If the checkpoint has another number of them.
-    """
-    states = checkpoint[key]
-    if len(states) != len(parts):
-        raise MisconfigurationError(
-            f"The checkpoint holds {len(states)} {key} and configure_optimizers returned {len(parts)}. Resume with the module "
-            "that wrote it, or load only the weights with load_from_checkpoint."
-        )
-    for part, state in zip(parts, states, strict=True):
-        part.load_state_dict(state)
 
 
 def restore_window(trainer: Trainer, window: dict[str, Any]) -> None:
@@ -176,15 +212,16 @@ def restore_callbacks(trainer: Trainer, states: dict[str, Any]) -> None:
 
 
 def restore_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Have the loop continue at the checkpoint's batch, with the checkpoint's random numbers."""
+    """Have the loop continue at the checkpoint's batch, with the checkpoint's random numbers and the module's flags."""
     data, loaders, loop = checkpoint["data"], trainer.run_state.loaders, trainer.run_state.loop
     assert loop is not None and loaders is not None
     if data is None:  # of a version that kept no position: an epoch begins anew
         return
     loaders.load_state_dict(data)
 
-    def restore_generators() -> None:
+    def restore_last() -> None:
         set_rng_state(checkpoint["rng"])
         loaders.restore_generators(data)
+        restore_flags(trainer.module, checkpoint)  # hooks such as on_train_start may freeze layers as they did at first
 
-    loop.resumption = Resumption(data["position"], checkpoint["epoch_reason"], restore_generators)
+    loop.resumption = Resumption(data["position"], checkpoint["epoch_reason"], restore_last)

@@ -8,14 +8,15 @@ from typing import Any
 from eventtrain.errors import MisconfigurationError
 from eventtrain.version import __version__
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
-def migrated(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def migrated(checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
     """Return a checkpoint in the current schema.
 
     Args:
         checkpoint: A checkpoint of any schema from 1 on.
+        path: Its file, for the error.
 
     Raises:
         MisconfigurationError: If its schema is unknown, such as a later one.
@@ -23,10 +24,12 @@ def migrated(checkpoint: dict[str, Any]) -> dict[str, Any]:
     version = checkpoint.get("schema_version")
     while version != SCHEMA_VERSION:
         if version not in MIGRATIONS:
+            lightning = checkpoint.get("pytorch-lightning_version")
+            writer = f"was written by Lightning {lightning}" if lightning else f"has schema version {version!r}"
             raise MisconfigurationError(
-                f"The checkpoint has schema version {version!r}; this eventtrain {__version__} reads 1 to {SCHEMA_VERSION}. A "
-                "run is resumed only from a file that trainer.save_checkpoint wrote; load the weights of another file by "
-                "load_from_checkpoint, or by validate, test and predict."
+                f"{path} {writer}; this eventtrain {__version__} resumes runs from the schema versions 1 to {SCHEMA_VERSION}, "
+                "which trainer.save_checkpoint writes. Load only the weights by load_from_checkpoint, or by ckpt_path of "
+                "validate, test and predict."
             )
         checkpoint = MIGRATIONS[version](checkpoint)
         version = checkpoint["schema_version"]
@@ -42,4 +45,9 @@ def _from_1(old: dict[str, Any]) -> dict[str, Any]:
     return {**old, **absent, "window": window, "num_steps": steps, "progress": progress, "schema_version": 2}
 
 
-MIGRATIONS: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(old: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 had no flags, and nothing by which optimizers are compared."""
+    return {**old, "requires_grad": {}, "training": {}, "classes": {}, "parameter_groups": None, "schema_version": 3}
+
+
+MIGRATIONS: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}

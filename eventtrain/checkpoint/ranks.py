@@ -36,7 +36,7 @@ def state_of_this_rank(trainer: Trainer) -> dict[str, Any]:
             # In manual optimization only the module knows whether a window is open.
             "gradients": gradients(trainer) if batch.window_open or not batch.automatic else {},
         },
-        "metrics": state.metrics.state_dict(trainer.module),
+        "metrics": state.fit_metrics.state_dict(trainer.module),
         "rng": rng_state(),
         "data": data,
     }

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from eventtrain.errors import MisconfigurationError
+from eventtrain.hints import explained
 
 
+@explained
 def seed_everything(seed: int) -> int:
     """Seed the generators of Python, NumPy and torch, on all devices.
 

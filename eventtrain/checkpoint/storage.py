@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import tempfile
 import warnings
 import zipfile
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from eventtrain.checkpoint.weights import kind_of, some
 from eventtrain.errors import MisconfigurationError
 from eventtrain.paths import AnyPath, RemotePath, check_path
 
@@ -131,18 +133,27 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None) ->
     """
     path = check_path(path, "storage.read", "path")
     if path.is_dir():
-        raise MisconfigurationError(f"{path} is a folder. Give a checkpoint in it; fit(ckpt_path='last') takes the newest.")
+        files = sorted(each.name for each in path.glob("*") if each.is_file())
+        advice = f"Give a file in it: {some(files) or 'it has none'}; or fit(ckpt_path='last') for the newest checkpoint."
+        raise MisconfigurationError(f"{path} is a folder. {advice}")
     with reading(path) as file:
         try:
             verify_checksums(file)
             content = torch.load(file, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:  # a damaged file can cause any error in its reader
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            problem = f"it is damaged, or of another kind ({first_line(error)})"
+            if code is not None:
+                problem = (
+                    f"it holds a {code[1]}, and only tensors and plain values are read, so that no code in a file is run. If "
+                    "you trust it, write its weights to another one: "
+                    "torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, new_path)"
+                )
             raise MisconfigurationError(
-                f"{path} is no checkpoint that can be read safely: it is damaged, or holds more than tensors and "
-                f"plain values. Give a file that trainer.save_checkpoint wrote. ({first_line(error)})"
+                f"{path} is no checkpoint that can be read safely: {problem}. Give a file that trainer.save_checkpoint wrote."
             ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise MisconfigurationError(f"{path} is no checkpoint: it holds no 'state_dict'.")
+        raise MisconfigurationError(f"{path} is no checkpoint: {kind_of(content)}")
     return content
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -134,6 +138,8 @@ class Closure:
         if batch.evaluations > 1 and not plan.zero_grad:
             raise repeated_evaluation(stepping.wrapped)
         loss = weight = None
+        # A step in training_step is one of the user's own, and no part of the step whose closure this is.
+        depth, stepping.depth, batch.closing = stepping.depth, 0, False
         if not batch.skipped:
             args = (batch.batch, batch.batch_idx) if self.takes_index else (batch.batch,)
             if signals.before_forward.listeners:
@@ -143,7 +149,7 @@ class Closure:
             if isinstance(outputs, Tensor) and outputs.ndim == 0 and outputs.requires_grad:
                 loss = outputs  # the usual loss: a call less
             else:
-                loss, weight = parse_outputs(outputs)
+                loss, weight = parse_outputs(outputs, stepping.wrapped)
             if signals.after_forward.listeners:
                 outputs, loss = after_forward(signals, batch, outputs, loss)
             batch.outputs, batch.loss = outputs, loss
@@ -152,7 +158,9 @@ class Closure:
         if plan.zero_grad:
             batch.contributions = 0
             self._zero_grad()
+        stepping.depth, batch.closing = depth, plan.step
         if loss is not None:
+            batch.had_loss = True
             if weight is None and batch.weight is None:
                 batch.contributions += 1
             else:
@@ -196,18 +204,19 @@ def check_loss_in_every_process(processes: Processes, batch: BatchState) -> None
     Raises:
         MisconfigurationError: If any process has none.
     """
-    if processes.any(batch.loss is None):
+    if processes.any(batch.loss is None and not batch.updated):  # unless it steps by itself
         raise MisconfigurationError(
             f"training_step returned no loss in a process in batch {batch.batch_idx}, which closes a window: the others would "
             "wait for its gradients. Return a loss of zero with 'weight': 0 there."
         )
 
 
-def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:
+def parse_outputs(outputs: Any, optimizer: Optimizer | None = None) -> tuple[Tensor | None, Tensor | float | None]:
     """Take the value of ``training_step`` apart.
 
     Args:
         outputs: A scalar tensor, a mapping with ``"loss"`` and perhaps ``"weight"``, or None.
+        optimizer: The optimizer whose ``step`` is asking, for messages.
 
     Returns:
         The loss and the weight, each None if there is none.
@@ -243,11 +252,40 @@ def parse_outputs(outputs: Any) -> tuple[Tensor | None, Tensor | float | None]:
             f"training_step returned a loss of shape {tuple(loss.shape)}. It has to be a scalar: take its mean or sum."
         )
     if not loss.requires_grad:
+        check_grad_mode(optimizer)
         raise MisconfigurationError(
             "training_step returned a loss that needs no gradient. Either no trainable parameter took part in it, or it "
             "was detached; return None for a batch without a loss."
         )
     return loss, weight
+
+
+def check_grad_mode(optimizer: Optimizer | None = None) -> None:
+    """Check, if a loss needs no gradient, that gradients are on.
+
+    Args:
+        optimizer: The optimizer whose ``step`` is asking for the loss, if it is known.
+
+    Raises:
+        MisconfigurationError: If they are off.
+    """
+    if not torch.is_grad_enabled():
+        step = "The optimizer's step" if optimizer is None else f"{type(optimizer).__name__}.step"
+        raise MisconfigurationError(
+            f"The loss has no gradient, because gradients are off. {step} has to run its closure with gradients: write `with "
+            "torch.enable_grad(): loss = closure()` there, as torch's optimizers do."
+        )
+
+
+def never_returns_a_value(function: Callable[..., Any]) -> bool:
+    """Return whether each ``return`` of a function returns None; False if it has no Python code to tell."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    instructions = [] if code is None else list(dis.get_instructions(code))
+    returns = [(before, each) for before, each in pairwise(instructions) if each.opname.startswith("RETURN_")]
+    # A return that is jumped to has several values. Else the instruction before it makes the value, if it does not itself.
+    makers = [each if "CONST" in each.opname else before for before, each in returns if not each.is_jump_target]
+    nothing = [maker for maker in makers if "CONST" in maker.opname and maker.argval is None]
+    return 0 < len(nothing) == len(returns)
 
 
 def check_weight(weight: Any) -> None:

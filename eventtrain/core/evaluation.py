@@ -22,7 +22,7 @@ EvaluationStage = Literal["validation", "test", "predict"]
 
 @dataclass(kw_only=True, eq=False)
 class EvaluationLoop:
-    """Runs a module's step over the loaders of one stage.
+    """Runs a module's step over the loaders of one stage, once.
 
     Args:
         stage: ``"validation"``, ``"test"`` or ``"predict"``.
@@ -34,6 +34,7 @@ class EvaluationLoop:
         context: Returns the context that the whole evaluation runs in: evaluation mode, and no gradients.
         is_interrupted: Asked before each batch: whether the evaluation is to be left. None outside a fit.
         processes: The processes that ask each other before each batch; None in a run of one, and outside a fit.
+        keep_outputs: Whether the values that the step returns are kept, for prediction.
     """
 
     stage: EvaluationStage
@@ -45,12 +46,15 @@ class EvaluationLoop:
     context: Callable[[], AbstractContextManager[Any]]
     is_interrupted: Callable[[], bool] | None
     processes: Processes | None
+    keep_outputs: bool = False
 
     def __post_init__(self) -> None:
         self.num_arguments = step_arguments(self.step, len(self.open_loaders))
         # The stage's own event classes, in the order in which they come.
         names = ("Start", "EpochStart", "BatchStart", "BatchEnd", "EpochEnd", "End")
         self._events = {name: getattr(events, self.stage.capitalize() + name) for name in names}
+        self.number = self.metrics.evaluated
+        self.held: list[MetricsLogged] = []
 
     def evaluate(self, *, silent: bool = False) -> list[list[Any]]:
         """Evaluate the loaders, from the first to the last.
@@ -59,11 +63,12 @@ class EvaluationLoop:
             silent: Whether logged values are dropped, as in a sanity check.
 
         Returns:
-            For prediction, the values that the steps returned, a list per loader; else empty lists.
+            The values that the steps returned if they are kept, a list per loader; else empty lists.
 
         Raises:
             EvaluationInterrupted: If the evaluation was left between two batches; nothing of it was published as logged.
         """
+        self.metrics.enter(self.stage, None)
         with self.context():
             self.metrics.silent = silent
             self.metrics.begin_stage(self.stage)
@@ -76,10 +81,9 @@ class EvaluationLoop:
 
     def evaluate_loaders(self, silent: bool) -> list[list[Any]]:
         """Publish the events of the stage around its loaders; return the outputs of each."""
-        self.metrics.enter(self.stage, None)
+        self.metrics.enter(self.stage, "start")
         with self._events["Start"]() as phase:
             self.signals[f"{self.stage}_start"].publish(phase)
-            self.metrics.enter(self.stage, "epoch")
             self._publish("epoch_start", "EpochStart")
             outputs: list[list[Any]] = []
             for index, open_loader in enumerate(self.open_loaders):
@@ -91,13 +95,16 @@ class EvaluationLoop:
             self.metrics.enter(self.stage, None)
             values = self.metrics.end_epoch()
             if not silent and self.stage != "predict":
+                self.metrics.evaluated = self.number
+                for event in self.held:
+                    self.signals.metrics_logged.publish(event)
                 event = MetricsLogged(self.stage, "epoch", self.progress.global_step, values)
                 self.signals.metrics_logged.publish(event)
             self._publish("end", "End")
         return outputs
 
     def evaluate_loader(self, dataloader_idx: int, batches: Batches) -> list[Any]:
-        """Evaluate the batches of one loader; return the outputs for prediction."""
+        """Evaluate the batches of one loader; return the outputs if they are kept."""
         signals, metrics = self.signals, self.metrics
         metrics.suffix = f"/dataloader_idx_{dataloader_idx}" if len(self.open_loaders) > 1 else ""
         start, end = signals[f"{self.stage}_batch_start"], signals[f"{self.stage}_batch_end"]
@@ -111,7 +118,7 @@ class EvaluationLoop:
                 break
             if not has_batch:
                 continue  # other processes have a batch more, and ask each time whether the run is interrupted
-            metrics.batch, metrics.scope = batch, "batch"
+            metrics.batch, metrics.batch_size, metrics.scope = batch, None, "batch"
             if start.listeners:
                 start.publish(self._events["BatchStart"](batch, batch_idx, dataloader_idx))
             args = (batch, batch_idx, dataloader_idx)[: self.num_arguments]
@@ -122,11 +129,22 @@ class EvaluationLoop:
                 outputs = event.outputs
             if end.listeners:
                 end.publish(self._events["BatchEnd"](outputs, batch, batch_idx, dataloader_idx))
-            if self.stage == "predict":
+            self.number += 1
+            if self.keep_outputs:
                 predictions.append(outputs)
+            elif metrics.fresh:
+                self._publish_step()
             batch_idx += 1
         metrics.suffix = ""
         return predictions
+
+    def _publish_step(self) -> None:
+        """Publish the values of a batch's step. In a fit this waits for the end: an interrupted evaluation is repeated."""
+        event = MetricsLogged(self.stage, "step", self.number, self.metrics.take_fresh())
+        if self.is_interrupted is None:
+            self.signals.metrics_logged.publish(event)
+        else:
+            self.held.append(event)
 
     def _publish(self, suffix: str, event: str) -> None:
         self.signals[f"{self.stage}_{suffix}"].publish(self._events[event]())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eventtrain.events import Stage
 
-Scope = Literal["batch", "epoch"]
+Scope = Literal["start", "batch", "epoch"]
 
 
 END: Any = object()
@@ -44,13 +44,20 @@ class LoggedValues(Protocol):
 
     Attributes:
         batch: The current batch.
-        scope: ``"batch"`` in a batch, ``"epoch"`` in an epoch and outside its batches; None if nothing can be logged.
+        batch_size: The size of the current batch; None as long as it is not known.
+        scope: ``"start"`` before an epoch's first batch, ``"batch"`` in a batch, ``"epoch"`` after one; None if nothing can be
+            logged.
+        fresh: The values of steps for loggers since the last :meth:`take_fresh` of the stage.
+        evaluated: The batches of the run's evaluations so far.
         suffix: A suffix for the names that are logged, such as ``"/dataloader_idx_1"``.
         silent: Whether values are dropped, as in a sanity check.
     """
 
     batch: Any
+    batch_size: int | None
     scope: Scope | None
+    fresh: dict[str, Any]
+    evaluated: int
     suffix: str
     silent: bool
 
@@ -61,7 +68,7 @@ class LoggedValues(Protocol):
         """Drop what a stage has logged and not reduced."""
 
     def take_fresh(self) -> dict[str, Any]:
-        """Return the values for loggers since the last update."""
+        """Return the values of steps for loggers, and forget them."""
 
     def show_epoch(self) -> None:
         """Let the hooks of an epoch's end read its values so far."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from eventtrain import events
-from eventtrain.core.closure import Closure, forward, parse_outputs
+from eventtrain.core.closure import Closure, forward, never_returns_a_value, parse_outputs
 from eventtrain.core.interfaces import END, Batches, LoggedValues
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
@@ -28,12 +28,13 @@ class Resumption:
     Attributes:
         position: The position in its epoch, see :meth:`~eventtrain.data.batches.LoaderPass.position`; None between two epochs.
         epoch_reason: Why the epoch was about to end; None if it was not.
-        restore_generators: Puts all random number generators into the checkpoint's states.
+        restore_last: Restores what hooks at the start of the run or of the epoch may change: all random number generators,
+            and the module's flags.
     """
 
     position: Mapping[str, Any] | None
     epoch_reason: str | None
-    restore_generators: Callable[[], None]
+    restore_last: Callable[[], None]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -60,6 +61,7 @@ class TrainLoop:
         batches: The pass over the training data of the current epoch, or of the one that the run has ended in.
         resumption: The place that the next epoch continues from; None for its beginning.
         known_request: The request to stop, as it was at the last safe point; None before the first.
+        steps_before_epoch: ``global_step`` at the current epoch's beginning; None if the run resumed in it.
     """
 
     signals: SignalTable
@@ -79,16 +81,20 @@ class TrainLoop:
     batches: Batches | None = None
     resumption: Resumption | None = None
     known_request: tuple[str | None, bool] | None = None
+    steps_before_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        self.batch.count_update = self.count_update
 
     # ------------------------------------------------------------------ fit, epoch, batch
 
     def train(self) -> None:
         """Train until the run is complete or a request stops it."""
         signals = self.signals
-        self.metrics.enter("train", None)
+        self.metrics.enter("train", "start")
         signals.train_start.publish(events.TrainStart())
         if self.resumption is not None:
-            self.resumption.restore_generators()
+            self.resumption.restore_last()
         # A checkpoint of a run's last safe point in an epoch was written before the end of that epoch.
         self.agree()
         while self.resumes_in_epoch() or not (self.is_complete() or self.is_stopping()):
@@ -96,6 +102,7 @@ class TrainLoop:
         if self.known_request not in (None, (self.stop.reason, self.stop.force)) and signals.take_checkpoint.listeners:
             # The run was asked to stop after its last safe point, at which no listener knew of its end.
             signals.take_checkpoint.publish(events.TakeCheckpoint(False, self.batch.window_open))
+        self.metrics.enter("train", None)
         signals.train_end.publish(events.TrainEnd())
 
     def train_epoch(self) -> None:
@@ -141,15 +148,17 @@ class TrainLoop:
         progress, stop, resumption = self.progress, self.stop, self.resumption
         self.resumption = None
         position = None if resumption is None else resumption.position
+        self.steps_before_epoch = None
         if position is None:
-            progress.batch_idx = -1
-        stop.epoch_reason = None
-        self.metrics.enter("train", "epoch")
+            progress.batch_idx, self.steps_before_epoch = -1, progress.global_step
+        stop.epoch_reason = self.batch.skip_reason = None
+        self.batch.had_loss = False
+        self.metrics.enter("train", "start")
         self.signals.train_epoch_start.publish(events.TrainEpochStart(progress.current_epoch, progress.batch_idx + 1))
         batches = self.batches = self.open_epoch(progress.current_epoch, position)
         if resumption is None or position is None:
             return batches, False
-        resumption.restore_generators()
+        resumption.restore_last()
         stop.epoch_reason = resumption.epoch_reason
         self.is_last_batch = batches.is_last
         # A validation that was interrupted is left to do for the last batch, and then the epoch's end.
@@ -163,25 +172,32 @@ class TrainLoop:
         progress.batch_idx = batch_idx
         progress.total_batch_idx += 1
         self.is_last_batch = is_last
-        metrics.batch, metrics.scope = batch, "batch"
+        metrics.batch, metrics.batch_size, metrics.scope = batch, None, "batch"
         state.batch, state.batch_idx, state.evaluations = batch, batch_idx, 0
         state.skipped = state.updated = False
+        state.under_way = True
         if signals.train_batch_start.listeners and self.gate(batch, batch_idx, is_last):
             metrics.scope = "epoch"
             progress.batch_idx -= 1  # it was not trained
+            state.under_way = False
+            if state.updated:
+                self.count_update()
             return self.validate_if_due(batch_idx, True)
         if (closure := self.closure) is None:
             self.step_manually(state)
         elif state.plan.step:
-            state.window_open = False
+            state.window_open, state.closing = False, True
             self.step_optimizer(state, closure)
+            state.closing = False
         else:
             state.window_open = True
             closure()
-        if state.updated:
+        if updated := state.updated:
             progress.global_step += 1
             if signals.after_update.listeners:
                 signals.after_update.publish(events.AfterUpdate(progress.global_step))
+        elif progress.total_batch_idx == 0:
+            self.warn_of_no_loss()
         if is_last and signals.train_data_end.listeners:
             signals.train_data_end.publish(events.TrainDataEnd(progress.current_epoch))
         if signals.train_batch_end.listeners:
@@ -189,7 +205,10 @@ class TrainLoop:
             signals.train_batch_end.publish(events.TrainBatchEnd(outputs, batch, batch_idx, loss))
         state.loss = state.outputs = None  # the graph ends with the batch
         metrics.scope = "epoch"
-        if state.updated and signals.metrics_logged.listeners:
+        state.under_way = False
+        if state.updated and not updated:  # in a listener of train_data_end or train_batch_end
+            self.count_update()
+        elif updated and signals.metrics_logged.listeners:
             signals.metrics_logged.publish(events.MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
         if state.processes is not None:
             self.agree()
@@ -206,12 +225,12 @@ class TrainLoop:
         event = events.TrainBatchStart(batch, batch_idx, is_last, plan)
         self.signals.train_batch_start.publish(event)
         state.plan = event.plan
+        state.skipped, ends_epoch = event.skipped, event.ends_epoch
         if state.processes is not None:
-            event.skipped, event.ends_epoch = state.processes.any_of([event.skipped, event.ends_epoch])
-        state.skipped = event.skipped
-        if event.ends_epoch:
+            state.skipped, ends_epoch = state.processes.any_of([state.skipped, ends_epoch])
+        if ends_epoch:
             self.stop.epoch_reason = "a listener of train_batch_start"
-        return event.ends_epoch
+        return ends_epoch
 
     # ------------------------------------------------------------------ optimization
 
@@ -249,6 +268,12 @@ class TrainLoop:
             self.signals.after_forward.publish(event)
             outputs, loss = event.outputs, event.loss
         state.outputs, state.loss = outputs, loss
+
+    def count_update(self) -> None:
+        """Count an update that comes after its batch's optimization or outside the batches, as in ``on_train_epoch_end``."""
+        self.progress.global_step = step = self.progress.global_step + 1
+        self.signals.after_update.publish(events.AfterUpdate(step))
+        self.signals.metrics_logged.publish(events.MetricsLogged("train", "step", step, self.metrics.take_fresh()))
 
     # ------------------------------------------------------------------ validation
 
@@ -307,6 +332,8 @@ class TrainLoop:
         batches.close()
         self.batches = None
         self.agree()
+        if self.progress.global_step == self.steps_before_epoch:
+            self.report_no_update()
         self.progress.epoch_is_over = True  # for a checkpoint that is written at the safe point
 
     def leave_epoch(self) -> None:
@@ -354,6 +381,39 @@ class TrainLoop:
         if self.limits.max_epochs is None:
             raise MisconfigurationError(message)
         warnings.warn(message, stacklevel=2)
+
+    def warn_of_no_loss(self) -> None:
+        """Warn if ``training_step`` forgets its loss in the run's first batch."""
+        if self.closure is not None and not self.batch.had_loss and never_returns_a_value(self.training_step):
+            warnings.warn(
+                "training_step returned None in the first batch, and has no other `return`: nothing is trained. Write `return "
+                "loss` at its end.",
+                stacklevel=2,
+            )
+
+    def report_no_update(self) -> None:
+        """Raise if nothing was updated in an epoch and nothing but ``max_steps`` would end the run; warn of an epoch without
+        a loss."""
+        state, limits, epoch = self.batch, self.limits, self.progress.current_epoch
+        no_loss = self.closure is not None and not state.had_loss and self.progress.batch_idx >= 0
+        if self.stop.epoch_reason is not None:
+            cause = f"it was ended ({self.stop.epoch_reason})"
+        elif no_loss:
+            cause = "training_step returned no loss in any of its batches. Return the loss"
+        elif state.skip_reason is not None:
+            cause = f"its steps were skipped ({state.skip_reason})"
+        else:
+            cause = "no optimizer was stepped"
+        message = f"Nothing was trained in epoch {epoch}: {cause}."
+        endless = limits.max_epochs is None and limits.max_steps is not None and not self.is_stopping()
+        # An open window may step in the next epoch, and loss scaling ends a run itself that only overflows.
+        if endless and not state.window_open and state.skip_reason != "overflow":
+            raise MisconfigurationError(
+                f"{message} max_steps={limits.max_steps} would never be reached. Give Trainer(max_epochs=...) too if an "
+                "epoch may pass without an update."
+            )
+        if no_loss:
+            warnings.warn(message, stacklevel=2)
 
     def has_all_steps(self) -> bool:
         """Return whether ``max_steps`` is reached."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,9 @@ class Stepper(Protocol):
     def step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Step the wrapped optimizer; return the value of its ``step``, or of the closure if the step was skipped."""
 
+    def step_by(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call another method of the wrapped optimizer that steps."""
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients."""
 
@@ -42,9 +46,9 @@ class Stepper(Protocol):
 class LightningOptimizer(Optimizer):
     """Wraps an optimizer so that its zeroing and stepping take part in a run.
 
-    It *is* a ``torch.optim.Optimizer``: ``param_groups``, ``state``, ``defaults`` and the wrapped optimizer's own attributes
-    are read and written through it, and a scheduler may be built on it. A step taken on :attr:`optimizer` directly is a plain
-    torch step: no veto, no clipping.
+    It *is* a ``torch.optim.Optimizer``, and an instance of the wrapped optimizer's class: ``param_groups``, ``state``,
+    ``defaults`` and the wrapped optimizer's own attributes are read and written through it, and a scheduler may be built on
+    it. A step taken on :attr:`optimizer` directly is a plain torch step: no veto, no clipping.
 
     Args:
         optimizer: The optimizer to wrap.
@@ -57,7 +61,7 @@ class LightningOptimizer(Optimizer):
         >>> wrapper = LightningOptimizer(torch.optim.SGD([weight], lr=0.5))
         >>> wrapper.param_groups[0]["lr"]
         0.5
-        >>> isinstance(wrapper, torch.optim.Optimizer), type(wrapper.optimizer).__name__
+        >>> isinstance(wrapper, torch.optim.SGD), type(wrapper.optimizer).__name__
         (True, 'SGD')
     """
 
@@ -178,10 +182,17 @@ class LightningOptimizer(Optimizer):
 
     # ------------------------------------------------------------------ being the wrapped optimizer
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        return type(self.optimizer)
+
     def __getattr__(self, name: str) -> Any:
         if name in ("optimizer", "_stepper", "_num_steps"):  # the wrapper is being unpickled or copied
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        value = getattr(self.optimizer, name)
+        if name.endswith("_step") and self._stepper is not None and callable(value):
+            return partial(self._stepper.step_by, value)
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Schedulers patch `step` on the object that they were built on; everything else belongs to the wrapped optimizer.
@@ -242,5 +253,4 @@ class LightningOptimizer(Optimizer):
 
 def evaluates_often(optimizer: Optimizer) -> bool:
     """Return whether an optimizer is known to evaluate its closure more than once a step."""
-    wrapped = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-    return isinstance(wrapped, torch.optim.LBFGS)
+    return isinstance(optimizer, torch.optim.LBFGS)

@@ -70,7 +70,7 @@ class EventSignal(blinker.Signal):
             for listener in self.listeners:
                 listener(sender, event=event)
         except BaseException as error:
-            self._add_note(error, listener)
+            self._add_note(error, listener, event)
             for observer in self._observers:
                 observer.event_ends(self.name, event)
             raise
@@ -86,7 +86,7 @@ class EventSignal(blinker.Signal):
             try:
                 listener(self._sender, event=event)
             except BaseException as error:
-                self._add_note(error, listener)
+                self._add_note(error, listener, event)
                 first = first or error
         if first is not None:
             raise first
@@ -196,10 +196,10 @@ class EventSignal(blinker.Signal):
             if listener not in self._idle:
                 listener(sender, event=event)
 
-    def _add_note(self, error: BaseException, listener: Listener | None) -> None:
+    def _add_note(self, error: BaseException, listener: Listener | None, event: Event) -> None:
         # A trace and blinker's own path call listeners themselves: the innermost note is the true one.
         if not getattr(error, "_eventtrain_noted", False):
-            error.add_note(f"raised by {describe_listener(listener)} at the event {self.name!r}{_where(self._sender)}")
+            error.add_note(f"raised by {describe_listener(listener)} at the event {self.name!r}{_where(self._sender, event)}")
             error._eventtrain_noted = True  # type: ignore[attr-defined]
 
 
@@ -449,6 +449,7 @@ def describe_listener(listener: Listener | None) -> str:
     return getattr(listener, "__qualname__", None) or repr(listener)
 
 
-def _where(trainer: Any) -> str:
+def _where(trainer: Any, event: Event) -> str:
     epoch, batch_idx = getattr(trainer, "current_epoch", None), getattr(trainer, "batch_idx", None)
+    batch_idx = getattr(event, "batch_idx", batch_idx)  # an evaluation counts its own
     return "" if epoch is None else f" (epoch {epoch}, batch {batch_idx})"

@@ -9,6 +9,8 @@ from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Plan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from eventtrain.distributed import Processes
@@ -87,12 +89,17 @@ class BatchState:
         evaluations: How often the closure has run in this batch.
         outputs: The value that ``training_step`` returned.
         loss: The raw loss with its graph; None if the batch has none.
+        under_way: A batch is being trained: its updates are counted at its end, and others at once.
+        closing: The loop closes the window: a step is the loop's. All others are steps of the user's own.
         updated: An optimizer has updated in this batch.
+        skip_reason: Why the last step that was skipped was; None if none was in this epoch.
+        had_loss: A batch of this epoch had a loss.
         window_open: The last batch that was trained left its window open: gradients are held.
         contributions: Batches of the open window that had a loss.
         weight: The sum of their weights; None if they have none.
         weight_reference: The run's first weight; 1 if that is 0.
         processes: The processes that have to agree; None in a run of one.
+        count_update: Counts an update that no batch counts.
     """
 
     automatic: bool = True
@@ -103,12 +110,17 @@ class BatchState:
     evaluations: int = 0
     outputs: Any = None
     loss: Tensor | None = None
+    under_way: bool = False
+    closing: bool = False
     updated: bool = False
+    skip_reason: str | None = None
+    had_loss: bool = False
     window_open: bool = False
     contributions: int = 0
     weight: Tensor | float | None = None
     weight_reference: Tensor | float | None = None
     processes: Processes | None = None
+    count_update: Callable[[], None] = field(init=False)
 
     def contribute(self, weight: Tensor | float | None) -> None:
         """Count the current batch into its window.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import wraps
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -34,6 +36,7 @@ class Stepping:
         batch: The current batch.
         toggle: The module's ``toggled_optimizer``.
         clip_hook: The module's overridden ``configure_gradient_clipping`` in automatic optimization, or None.
+        version: Returns a number that changes with each in-place write to a tensor.
 
     Attributes:
         ready: The gradient events were published for the current gradients. Cleared by ``zero_grad``, by ``step`` and by each
@@ -52,6 +55,7 @@ class Stepping:
     batch: BatchState
     toggle: Callable[[LightningOptimizer], AbstractContextManager[None]]
     clip_hook: Callable[..., Any] | None
+    version: Callable[[Tensor], int]
     ready: bool = False
     stepping: bool = False
     zeroing: bool = False
@@ -63,19 +67,20 @@ class Stepping:
     wrapped: Optimizer = field(init=False)
     _closure: Callable[[], Any] | None = None
     _evaluate: Callable[[], Any] = field(init=False)
-    _handles: list[Any] = field(init=False)
+    _held: list[Optimizer] = field(init=False)
+    _unwatch: list[Callable[[], None]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.wrapped = self.optimizer.optimizer
         self._evaluate = self.evaluate  # bound once
-        # torch's own hooks, so that a step on the wrapped optimizer is counted too.
-        pre_hook, post_hook = self.wrapped.register_step_pre_hook, self.wrapped.register_step_post_hook
-        self._handles = [pre_hook(self._begin), post_hook(self._finish)]
+        # A step on the wrapped optimizer is counted too, and one of the optimizer that SAM or Lookahead holds.
+        self._held = [each for each in vars(self.wrapped).values() if isinstance(each, Optimizer)]
+        self._unwatch = [watch_steps(each, self._begin, self._finish) for each in (self.wrapped, *self._held)]
 
     def disconnect(self) -> None:
-        """Remove the hooks from the wrapped optimizer."""
-        for handle in self._handles:
-            handle.remove()
+        """Leave the wrapped optimizer as it was."""
+        for unwatch in self._unwatch:
+            unwatch()
 
     def _begin(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.depth += 1
@@ -86,6 +91,8 @@ class Stepping:
             self.depth = 0
             self.num_steps += 1
             self.batch.updated = True
+            if not (self.stepping or self.batch.under_way):
+                self.batch.count_update()
 
     # ------------------------------------------------------------------ stepping
 
@@ -102,21 +109,20 @@ class Stepping:
         Raises:
             MisconfigurationError: If the closure was never called, or a later evaluation of it was vetoed.
         """
-        signals = self.signals
+        signals, batch, steps = self.signals, self.batch, self.num_steps
         skip_reason: str | None = None
+        outer = self.stepping, self.evaluations, self._closure, self.result  # of the step whose closure this one is in
         phase = events.OptimizerStep(self.optimizer) if signals.optimizer_step.listeners else None
         try:
             if phase is not None:
                 signals.optimizer_step.publish(phase)
-            self.stepping = True
-            self.evaluations = 0
-            self._closure = closure
+            self.stepping, self.evaluations, self._closure = True, 0, closure
             if closure is None:
                 self.evaluate()
                 self.result = self.wrapped.step(**kwargs)
             else:
                 self.result = self.wrapped.step(self._evaluate, **kwargs)
-                if self.evaluations == 0 and not self.batch.automatic:  # else the loop raises, and names the hook
+                if self.evaluations == 0 and not batch.closing:  # else the loop raises, and names the hook
                     raise MisconfigurationError(
                         f"{type(self.wrapped).__name__}.step did not run the closure that it was given, so there were no "
                         "gradients. An optimizer has to call it: `loss = closure()` under `torch.enable_grad()`."
@@ -124,17 +130,49 @@ class Stepping:
         except StepSkipped as skip:
             skip_reason = skip.reason
         finally:
-            self.stepping = self.ready = False
-            self.depth = self.evaluations = 0
-            self._closure = None
+            self.ready, self.depth, result = False, 0, self.result
+            self.stepping, self.evaluations, self._closure, self.result = outer
             if phase is not None:
                 phase.__exit__(*sys.exc_info())
         if skip_reason is None:
+            if self.num_steps == steps:  # its step was replaced during the run, so that nobody watched it
+                self.num_steps += 1
+                batch.updated = True
             if signals.after_optimizer_step.listeners:
                 signals.after_optimizer_step.publish(events.AfterOptimizerStep(self.optimizer))
-        elif signals.optimizer_step_skipped.listeners:
-            signals.optimizer_step_skipped.publish(events.OptimizerStepSkipped(self.optimizer, skip_reason))
-        result, self.result = self.result, None
+            if not batch.under_way:
+                batch.count_update()
+        else:
+            self.abandon(skip_reason)
+        return result
+
+    def step_by(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call another method that steps, such as SAM's ``second_step``, on complete and clipped gradients.
+
+        It counts if it runs a step of an optimizer that the wrapped one holds; without such an optimizer, if weights move.
+
+        Args:
+            method: The method of the wrapped optimizer.
+            *args: Its arguments.
+            **kwargs: Its keyword arguments.
+        """
+        if not self.ready:
+            self.depth = 1  # it cannot be skipped
+            self.complete_gradients()
+            self.depth = 0
+        self._clip()
+        steps, before = self.num_steps, list(map(self.version, self.optimizer.parameters()))
+        self.stepping = True
+        try:
+            result = method(*args, **kwargs)
+        finally:
+            self.stepping = self.ready = False
+        if not self._held and before != list(map(self.version, self.optimizer.parameters())):
+            self.num_steps, self.batch.updated = steps + 1, True
+        if self.num_steps > steps:
+            self.signals.after_optimizer_step.publish(events.AfterOptimizerStep(self.optimizer))
+            if not self.batch.under_way:
+                self.batch.count_update()
         return result
 
     def evaluate(self) -> Any:
@@ -147,7 +185,7 @@ class Stepping:
             self.evaluations += 1
             self.ready = False
             self.result = self._closure()
-        if batch.automatic and batch.contributions == 0:
+        if batch.closing and batch.contributions == 0:
             self._skip("no loss")
         if not self.ready:
             self.complete_gradients()
@@ -180,6 +218,7 @@ class Stepping:
     def abandon(self, reason: str) -> None:
         """Publish that a step of the wrapped optimizer was left before it updated anything."""
         self.depth = 0
+        self.batch.skip_reason = reason
         self.signals.optimizer_step_skipped.publish(events.OptimizerStepSkipped(self.optimizer, reason))
 
     # ------------------------------------------------------------------ gradients
@@ -188,13 +227,15 @@ class Stepping:
         """Publish the gradient events, after which the gradients are the true ones. Call it only if not ``ready``."""
         self.ready = True
         signals, batch = self.signals, self.batch
+        of_window = batch.automatic and (batch.closing or not self.stepping)  # and not for a step of the user's own
         if signals.reduce_gradients.listeners:
-            signals.reduce_gradients.publish(events.ReduceGradients(self.optimizer, batch.automatic and batch.skipped))
+            skipped = batch.automatic and (batch.skipped or not of_window)
+            signals.reduce_gradients.publish(events.ReduceGradients(self.optimizer, skipped))
         if signals.unscale_gradients.listeners:
             can_skip = self.stepping or self.depth == 0
             signals.unscale_gradients.publish(events.UnscaleGradients(self.optimizer, max(self.evaluations, 1), can_skip))
         if signals.gradients_ready.listeners:
-            if batch.automatic:
+            if of_window:
                 ready = events.GradientsReady(self.optimizer, batch.contributions, batch.weight, batch.weight_reference)
             else:
                 ready = events.GradientsReady(self.optimizer, None, None, None)
@@ -277,3 +318,43 @@ class Stepping:
     def toggled(self) -> AbstractContextManager[None]:
         """Let only this optimizer's parameters get gradients, for the length of a ``with`` block."""
         return self.toggle(self.optimizer)
+
+
+def watch_steps(optimizer: Optimizer, begin: Callable[..., None], finish: Callable[..., None]) -> Callable[[], None]:
+    """Have functions called before and after each step of an optimizer.
+
+    torch's hooks do that. They do not fire if the class leaves out ``Optimizer.__init__``, nor if ``step`` was replaced on the
+    object: such a step is replaced once more.
+
+    Args:
+        optimizer: The optimizer.
+        begin: Called as torch's hooks are, with the optimizer and the arguments of ``step``.
+        finish: The same.
+
+    Returns:
+        A function that ends it.
+    """
+    step: Any = optimizer.step
+    if getattr(step, "hooked", False):  # torch marks a step that calls hooks, and schedulers keep the mark
+        hooks = ExitStack()
+        hooks.callback(optimizer.register_step_pre_hook(begin).remove)
+        hooks.callback(optimizer.register_step_post_hook(finish).remove)
+        return hooks.close
+
+    @wraps(getattr(step, "__func__", step))
+    def watched(_: Any, *args: Any, **kwargs: Any) -> Any:
+        begin(optimizer, args, kwargs)
+        result = step(*args, **kwargs)
+        finish(optimizer, args, kwargs)
+        return result
+
+    attributes = vars(optimizer)
+    before = {name: value for name, value in attributes.items() if name == "step"}
+    attributes["step"] = replacement = MethodType(watched, optimizer)
+
+    def unwatch() -> None:
+        if attributes.get("step") is replacement:
+            del attributes["step"]
+            attributes.update(before)
+
+    return unwatch

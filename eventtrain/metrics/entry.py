@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from eventtrain.errors import MisconfigurationError
+
+Scope = Literal["start", "batch", "epoch"]
+SCOPES: tuple[Scope, ...] = ("start", "batch", "epoch")
+"""The parts of an epoch that log separately, in the order in which the later ones replace a value of the same name."""
+Naming = Literal["own", "keys", "either"]
 REDUCTIONS = ("mean", "min", "max", "sum")
 
 
 class Entry:
-    """One name of ``self.log()`` in one stage.
+    """One name of ``self.log()`` in one scope of one stage.
 
     Args:
         name: The name that the user wrote.
@@ -20,82 +26,104 @@ class Entry:
         options: ``prog_bar``, ``logger``, ``on_step``, ``on_epoch``, ``reduce_fx`` and ``sync_dist``, as the user wrote them.
         on_step: Whether the value of each step is kept.
         on_epoch: Whether the reduction over the epoch is kept.
+        scope: The scope.
 
     Attributes:
+        loaders: The suffixes of the evaluation loaders that logged it; ``""`` belongs to all.
         options: The options; they are the same at every call.
         step_name: The name of the values of steps; None if they are not kept.
         epoch_name: The name of the value of the epoch; None if there is none.
         total: The running reduction over the epoch.
-        weight: The sum of the batch sizes, for ``"mean"``.
+        weight: The sum of the batch sizes, for ``"mean"``; for a metric object 1 once it is logged in the epoch.
         metric: A torchmetrics object, which makes the reduction instead; None for other values.
+        naming: The names of its values: the entry's ``"own"``; the ``"keys"`` of the mapping that it computes; or ``"either"``.
 
     Example:
         >>> entry = Entry("loss", "", (False, True, True, True, "mean", False), on_step=True, on_epoch=True)
         >>> entry.accumulate(torch.tensor(1.0), batch_size=1)
         >>> entry.accumulate(torch.tensor(4.0), batch_size=2)
-        >>> entry.epoch_name, entry.reduced()
-        ('loss_epoch', tensor(3.))
+        >>> [(each.epoch_name, value) for each, value in entry.values()]
+        [('loss_epoch', tensor(3.))]
     """
 
     __slots__ = (
-        "epoch_name", "logger", "metric", "name", "on_epoch", "on_step", "options", "prog_bar", "reduction",
-        "step_name", "suffix", "sync_dist", "total", "weight",
+        "epoch_name", "loaders", "logger", "metric", "name", "naming", "on_epoch", "on_step", "options", "prog_bar",
+        "reduction", "scope", "step_name", "suffix", "sync_dist", "total", "weight",
     )  # fmt: skip
 
-    def __init__(self, name: str, suffix: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool) -> None:
+    def __init__(
+        self, name: str, suffix: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool, scope: Scope = "batch"
+    ) -> None:
         self.name = name + suffix
         self.suffix = suffix
         self.options = options
         self.prog_bar, self.logger, _, _, reduction, self.sync_dist = options
         self.reduction: Any = reduction_name(reduction)
-        self.on_step, self.on_epoch = on_step, on_epoch
+        self.on_step, self.on_epoch, self.scope = on_step, on_epoch, scope
+        self.loaders = {suffix}
         both = on_step and on_epoch
         self.step_name = (f"{name}_step{suffix}" if both else self.name) if on_step else None
         self.epoch_name = (f"{name}_epoch{suffix}" if both else self.name) if on_epoch else None
         self.metric: Any = None
+        self.naming: Naming = "own"
         self.total: Tensor | None = None
         self.weight: float = 0.0
 
     def accumulate(self, value: Tensor, batch_size: float) -> None:
         """Add one value to the reduction of the epoch, on the value's device and in float32 or wider."""
         if value.dtype not in (torch.float32, torch.float64):
-            value = value.float()
+            is_exact = value.dtype.is_floating_point or value.device.type == "mps"  # which has no float64
+            value = value.float() if is_exact else value.double()
         if self.reduction == "mean":
             self.weight += batch_size
-            # In place, so that an epoch keeps one tensor per name and not one per step.
-            self.total = value * batch_size if self.total is None else self.total.add_(value, alpha=batch_size)
+            # Not in place: a later value may be on another device or of a wider type.
+            self.total = value * batch_size if self.total is None else self.total.add(value, alpha=batch_size)
         elif self.total is None:
             self.total = value.clone()
-        elif self.reduction == "sum":
-            self.total.add_(value)
         else:
-            self.total = (torch.minimum if self.reduction == "min" else torch.maximum)(self.total, value)
+            self.total = COMBINED[self.reduction](self.total, value)
 
-    def merge(self, total: Tensor | None, weight: float) -> None:
-        """Add the reduction that another process made of the same epoch.
-
-        Args:
-            total: Its running reduction; None if it logged nothing.
-            weight: Its sum of batch sizes.
-        """
-        if total is None:
-            return
+    def merge(self, other: Entry) -> None:
+        """Add the reduction that another process made of the same epoch."""
+        self.loaders |= other.loaders
         if self.total is None:
-            self.total, self.weight = total.clone(), weight
-        elif self.reduction in ("mean", "sum"):
-            self.total, self.weight = self.total + total.to(self.total.device), self.weight + weight
-        else:
-            smaller_or_larger = torch.minimum if self.reduction == "min" else torch.maximum
-            self.total = smaller_or_larger(self.total, total.to(self.total.device))
+            self.total, self.weight = other.total, other.weight
+        elif other.total is not None:
+            self.total = COMBINED[self.reduction](self.total, other.total.to(self.total.device))
+            self.weight += other.weight
 
-    def reduced(self) -> Tensor | None:
-        """Return the value of the epoch so far; None if nothing was logged."""
+    def values(self) -> list[tuple[Entry, Tensor]]:
+        """Return the value of the epoch so far with the entry; for several values of a metric object, each with an entry of its
+        own; nothing if nothing was logged."""
         if self.metric is not None:
-            value: Tensor = self.metric.compute().detach()
-            return value
+            return self.values_of(self.metric.compute()) if self.weight else []
         if self.total is None:
-            return None
-        return self.total / self.weight if self.reduction == "mean" else self.total.clone()
+            return []
+        return [(self, self.total / self.weight if self.reduction == "mean" else self.total.clone())]
+
+    def values_of(self, computed: Any) -> list[tuple[Entry, Tensor]]:
+        """Return the values in a result of the metric object, each with the entry that has its name.
+
+        Raises:
+            MisconfigurationError: If they have no names.
+        """
+        if isinstance(computed, Mapping) and self.naming != "own":
+            return [pair for name, value in computed.items() for pair in self._part(name).values_of(value)]
+        if self.naming != "keys" and isinstance(computed, (int, float)):
+            return [(self, torch.tensor(float(computed), dtype=torch.float64))]
+        if self.naming != "keys" and isinstance(computed, Tensor) and computed.numel() == 1:
+            return [(self, computed.detach().reshape(()))]
+        kind, call = type(self.metric).__name__, f"self.log({self.name!r}, ...)"
+        shown = f"a tensor of shape {tuple(computed.shape)}" if isinstance(computed, Tensor) else f"a {type(computed).__name__}"
+        raise MisconfigurationError(
+            f"{'self.log_dict(...)' if self.naming == 'keys' else call}: {kind}.compute gives {shown}. Log one value by "
+            "self.log(name, metric), a mapping by self.log_dict(metric), and give others names: self.log_dict({'a': ..., ...})."
+        )
+
+    def _part(self, name: str) -> Entry:
+        part = Entry(name, self.suffix, self.options, self.on_step, self.on_epoch, self.scope)
+        part.loaders, part.metric = self.loaders, self.metric
+        return part
 
     def accepts(self, options: tuple[Any, ...]) -> bool:
         """Return whether options equal those of the entry.
@@ -116,6 +144,9 @@ class Entry:
             "options": options,
             "on_step": self.on_step,
             "on_epoch": self.on_epoch,
+            "scope": self.scope,
+            "naming": self.naming,
+            "loaders": sorted(self.loaders),
             "total": self.total,
             "weight": self.weight,
         }
@@ -129,7 +160,9 @@ class Entry:
             device: The device for its values.
         """
         name = state["name"].removesuffix(state["suffix"])
-        entry = cls(name, state["suffix"], tuple(state["options"]), state["on_step"], state["on_epoch"])
+        scope = state.get("scope", "batch")  # older states have none
+        entry = cls(name, state["suffix"], tuple(state["options"]), state["on_step"], state["on_epoch"], scope)
+        entry.naming, entry.loaders = state.get("naming", "own"), set(state.get("loaders", entry.loaders))
         entry.total, entry.weight = on_device(state["total"], device), state["weight"]
         return entry
 
@@ -138,6 +171,15 @@ class Entry:
         self.total, self.weight = None, 0.0
         if self.metric is not None:
             self.metric.reset()
+
+
+COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": torch.add,
+    "sum": torch.add,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
+"""How two parts of a reduction make one."""
 
 
 def reduction_name(reduction: Any) -> Any:
@@ -151,5 +193,6 @@ def plain(value: Any) -> Any:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """Move a tensor to a device; return anything else unchanged."""
-    return value.to(device) if isinstance(value, Tensor) else value
+    """Move a tensor to a device; return anything else unchanged, and a tensor of a type that the device does not have."""
+    is_lacking = device.type == "mps" and isinstance(value, Tensor) and value.dtype == torch.float64
+    return value.to(device) if isinstance(value, Tensor) and not is_lacking else value

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any, Literal, NoReturn
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from numbers import Real
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +17,9 @@ from eventtrain._torch import is_view, value_on_batch
 from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
-from eventtrain.metrics.entry import REDUCTIONS, Entry, on_device, plain, reduction_name
-from eventtrain.metrics.torchmetrics import load_metric_states, metric_states
-
-Scope = Literal["batch", "epoch"]
+from eventtrain.metrics.batch_size import batch_sizes
+from eventtrain.metrics.entry import REDUCTIONS, SCOPES, Entry, Scope, on_device, plain, reduction_name
+from eventtrain.metrics.torchmetrics import NamedValues, is_loggable_metric, load_metric_states, metric_states, unnamed
 
 
 class Metrics:
@@ -33,25 +35,28 @@ class Metrics:
         progress_bar_metrics: The latest values with ``prog_bar=True``.
         update_counts: How often each name in ``callback_metrics`` was set. A listener that acts on new values only
             compares the count with the one that it saw last.
-        fresh: The values for loggers since the last ``metrics_logged`` of scope ``"step"``.
+        fresh: The values of the current stage for loggers since its last ``metrics_logged`` of scope ``"step"``.
+        evaluated: The batches of the run's evaluations so far, which are the x-axis of the values of their steps.
         device: The device of the run's values.
         processes: The processes whose epochs are merged.
         stage: The current stage.
-        scope: ``"batch"`` in a batch, ``"epoch"`` in an epoch between its batches, None if nothing can be logged. The
-            loops write it, and ``batch``.
+        scope: ``"start"`` before the first batch of an epoch, ``"batch"`` in a batch, ``"epoch"`` after one, None if nothing
+            can be logged. The loops write it, and ``batch`` and ``batch_size``.
         suffix: The text that the index of the current evaluation loader adds to names.
         silent: Whether values are dropped, as in the sanity check.
         batch: The current batch, for its size.
+        batch_size: Its size; None as long as it is not needed.
 
     Example:
         >>> from eventtrain import LightningModule, Trainer
-        >>> class Constant(LightningModule):
+        >>> class Constant(LightningModule, torch.nn.Linear):
         ...     def training_step(self, batch, batch_idx):
         ...         self.log("level", batch.sum(), on_epoch=True)
+        ...         return self(batch).sum()
         ...     def configure_optimizers(self):
-        ...         return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        ...         return torch.optim.SGD(self.parameters())
         >>> trainer = Trainer(max_epochs=1, device="cpu", default_callbacks=False)
-        >>> trainer.fit(Constant(), [torch.ones(2), torch.zeros(2)])
+        >>> trainer.fit(Constant(2, 1), [torch.ones(2), torch.zeros(2)])
         >>> trainer.callback_metrics
         {'level_step': tensor(0.), 'level': tensor(1.), 'level_epoch': tensor(1.)}
     """
@@ -63,14 +68,18 @@ class Metrics:
         self.logged_metrics: dict[str, Any] = {}
         self.progress_bar_metrics: dict[str, Tensor] = {}
         self.update_counts: defaultdict[str, int] = defaultdict(int)
-        self.fresh: dict[str, Any] = {}
-        self.stage: Stage = "train"
-        self.scope: Scope | None = None
+        self._fresh: dict[Stage, dict[str, Any]] = {stage: {} for stage in get_args(Stage)}
+        self.evaluated = 0
         self.suffix = ""
         self.silent = False
         self.batch: Any = None
-        self._entries: dict[Stage, dict[str, Entry]] = {"train": {}, "validation": {}, "test": {}, "predict": {}}
-        self._stage_entries = self._entries["train"]
+        self.batch_size: int | None = None
+        self._entries: dict[Stage, dict[Scope, dict[str, Entry]]] = {
+            stage: {scope: {} for scope in SCOPES} for stage in get_args(Stage)
+        }
+        self._ended: list[Entry] = []
+        self._warned: set[str] = set()
+        self.enter("train", None)
 
     def enter(self, stage: Stage, scope: Scope | None) -> None:
         """Enter a stage, and a scope in it.
@@ -80,7 +89,8 @@ class Metrics:
             scope: The scope; None if nothing can be logged.
         """
         self.stage = stage
-        self.scope = scope
+        self.scope: Scope | None = scope
+        self.fresh = self._fresh[stage]
         self._stage_entries = self._entries[stage]
 
     def log(
@@ -93,18 +103,18 @@ class Metrics:
         on_epoch: bool | None,
         reduce_fx: Any,
         sync_dist: bool,
-        batch_size: int | None,
+        batch_size: Any,
         add_dataloader_idx: bool,
     ) -> None:
         """Collect one value; see :meth:`eventtrain.LightningModule.log`."""
-        if self.scope is None or self.stage == "predict":
+        if (scope := self.scope) is None or self.stage == "predict":
             self._refuse_scope(name)
         suffix = self.suffix if add_dataloader_idx else ""
         options = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist)
-        entry = self._stage_entries.get(name + suffix if suffix else name)
+        entry = self._stage_entries[scope].get(name + suffix if suffix else name)
         if entry is None:
-            entry = self._new_entry(name, suffix, options)
-        elif entry.options != options or (entry.on_step and self.scope == "epoch"):
+            entry = self._new_entry(name, suffix, options, scope)
+        elif entry.options != options or self.suffix not in entry.loaders:
             self._change_options(entry, options)
         if isinstance(value, Tensor):
             # A result of the graph stays as it is; a weight, a buffer, or a view of one may be changed in place.
@@ -115,8 +125,8 @@ class Metrics:
         if value.ndim:
             value = self._as_scalar(name, value)
         if entry.on_epoch and entry.metric is None:
-            if batch_size is None:
-                batch_size = 1 if self.scope == "epoch" or entry.reduction != "mean" else infer_batch_size(self.batch)
+            if type(batch_size) is not int or batch_size < 0:
+                batch_size = self._weight(entry, batch_size)
             entry.accumulate(value, batch_size)
         # Written out instead of calling _set: this runs once or more in every batch.
         if (step_name := entry.step_name) is None:
@@ -134,11 +144,28 @@ class Metrics:
         if entry.prog_bar:
             self.progress_bar_metrics[step_name] = value
 
+    def check_processes(self, name: str, value: Any, sync_dist_group: Any) -> None:
+        """Check that a call of ``self.log`` neither reduces over a group of processes nor has one wait for the others.
+
+        Raises:
+            MisconfigurationError: If it does.
+        """
+        if sync_dist_group is not None:
+            raise MisconfigurationError(
+                f"self.log({name!r}, ..., sync_dist_group=...): values are reduced over all processes, never over a group. "
+                "Reduce it by torch.distributed and log the result, without sync_dist_group."
+            )
+        if self.processes.world_size > 1 and is_loggable_metric(value):
+            raise MisconfigurationError(
+                f"self.log({name!r}, {type(value).__name__}, rank_zero_only=True): a metric object is computed by all "
+                "processes together. Leave rank_zero_only out."
+            )
+
     def take_fresh(self) -> dict[str, Any]:
         """Return the values that were logged on step for loggers since the last call."""
         fresh = self.fresh
         self.logged_metrics.update(fresh)
-        self.fresh = {}
+        self.fresh = self._fresh[self.stage] = {}
         return fresh
 
     def show_epoch(self) -> None:
@@ -148,28 +175,31 @@ class Metrics:
         """
         if self.silent:
             return
-        for entry in self._epoch_entries():
-            if entry.epoch_name is not None and (value := entry.reduced()) is not None:
-                self.callback_metrics[entry.epoch_name] = self.callback_metrics[entry.name] = value
+        for entry, value in self._epoch_values():
+            self.callback_metrics[str(entry.epoch_name)] = self.callback_metrics[entry.name] = value
 
-    def _epoch_entries(self) -> list[Entry]:
-        """Return the entries that the current stage logged on epoch, merged over all processes.
+    def _epoch_values(self) -> list[tuple[Entry, Tensor]]:
+        """Return the values that the current stage logged on epoch, each with its entry, merged over all processes.
 
         So all processes see one value, and decide alike. There is one exchange for all names, in which each process sends
         the names that it has: a process that had no batch has none.
         """
-        entries = [entry for entry in self._stage_entries.values() if entry.epoch_name is not None]
+        entries = [entry for entry in self._entries_of(self.stage) if entry.epoch_name is not None]
         if self.processes.world_size == 1:
-            return entries
+            return [pair for entry in entries for pair in entry.values()]
         mine = [entry.state_dict() for entry in entries if entry.metric is None]
-        merged: dict[str, Entry] = {entry.name: entry for entry in entries if entry.metric is not None}
+        merged = {(entry.scope, entry.name): entry for entry in entries if entry.metric is not None}
         for states in self.processes.gather_for_all(mine):
             for state in states:
-                if state["name"] in merged:
-                    merged[state["name"]].merge(state["total"], state["weight"])
-                else:
-                    merged[state["name"]] = Entry.of(state, self.device)
-        return list(merged.values())
+                entry = Entry.of(state, self.device)
+                if (known := merged.setdefault((entry.scope, entry.name), entry)) is not entry:
+                    known.merge(entry)
+        entries = sorted(merged.values(), key=lambda entry: SCOPES.index(entry.scope))
+        return [pair for entry in entries for pair in entry.values()]
+
+    def _entries_of(self, stage: Stage) -> Iterator[Entry]:
+        """Return the entries of a stage, those of its epoch's start first."""
+        return chain.from_iterable(entries.values() for entries in self._entries[stage].values())
 
     def end_epoch(self) -> dict[str, Tensor]:
         """Reduce the values that the current stage logged on epoch, and start its next epoch.
@@ -178,14 +208,12 @@ class Metrics:
             The values for loggers, by name.
         """
         for_loggers: dict[str, Tensor] = {}
-        values = [(entry, entry.reduced()) for entry in self._epoch_entries()]
-        for entry in self._stage_entries.values():
-            if entry.epoch_name is not None:
-                entry.reset()
+        values = self._epoch_values()
+        for entry in self._entries_of(self.stage):
+            entry.reset()
+        self._ended = [entry for entry, _ in values]
         for entry, value in values:
-            if entry.epoch_name is None or value is None:
-                continue
-            if self.silent:
+            if entry.epoch_name is None or self.silent:
                 continue
             self._set(entry.epoch_name, value)
             if entry.on_step:
@@ -199,27 +227,26 @@ class Metrics:
 
     def begin_stage(self, stage: Stage) -> None:
         """Forget the values that a stage logged and did not reduce, and their options."""
-        for entry in self._entries[stage].values():
-            if entry.metric is not None:
-                entry.metric.reset()
-        self._entries[stage].clear()
+        for entry in self._entries_of(stage):
+            entry.reset()
+        for entries in (self._fresh[stage], *self._entries[stage].values()):
+            entries.clear()
 
-    def results(self, stage: Stage, loaders: int) -> list[dict[str, float]]:
-        """Return the epoch values of an evaluation, one dict per loader.
+    def objects(self) -> list[Any]:
+        """Return the metric objects that were logged in the run."""
+        return [entry.metric for stage in self._entries for entry in self._entries_of(stage) if entry.metric is not None]
+
+    def results(self, loaders: int) -> list[dict[str, float]]:
+        """Return the epoch values of the evaluation that ended last, one dict per loader.
 
         Args:
-            stage: The stage.
             loaders: How many loaders it ran over.
         """
         results: list[dict[str, float]] = [{} for _ in range(loaders)]
-        for entry in self._entries[stage].values():
-            name = entry.epoch_name
-            if name is None or name not in self.callback_metrics:
-                continue
-            _, separator, index = name.partition("/dataloader_idx_")
-            number = float(self.callback_metrics[name])
-            for at in [int(index.partition("_")[0])] if separator else range(loaders):
-                results[at][name] = number
+        for entry in self._ended:
+            for suffix in entry.loaders:
+                for index in [int(suffix.rpartition("_")[2])] if suffix else range(loaders):
+                    results[index][str(entry.epoch_name)] = float(self.callback_metrics[str(entry.epoch_name)])
         return results
 
     # ------------------------------------------------------------------ state
@@ -232,7 +259,7 @@ class Metrics:
         """
         paths = {id(part): path for path, part in module.named_modules()}
         entries = []
-        for entry in self._entries["train"].values():
+        for entry in self._entries_of("train"):
             metric = None if entry.metric is None else paths.get(id(entry.metric))
             entries.append(entry.state_dict() | {"metric": metric})
         return {
@@ -241,7 +268,8 @@ class Metrics:
             "callback_metrics": dict(self.callback_metrics),
             "progress_bar_metrics": dict(self.progress_bar_metrics),
             "logged_metrics": {name: plain(value) for name, value in self.logged_metrics.items()},
-            "fresh": {name: plain(value) for name, value in self.fresh.items()},
+            "fresh": {name: plain(value) for name, value in self._fresh["train"].items()},
+            "evaluated": self.evaluated,
             "renewals": dict(self.update_counts),  # the name in the schema of checkpoints
         }
 
@@ -257,19 +285,23 @@ class Metrics:
             entry = Entry.of(entry_state, device)
             if entry_state["metric"] is not None:
                 entry.metric = module.get_submodule(entry_state["metric"])
-            known = self._entries["train"].setdefault(entry.name, entry)
+                if entry.naming == "keys":
+                    entry.name = unnamed(entry.metric) + entry.suffix
+            known = self._entries["train"][entry.scope].setdefault(entry.name, entry)
             if known is not entry:  # of another process
-                known.merge(entry.total, entry.weight)
+                known.merge(entry)
         load_metric_states(module, state["metric_objects"])
-        for name in ("callback_metrics", "progress_bar_metrics", "logged_metrics", "fresh"):
+        for name in ("callback_metrics", "progress_bar_metrics", "logged_metrics"):
             setattr(self, name, {key: on_device(value, device) for key, value in state[name].items()})
+        self._fresh["train"].update((key, on_device(value, device)) for key, value in state["fresh"].items())
+        self.evaluated = state.get("evaluated", 0)
         self.update_counts.update(state["renewals"])
 
     def _set(self, name: str, value: Tensor) -> None:
         self.callback_metrics[name] = value
         self.update_counts[name] += 1
 
-    def _new_entry(self, name: str, suffix: str, options: tuple[Any, ...]) -> Entry:
+    def _new_entry(self, name: str, suffix: str, options: tuple[Any, ...], scope: Scope) -> Entry:
         _, _, on_step, on_epoch, reduction, _ = options
         if not isinstance(name, str):
             raise MisconfigurationError(f"self.log's first argument is the metric's name, a string; it is {name!r}.")
@@ -277,7 +309,7 @@ class Metrics:
             raise MisconfigurationError(
                 f"self.log({name!r}, ..., reduce_fx={reduction!r}): reduce_fx has to be one of {list(REDUCTIONS)}."
             )
-        per_step = self.stage == "train" and self.scope == "batch"
+        per_step = self.stage == "train" and scope == "batch"
         resolved_step = per_step if on_step is None else on_step
         resolved_epoch = not per_step if on_epoch is None else on_epoch
         if not resolved_step and not resolved_epoch:
@@ -285,19 +317,81 @@ class Metrics:
                 f"self.log({name!r}, ...) in {calling_hook()} has neither on_step nor on_epoch, so no value would be kept. Set "
                 "one of them."
             )
-        if resolved_step and self.scope == "epoch":
+        if resolved_step and scope != "batch":
             raise MisconfigurationError(
                 f"self.log({name!r}, ..., on_step=True) in {calling_hook()}, which belongs to no step. Leave on_step out."
             )
-        entry = Entry(name, suffix, options, resolved_step, resolved_epoch)
-        self._stage_entries[entry.name] = entry
+        entry = Entry(name, suffix, options, resolved_step, resolved_epoch, scope)
+        entry.loaders = {self.suffix}
+        self._stage_entries[scope][entry.name] = entry
         return entry
 
     def _change_options(self, entry: Entry, options: tuple[Any, ...]) -> None:
-        """Take options that differ from the entry's only in their form; refuse others."""
-        if not entry.accepts(options) or (entry.on_step and self.scope == "epoch"):
+        """Take options that differ from the entry's only in their form, for one more loader perhaps; refuse others."""
+        if not entry.accepts(options):
             self._refuse_options(entry, options)
         entry.options = options
+        entry.loaders.add(self.suffix)
+
+    def _weight(self, entry: Entry, batch_size: Any) -> float:
+        """Return the weight of a value: the size that the user gave, else the current batch's.
+
+        If the parts of the batch have several sizes there is one warning.
+        """
+        if batch_size is not None:
+            number = batch_size.item() if isinstance(batch_size, Tensor) and batch_size.numel() == 1 else batch_size
+            if isinstance(number, Real) and (weight := float(number)) >= 0:
+                return weight
+            raise MisconfigurationError(
+                f"self.log({entry.name!r}, ..., batch_size={batch_size!r}): batch_size is the number of samples in the batch, "
+                "such as len(batch)."
+            )
+        if entry.scope != "batch" or entry.reduction != "mean":
+            return 1
+        if self.batch_size is None:
+            remedy = f"Give it in {calling_hook()}: self.log({entry.name!r}, ..., batch_size=...)."
+            self.batch_size, *others = sizes = batch_sizes(self.batch, remedy)
+            if any(size != self.batch_size for size in others):
+                self._warn_once("batch_size", f"Parts of the batch have the sizes {sizes[:5]}: means take the first. {remedy}")
+        return self.batch_size
+
+    def _log_metric(self, entry: Entry, metric: Any) -> Tensor | None:
+        """Log a metric object; return its value of the batch for ``on_step``, or log its several values and return None."""
+        if entry.metric is not metric:
+            self._adopt(entry, metric)
+        entry.weight = 1.0
+        if not entry.on_step:
+            return None
+        on_batch = value_on_batch(metric)
+        for part, value in entry.values_of(metric.compute() if on_batch is None else on_batch):
+            if part is entry:
+                return value
+            prog_bar, logger, _, _, reduce_fx, sync_dist = entry.options
+            name = str(part.step_name).removesuffix(part.suffix)
+            self.log(name, value, prog_bar, logger, True, False, reduce_fx, sync_dist, None, bool(part.suffix))
+            if part.on_epoch and not self.silent:
+                self._set(part.name, self.callback_metrics[str(part.step_name)])
+        return None
+
+    def _adopt(self, entry: Entry, metric: Any) -> None:
+        """Let a metric object make the reduction of an entry; warn once if another stage or loader logs the same object."""
+        entry.metric = metric
+        if (computed := value_on_batch(metric)) is not None:
+            entry.values_of(computed)  # raises now instead of at the epoch's end
+        for stage in self._entries:
+            for other in self._entries_of(stage):
+                if other.metric is metric and (stage != self.stage or other.loaders != entry.loaders):
+                    self._warn_once(
+                        f"object {other.name} {entry.name}",
+                        f"self.log({entry.name!r}, ...) in {calling_hook()}: the same {type(metric).__name__} is "
+                        f"logged as {other.name!r} in {stage}. It has one state, which is updated by both and reset after "
+                        "either. Give each stage and each loader a metric object of its own.",
+                    )
+
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            warnings.warn(message, stacklevel=2)
 
     def _as_scalar(self, name: str, value: Tensor) -> Tensor:
         """Return a tensor without dimensions; refuse one with several elements."""
@@ -311,18 +405,18 @@ class Metrics:
     def _as_tensor(self, entry: Entry, value: Any) -> Tensor | None:
         """Return the tensor of a number; for a torchmetrics object the value of its batch, None without ``on_step``."""
         if isinstance(value, (int, float)):
-            return torch.tensor(float(value))
-        if callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None)):
-            if entry.on_epoch:
-                entry.metric = value
-            if not entry.on_step:
-                return None
-            on_batch = value_on_batch(value)
-            computed: Tensor = value.compute() if on_batch is None else on_batch
-            return computed.detach()
+            return torch.tensor(float(value), dtype=torch.float64)
+        if isinstance(value, NamedValues):
+            entry.naming = value.naming
+            return self._log_metric(entry, value.metric)
+        if is_loggable_metric(value) and not hasattr(value, "items"):
+            return self._log_metric(entry, value)
         if not isinstance(value, str) and callable(getattr(value, "item", None)) and getattr(value, "size", 0) == 1:
-            return torch.tensor(float(value.item()))  # NumPy's scalars
-        described = "a mapping: use self.log_dict" if isinstance(value, Mapping) else f"{value!r} ({type(value).__name__})"
+            return torch.tensor(float(value.item()), dtype=torch.float64)  # NumPy's scalars
+        several = hasattr(value, "items")  # a collection of metrics too
+        described = (
+            f"a mapping ({type(value).__name__}): use self.log_dict" if several else f"{value!r} ({type(value).__name__})"
+        )
         raise MisconfigurationError(
             f"self.log({entry.name!r}, ...) in {calling_hook()} got {described}. Log a number, a scalar tensor or a metric."
         )
@@ -330,7 +424,7 @@ class Metrics:
     def _refuse_scope(self, name: str) -> NoReturn:
         raise MisconfigurationError(
             f"self.log({name!r}, ...) was called in {calling_hook()}, where a value belongs to no step and no epoch. Log in "
-            "training_step, validation_step, test_step, or in a hook between on_train_epoch_start and on_train_epoch_end."
+            "training_step, validation_step, test_step, or in a hook from on_train_start to on_train_epoch_end."
         )
 
     def _refuse_options(self, entry: Entry, options: tuple[Any, ...]) -> NoReturn:
@@ -338,28 +432,13 @@ class Metrics:
         changes = [
             f"{name}={new!r} after {name}={old!r}"
             for name, old, new in zip(names, entry.options, options, strict=True)
-            if old != new
+            if reduction_name(old) != reduction_name(new)
         ]
-        difference = ", ".join(changes) or "once in a step and once between steps"
+        difference = ", ".join(changes)
         raise MisconfigurationError(
             f"self.log({entry.name!r}, ...) in {calling_hook()}: the name is logged with different options ({difference}). "
             "Use the same options for one name, or another name."
         )
-
-
-def infer_batch_size(batch: Any) -> int:
-    """Return the size of a batch: the first dimension of its first tensor; 1 if there is none."""
-    if isinstance(batch, Tensor):
-        return int(batch.shape[0]) if batch.ndim else 1
-    items: Any = ()
-    if isinstance(batch, Mapping):
-        items = batch.values()
-    elif isinstance(batch, (list, tuple)):
-        items = batch
-    for item in items:
-        if isinstance(item, (Tensor, Mapping, list, tuple)):
-            return infer_batch_size(item)
-    return 1
 
 
 def calling_hook() -> str:

@@ -1,12 +1,59 @@
-"""The states of a module's torchmetrics objects, for checkpoints. The library does not import torchmetrics."""
+"""A module's torchmetrics objects: their values and their states. The library does not import torchmetrics."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import nn
 
 from eventtrain._torch import is_metric, metric_state, set_metric_state
+from eventtrain.metrics.entry import Naming
+
+
+class LoggableMetric(Protocol):
+    """A metric object, or a collection of them, as :meth:`eventtrain.LightningModule.log_dict` takes it."""
+
+    def compute(self) -> Any:
+        """Return the value, or the values by name."""
+
+    def reset(self) -> None:
+        """Forget all updates."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedValues:
+    """A metric object that may have several values, for ``self.log``.
+
+    Attributes:
+        metric: The object.
+        naming: See :class:`~eventtrain.metrics.entry.Entry`.
+    """
+
+    metric: Any
+    naming: Naming
+
+
+def named_values(metric: Any) -> dict[str, NamedValues]:
+    """Return the metric objects in one, or in a collection, by the names for ``self.log``."""
+    if hasattr(metric, "items"):
+        return {name: NamedValues(part, "either") for name, part in metric.items()}
+    return {unnamed(metric): NamedValues(metric, "keys")}
+
+
+def unnamed(metric: Any) -> str:
+    """Return the name of an entry for a metric object whose values have names of their own."""
+    return f"{type(metric).__name__}, an object at {id(metric)}"
+
+
+def is_loggable_metric(value: Any) -> bool:
+    """Return whether a value is a metric object or a collection of them."""
+    return callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None))
+
+
+def unused_metrics(module: nn.Module) -> list[Any]:
+    """Return the torchmetrics objects among a module's submodules that no update has reached yet."""
+    return [part for part in module.modules() if is_metric(part) and not metric_state(part)["updates"]]
 
 
 def metric_states(module: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The hooks that callbacks and modules may override, made from the event table.
 
-At run time each hook is a method that does nothing and is never connected. ``hooks.pyi`` next to this file, which
+At run time the hook of an event is a method that does nothing and is never connected. ``hooks.pyi`` next to this file, which
 ``python docs/generate.py`` writes, gives their signatures to editors and type checkers.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eventtrain.events import EVENTS, module_hook
+from eventtrain.module.modes import leave_evaluation
 
 MODULE_ONLY_HOOKS = (
     *("on_before_batch_transfer", "on_after_batch_transfer", "on_validation_model_zero_grad"),
@@ -17,10 +18,17 @@ MODULE_ONLY_HOOKS = (
 )
 """Lightning's module hooks that the core calls, and that are not events."""
 
+SWITCHES: dict[str, Callable[[Any], Any]] = {
+    "zero_grad": lambda module: module.zero_grad(),
+    "eval": lambda module: module.eval(),
+    "train": leave_evaluation,
+}
+"""The work of those hooks with ``model_`` in their names, by the end of the name."""
 
-def _hook(name: str, doc: str) -> Callable[..., None]:
+
+def _hook(name: str, doc: str, work: Callable[[Any], Any] = lambda module: None) -> Callable[..., None]:
     def hook(self: Any, *args: Any, **kwargs: Any) -> None:
-        return None
+        work(self)
 
     hook.__name__ = name
     hook.__doc__ = doc
@@ -41,4 +49,5 @@ for _name, _event_type in EVENTS.items():
 
 for _name in MODULE_ONLY_HOOKS:
     if not _name.endswith("_transfer"):  # these return the batch and are defined with the loaders
-        setattr(ModuleHooks, _name, _hook(_name, "Called by the core instead of its mode switch, or after it."))
+        _work = SWITCHES[_name.rpartition("model_")[2]]
+        setattr(ModuleHooks, _name, _hook(_name, "Zero gradients, or switch the mode, around an evaluation.", _work))

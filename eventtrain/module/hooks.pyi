@@ -119,7 +119,7 @@ class CallbackHooks:
     def on_train_epoch_end(self, trainer: Trainer, event: events.TrainEpochEnd) -> None:
         """An epoch of training is over, its validation included; the module may still log here."""
     def on_metrics_logged(self, trainer: Trainer, event: events.MetricsLogged) -> None:
-        """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
+        """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated, and for each evaluation batch that logged on step: after its end, but in a fit after the last batch, because an interrupted validation is repeated. With scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
     def on_safe_point(self, trainer: Trainer, event: events.SafePoint) -> None:
         """Nothing is under way: the last place where the state of the run may change before a checkpoint. Published after each batch; after an epoch's last batch, once the epoch's own events are over."""
     def on_request_stop(self, trainer: Trainer, event: events.RequestStop) -> None:
@@ -253,7 +253,7 @@ class ModuleHooks:
     def on_train_epoch_end(self) -> None:
         """An epoch of training is over, its validation included; the module may still log here."""
     def on_metrics_logged(self, event: events.MetricsLogged) -> None:
-        """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated; with scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
+        """Values are final and ready to be written. With scope ``"step"`` after the ``train_batch_end`` of a batch that updated, and for each evaluation batch that logged on step: after its end, but in a fit after the last batch, because an interrupted validation is repeated. With scope ``"epoch"`` once an epoch of training, or a pass of evaluation, is over; with scope ``"monitor"`` whenever a callback calls ``trainer.log_now``."""
     def on_safe_point(self, event: events.SafePoint) -> None:
         """Nothing is under way: the last place where the state of the run may change before a checkpoint. Published after each batch; after an epoch's last batch, once the epoch's own events are over."""
     def on_request_stop(self, event: events.RequestStop) -> None:
@@ -272,7 +272,7 @@ class ModuleHooks:
         """Training is over."""
     def on_fit_end(self) -> None:
         """``fit`` is over, without an error."""
-    def on_exception(self, event: events.ExceptionRaised) -> None:
+    def on_exception(self, exception: BaseException) -> None:
         """The run is ending by an error. Reaches every listener, even if one of them raises."""
     def teardown(self, stage: str) -> None:
         """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import warnings
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import nn
 
-from eventtrain.module.module import LightningModule
-from eventtrain.module.overriding import overridden_method
+BEFORE = "modes_before_evaluation"
+"""The attribute of a module that holds the modes from before the current evaluation."""
 
 
 @contextmanager
-def evaluation_mode(module: LightningModule, stage: Literal["validation", "test", "predict"]) -> Generator[None, None, None]:
+def evaluation_mode(module: Any, stage: Literal["validation", "test", "predict"]) -> Generator[None, None, None]:
     """Put a module into evaluation mode during a ``with`` block, and each submodule back into its mode after it.
 
-    A module can do both in its hooks ``on_<stage>_model_eval`` and ``on_<stage>_model_train``.
+    The module does both, in its hooks ``on_<stage>_model_eval`` and ``on_<stage>_model_train``.
 
     Args:
         module: The module.
@@ -31,13 +32,42 @@ def evaluation_mode(module: LightningModule, stage: Literal["validation", "test"
         >>> module.training, module.frozen.training
         (True, False)
     """
-    training = modes(module)
+    attributes = vars(module)
+    outer = attributes.get(BEFORE)
+    attributes[BEFORE] = modes(module)
     try:
-        _switch(module, f"on_{stage}_model_eval", module.eval)
+        getattr(module, f"on_{stage}_model_eval")()
         yield
     finally:
-        restore_modes(training)
-        _switch(module, f"on_{stage}_model_train", None)
+        getattr(module, f"on_{stage}_model_train")()
+        attributes[BEFORE] = outer
+
+
+def leave_evaluation(module: nn.Module) -> None:
+    """Put each submodule back into its mode before the evaluation; outside an evaluation, all into training mode."""
+    before = vars(module).get(BEFORE)
+    module.train() if before is None else restore_modes(before)
+
+
+def warn_of_evaluation_mode(module: nn.Module) -> None:
+    """Warn of submodules that are in evaluation mode at the start of a fit, the outermost ones by name. Two kinds are so on
+    purpose: norms with running statistics, and submodules whose parameters are all frozen."""
+    outermost: list[str] = []
+    names: list[str] = []
+    for name, part in module.named_modules():
+        if part.training or any(not outer or name.startswith(f"{outer}.") for outer in outermost):
+            continue
+        outermost.append(name)
+        is_frozen = {parameter.requires_grad for parameter in part.parameters()} == {False}
+        if not is_frozen and not hasattr(part, "running_mean"):
+            names.append(name)
+    if names:
+        which = "The module" if names == [""] else f"A part of the module ({', '.join(names)})"
+        warnings.warn(
+            f"{which} is in evaluation mode at the start of the fit: {type(module).__name__}. Dropout does nothing there, and "
+            "batch norm keeps its statistics. Call train() before fit; or, if it is on purpose, requires_grad_(False).",
+            stacklevel=2,
+        )
 
 
 def modes(module: nn.Module) -> dict[nn.Module, bool]:
@@ -53,10 +83,3 @@ def restore_modes(training: dict[nn.Module, bool]) -> None:
     """
     for part, flag in training.items():
         part.training = flag
-
-
-def _switch(module: LightningModule, hook: str, otherwise: Callable[[], Any] | None) -> None:
-    """Call the module's mode switch if it has one, else the other function if there is one."""
-    switch = overridden_method(module, hook) or otherwise
-    if switch is not None:
-        switch()

@@ -15,9 +15,11 @@ from torch.optim import Optimizer
 
 from eventtrain.checkpoint.storage import init_arguments
 from eventtrain.checkpoint.storage import read as read_checkpoint
-from eventtrain.core.closure import backward
+from eventtrain.checkpoint.weights import load_weights
+from eventtrain.core.closure import backward, check_grad_mode
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError
+from eventtrain.metrics.torchmetrics import LoggableMetric, is_loggable_metric, named_values
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.hooks import ModuleHooks
 from eventtrain.module.hparams import HyperparametersMixin
@@ -35,10 +37,14 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
     Define ``training_step`` and ``configure_optimizers`` at least. The constructor passes its arguments on, so that a class
     may derive from a torch module too, as in the example.
 
+    A hook, step or loader that is set to None counts as not defined.
+
     Attributes:
-        automatic_optimization: Whether the trainer zeroes the gradients, runs backward and steps. Set it to False in
-            ``__init__`` for manual optimization.
+        automatic_optimization: Whether the trainer zeroes the gradients, runs backward and steps. Set it to False for manual
+            optimization: in the class, in ``__init__``, or as a property.
         example_input_array: An input of ``forward``, for loggers that draw the graph.
+        strict_loading: Whether a checkpoint has to have exactly the weights of the module. If it is False, weights that one of
+            them lacks are passed over.
 
     Example:
         >>> from eventtrain import Trainer
@@ -53,10 +59,9 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         3
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.automatic_optimization: bool = True
-        self.example_input_array: Any = None
+    automatic_optimization: bool = True
+    example_input_array: Any = None
+    strict_loading: bool = True
 
     # ------------------------------------------------------------------ the current run
 
@@ -86,8 +91,27 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
-        # Not by nn.Module.__setattr__: a trainer is no part of the model.
-        self.__dict__["_trainer"] = trainer
+        self.attach_trainer(trainer)
+
+    def attach_trainer(self, trainer: Trainer | None) -> None:
+        """Give a trainer to the module and to each module within it that is a LightningModule.
+
+        Args:
+            trainer: The trainer; None for none.
+
+        Example:
+            >>> from eventtrain import Trainer
+            >>> parent = LightningModule()
+            >>> parent.child = LightningModule()
+            >>> trainer = Trainer(max_epochs=1, default_callbacks=False, device="cpu")
+            >>> parent.attach_trainer(trainer)
+            >>> parent.child.trainer is trainer
+            True
+        """
+        for part in self.modules():
+            if isinstance(part, LightningModule):
+                # Not by nn.Module.__setattr__: a trainer is no part of the model.
+                part.__dict__["_trainer"] = trainer
 
     @property
     def current_epoch(self) -> int:
@@ -135,14 +159,14 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters; the CPU for a module without parameters and buffers.
+        """The device of the parameters; for a module without parameters and buffers the trainer's, or the CPU.
 
         Example:
             >>> LightningModule().device
             device(type='cpu')
         """
-        first = next(chain(self.parameters(), self.buffers()), None)
-        return torch.device("cpu") if first is None else first.device
+        holder = next(chain(self.parameters(), self.buffers()), self.__dict__.get("_trainer"))
+        return torch.device("cpu") if holder is None else holder.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,7 +181,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     @property
     def logger(self) -> Any:
-        """The first attached logger, whose ``experiment`` is its writer; None if there is none.
+        """The first attached logger, whose ``experiment`` is its writer; None if there is none, or no trainer.
 
         Example:
             >>> from eventtrain import Trainer
@@ -167,11 +191,11 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").predict(Show(), [0])
             [None]
         """
-        return next(iter(self.trainer.loggers), None)
+        return next(iter(self.loggers), None)
 
     @property
     def loggers(self) -> list[Any]:
-        """All attached loggers.
+        """All attached loggers; none without a trainer.
 
         Example:
             >>> from eventtrain import Trainer
@@ -181,7 +205,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").predict(Show(), [0])
             [[]]
         """
-        return self.trainer.loggers
+        trainer = self.__dict__.get("_trainer")
+        return trainer.loggers if trainer is not None else []
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank zero; above the progress bar if there is one.
@@ -446,7 +471,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             **kwargs: Passed on to ``backward``.
 
         Raises:
-            MisconfigurationError: If the module optimizes automatically, or if the loss is not a tensor.
+            MisconfigurationError: If the module optimizes automatically, if the loss is not a tensor, or if gradients are off.
 
         Example:
             >>> from eventtrain import Trainer
@@ -461,14 +486,17 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").fit(line, [torch.ones(2, 1)])
             tensor([1.])
         """
-        if self.automatic_optimization:
+        module = self.trainer.module  # a module within it has the mode of the run
+        if module.automatic_optimization:
             raise MisconfigurationError(
                 f"{type(self).__name__}.manual_backward was called in automatic optimization, where the trainer runs backward. "
                 "Return the loss from training_step, or set self.automatic_optimization = False in __init__."
             )
         if not isinstance(loss, Tensor):
             raise MisconfigurationError(f"manual_backward takes the loss, a scalar tensor; it was given {loss!r}.")
-        backward(self.trainer.signals, self.backward, loss, loss, *args, **kwargs)
+        if not loss.requires_grad:
+            check_grad_mode()
+        backward(self.trainer.signals, module.backward, loss, loss, *args, **kwargs)
 
     def clip_gradients(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -634,13 +662,16 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             reduce_fx: ``"mean"`` (weighted by batch size), ``"min"``, ``"max"``, ``"sum"``, or torch's function of that name.
             sync_dist: Whether the value of a step is reduced over ranks; the value of an epoch always is.
             add_dataloader_idx: Whether ``/dataloader_idx_i`` is appended if there are several evaluation loaders.
-            batch_size: The weight in the mean; None for the first dimension of the batch's first tensor.
-            rank_zero_only: Whether ranks other than zero leave it out.
-            enable_graph, sync_dist_group, metric_attribute: Accepted for modules written for Lightning, and not needed.
+            batch_size: The weight in the mean; None for the first dimension of the first tensor anywhere in the batch, or, if
+                there is none, the length of its lists.
+            rank_zero_only: Whether ranks other than zero leave it out. The epoch's value is that of rank zero on all ranks.
+            sync_dist_group: None: values are reduced over all ranks, and a group is an error.
+            enable_graph, metric_attribute: Accepted for modules written for Lightning. Values are logged without their graph,
+                as they are there, and a metric object needs no name.
 
         Raises:
-            MisconfigurationError: If the value is not a scalar, if the name is logged with other options, or if the hook
-                belongs to no step and no epoch.
+            MisconfigurationError: If the value is not a scalar, if the name is logged with other options in the same place, if
+                the hook belongs to no step and no epoch, or if the size of the batch is needed and unknown.
 
         Example:
             >>> from eventtrain import Trainer
@@ -654,21 +685,26 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         if trainer is None:
             warnings.warn(f"{type(self).__name__}.log({name!r}, ...) without a trainer: the value is lost.", stacklevel=2)
             return
-        if rank_zero_only and not trainer.is_global_zero:
-            return
-        trainer.run_state.metrics.log(
+        metrics = trainer.run_state.metrics
+        if rank_zero_only or sync_dist_group is not None:
+            metrics.check_processes(name, value, sync_dist_group)
+            if rank_zero_only and not trainer.is_global_zero:
+                return
+            sync_dist = sync_dist and not rank_zero_only  # the other processes would not take part
+        metrics.log(
             name, value, prog_bar, logger is not False, on_step, on_epoch, reduce_fx, sync_dist, batch_size, add_dataloader_idx
         )
 
-    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+    def log_dict(self, dictionary: Mapping[str, Any] | LoggableMetric, **options: Any) -> None:
         """Log several values with the same options.
 
         Args:
-            dictionary: The values by name.
+            dictionary: The values by name; a collection of metric objects; or a metric object whose ``compute`` gives a
+                mapping.
             **options: As for :meth:`log`.
 
         Raises:
-            MisconfigurationError: If ``dictionary`` is not a mapping.
+            MisconfigurationError: If ``dictionary`` is nothing of this kind.
 
         Example:
             >>> from eventtrain import Trainer
@@ -678,9 +714,10 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").test(Model(), [torch.tensor([0.0, 1.0])])
             [{'low': 0.0, 'high': 1.0}]
         """
-        if not hasattr(dictionary, "items"):  # a collection of torchmetrics is no Mapping
-            raise MisconfigurationError(f"self.log_dict takes a mapping of names to values; it was given {_short(dictionary)}.")
-        for name, value in dictionary.items():
+        values: Any = named_values(dictionary) if is_loggable_metric(dictionary) else dictionary
+        if not hasattr(values, "items"):
+            raise MisconfigurationError(f"self.log_dict takes a mapping of names to values; it was given {_short(values)}.")
+        for name, value in values.items():
             self.log(name, value, **options)
 
     def freeze(self) -> None:
@@ -714,14 +751,18 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
     @classmethod
     def load_from_checkpoint(
-        cls: type[Self], checkpoint_path: str | PathLike[str], map_location: Any = None, strict: bool = True, **kwargs: Any
+        cls: type[Self],
+        checkpoint_path: str | PathLike[str],
+        map_location: Any = None,
+        strict: bool | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Build a module from a checkpoint, with the hyperparameters that it holds.
 
         Args:
             checkpoint_path: The file.
             map_location: The device of the tensors, as in :func:`torch.load`; None for the CPU.
-            strict: Whether the keys of the state dict have to match.
+            strict: Whether the file has to have exactly the weights of the module; None for its ``strict_loading``.
             **kwargs: Arguments of ``__init__`` that replace or complete the saved ones.
 
         Returns:
@@ -729,7 +770,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
         Raises:
             OSError: If the file cannot be opened.
-            MisconfigurationError: If the file is not a checkpoint, or is damaged.
+            MisconfigurationError: If the file is not a checkpoint, is damaged, or has the weights of another module.
 
         Example:
             >>> import tempfile
@@ -745,7 +786,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         arguments = init_arguments(cls, {**content.get("hyper_parameters", {}), **kwargs})
         module = cls(**arguments)
         module.on_load_checkpoint(content)
-        module.load_state_dict(content["state_dict"], strict=strict)
+        load_weights(module, content, checkpoint_path, strict)
         return module
 
     # ------------------------------------------------------------------ internals
@@ -767,7 +808,9 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         return LightningOptimizer(optimizer)
 
     def _toggle_stack(self) -> list[tuple[LightningOptimizer, dict[Tensor, bool]]]:
-        stack: list[tuple[LightningOptimizer, dict[Tensor, bool]]] = self.__dict__.setdefault("_toggles", [])
+        trainer = self.__dict__.get("_trainer")
+        owner = self if trainer is None else trainer.module  # which may be a module around this one
+        stack: list[tuple[LightningOptimizer, dict[Tensor, bool]]] = owner.__dict__.setdefault("_toggles", [])
         return stack
 
     def __getstate__(self) -> dict[str, Any]:

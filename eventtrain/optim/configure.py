@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.errors import MisconfigurationError, nearest
 from eventtrain.module.module import LightningModule
-from eventtrain.module.overriding import overridden_method
-from eventtrain.optim.lr_scheduler import LRSchedulerConfig, has_torch_api
+from eventtrain.module.overriding import method_of, overridden_method
+from eventtrain.optim.lr_scheduler import STATE, LRSchedulerConfig, has_torch_api
 
 FORMS = (
     "an optimizer; a list or tuple of optimizers; ([optimizers], [schedulers]); (optimizer, scheduler); "
@@ -35,7 +37,8 @@ def configure_optimizers(module: LightningModule) -> Configuration:
     automatic = module.automatic_optimization
     if automatic and overridden_method(module, "configure_optimizers") is None:
         raise MisconfigurationError(f"{name} has no configure_optimizers. Define it, and return an optimizer.")
-    configuration = parse_configuration(module.configure_optimizers())
+    returned = method_of(module, "configure_optimizers", LightningModule)()
+    configuration = parse_configuration(returned, automatic=automatic)
     if not automatic:
         return configuration
     if len(configuration.optimizers) > 1:
@@ -47,6 +50,8 @@ def configure_optimizers(module: LightningModule) -> Configuration:
         warnings.warn(
             f"{name}.configure_optimizers returned no optimizer: the run computes losses and updates nothing.", stacklevel=2
         )
+    elif overridden_method(module, "optimizer_step") is None:
+        _check_takes_closure(configuration.optimizers[0].optimizer)
     for config in configuration.schedulers:
         _check_steps(module, config)
     return configuration
@@ -61,6 +66,19 @@ def warn_of_idle_schedulers(module: LightningModule, callbacks: list[Any]) -> No
         "LRSchedulerStepping(), or leave default_callbacks on.",
         stacklevel=2,
     )
+
+
+def _check_takes_closure(optimizer: Optimizer) -> None:
+    try:
+        inspect.signature(optimizer.step).bind(None)
+    except TypeError:
+        raise MisconfigurationError(
+            f"{type(optimizer).__name__}.step takes no closure, which automatic optimization gives it. Write `def step(self, "
+            "closure=None)` and begin it with `with torch.enable_grad(): loss = closure()`. Or override optimizer_step in the "
+            "module: `optimizer_closure()`, then `optimizer.step()`."
+        ) from None
+    except ValueError:
+        pass  # it has no Python code to tell
 
 
 def _check_steps(module: LightningModule, config: LRSchedulerConfig) -> None:
@@ -91,11 +109,12 @@ class Configuration:
     schedulers: list[LRSchedulerConfig]
 
 
-def parse_configuration(returned: Any) -> Configuration:
+def parse_configuration(returned: Any, *, automatic: bool = True) -> Configuration:
     """Return the optimizers and schedulers of a result of ``configure_optimizers``.
 
     Args:
         returned: The result, in one of the forms of :data:`FORMS`.
+        automatic: Whether the trainer steps the schedulers. Else any object is a scheduler.
 
     Returns:
         The optimizers, each in a wrapper, and the scheduler configs. An optimizer that is in a wrapper already keeps it,
@@ -126,15 +145,16 @@ def parse_configuration(returned: Any) -> Configuration:
         raise _unknown_form(returned)
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
+            remedy = _remedy(optimizer) or "Optimizers derive from torch.optim.Optimizer."
             raise MisconfigurationError(
                 f"configure_optimizers returned {optimizer!r} ({type(optimizer).__name__}) where an optimizer is expected. "
-                "Optimizers derive from torch.optim.Optimizer."
+                f"{remedy}"
             )
     wrapped = [each if isinstance(each, LightningOptimizer) else LightningOptimizer(each) for each in optimizers]
     plain = [wrapper.optimizer for wrapper in wrapped]
     if len({id(optimizer) for optimizer in plain}) < len(plain):
         raise MisconfigurationError("configure_optimizers returned one optimizer twice. Return each of them once.")
-    configs = [_scheduler_config(scheduler) for scheduler in schedulers]
+    configs = [_scheduler_config(scheduler, automatic) for scheduler in schedulers]
     for config in configs:
         _check_ownership(config, plain)
     return Configuration(wrapped, configs)
@@ -155,7 +175,7 @@ def _from_sequence(returned: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         return [items[0]], list(items[1])
     if all(isinstance(item, Optimizer) for item in items):
         return items, []
-    raise _unknown_form(returned)
+    raise _unknown_form(next((item for item in items if _remedy(item)), returned))
 
 
 def _from_mapping(returned: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
@@ -186,7 +206,7 @@ def _from_mapping(returned: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     return [returned["optimizer"]], [config]
 
 
-def _scheduler_config(item: Any) -> LRSchedulerConfig:
+def _scheduler_config(item: Any, automatic: bool) -> LRSchedulerConfig:
     if isinstance(item, LRSchedulerConfig):
         return item
     options = item if isinstance(item, Mapping) else {"scheduler": item}
@@ -200,8 +220,8 @@ def _scheduler_config(item: Any) -> LRSchedulerConfig:
             f"A scheduler config has the keys {sorted(options)} and no 'scheduler'. Put the scheduler there."
         )
     scheduler = options["scheduler"]
-    if not _is_scheduler(scheduler):
-        missing = [name for name in ("step", "state_dict", "load_state_dict") if not callable(getattr(scheduler, name, None))]
+    missing = [name for name in ("step", *STATE) if not callable(getattr(scheduler, name, None))]
+    if isinstance(scheduler, (Optimizer, type)) or (missing and automatic):
         raise MisconfigurationError(
             f"configure_optimizers returned {scheduler!r} ({type(scheduler).__name__}) as a scheduler; it lacks {missing}. "
             "Any object with step, state_dict and load_state_dict will do."
@@ -214,23 +234,30 @@ def _is_scheduler(item: Any) -> bool:
         return False
     if isinstance(item, Mapping):
         return "scheduler" in item
-    return all(callable(getattr(item, name, None)) for name in ("step", "state_dict", "load_state_dict"))
+    return callable(getattr(item, "step", None)) and not hasattr(item, "zero_grad")
 
 
 def _check_ownership(config: LRSchedulerConfig, optimizers: list[Optimizer]) -> None:
-    owner = _unwrapped(config.optimizer)
-    if owner is not None and not any(owner is optimizer for optimizer in optimizers):
+    owner = config.optimizer
+    if hasattr(owner, "param_groups") and not any(config.sets_rates_of(optimizer) for optimizer in optimizers):
         raise MisconfigurationError(
-            f"{type(config.scheduler).__name__} sets the rates of a {type(owner).__name__} that configure_optimizers did not "
-            "return. Build it on one of the optimizers that are returned."
+            f"{type(config.scheduler).__name__} sets the rates of a {owner.__class__.__name__} that configure_optimizers did "
+            "not return. Build it on one of the optimizers that are returned."
         )
 
 
-def _unwrapped(optimizer: Any) -> Any:
-    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+def _remedy(value: Any) -> str:
+    if isinstance(value, type):
+        return f"Return an object of the class: {value.__name__}(self.parameters(), ...). "
+    if isinstance(value, (LRScheduler, LRSchedulerConfig)):
+        return "Return the optimizer with its scheduler: [optimizer], [scheduler]. "
+    if hasattr(value, "step") and not isinstance(value, Optimizer):
+        name = type(value).__name__
+        return f"Write `class {name}(torch.optim.Optimizer)`, and `super().__init__(params, defaults)` in its __init__. "
+    return ""
 
 
 def _unknown_form(returned: Any) -> MisconfigurationError:
     return MisconfigurationError(
-        f"configure_optimizers returned {returned!r} ({type(returned).__name__}). It may return {FORMS}."
+        f"configure_optimizers returned {returned!r} ({type(returned).__name__}). {_remedy(returned)}It may return {FORMS}."
     )

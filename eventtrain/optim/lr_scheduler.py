@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from eventtrain.errors import MisconfigurationError, nearest
 
 Interval = Literal["epoch", "step", "batch", "validation"]
 INTERVALS = get_args(Interval)
+STATE = ("state_dict", "load_state_dict")
 
 
 @dataclass(slots=True)
@@ -70,6 +72,23 @@ class LRSchedulerConfig:
     def optimizer(self) -> Any:
         """The optimizer whose learning rates the scheduler sets; None if the scheduler does not tell it."""
         return getattr(self.scheduler, "optimizer", None)
+
+    def state_dict(self) -> Any:
+        """Return the scheduler's state; None, with a warning, if it has no method for that."""
+        if all(callable(getattr(self.scheduler, name, None)) for name in STATE):
+            return self.scheduler.state_dict()
+        warnings.warn(
+            f"{type(self.scheduler).__name__} has no state_dict and load_state_dict, so that checkpoints leave it out. Define "
+            "them, or a resumed run begins its schedule anew.",
+            stacklevel=2,
+        )
+        return None
+
+    def sets_rates_of(self, optimizer: Any) -> bool:
+        """Return whether the scheduler sets an optimizer's rates: it was built on the optimizer, or on one that shares its
+        parameter groups, as the optimizer that Lookahead holds does."""
+        groups = [id(group) for group in optimizer.param_groups]
+        return any(id(group) in groups for group in getattr(self.optimizer, "param_groups", ()))
 
     def learning_rates(self) -> list[float]:
         """Return the current learning rate of each parameter group; an empty list if the scheduler tells no optimizer."""

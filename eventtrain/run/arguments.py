@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
-from eventtrain.checks import check_whole_number
+from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.state import RunLimits
 from eventtrain.data.limits import Limit, check_limit
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
-from eventtrain.module.datamodule import LightningDataModule
+from eventtrain.hints import hint, tables
 from eventtrain.module.module import LightningModule
 
 
@@ -31,16 +33,20 @@ class RunArguments:
     check_val_every_n_epoch: int | None
     num_sanity_val_steps: int
     fast_dev_run: int
+    inference_mode: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.fast_dev_run, bool):
             check_whole_number(self.fast_dev_run, "Trainer", "fast_dev_run")
         self.fast_dev_run = int(self.fast_dev_run)
-        self._check_length()
+        for argument, least in (("max_epochs", -1), ("max_steps", -1), ("min_epochs", 0), ("min_steps", 0)):
+            if (value := getattr(self, argument)) is not None:
+                check_whole_number(value, "Trainer", argument, least=least)
         for stage, limit in self.batch_limits.items():
             check_limit(limit, limit_name(stage))
         check_interval(self.val_check_interval, self.check_val_every_n_epoch)
         check_whole_number(self.num_sanity_val_steps, "Trainer", "num_sanity_val_steps", least=-1)
+        check_option(self.inference_mode, "Trainer", "inference_mode", (True, False))
         if self.fast_dev_run:
             self.max_epochs, self.max_steps, self.min_epochs, self.min_steps = 1, None, None, None
             self.batch_limits = dict.fromkeys(self.batch_limits, self.fast_dev_run)
@@ -56,15 +62,17 @@ class RunArguments:
             check_val_every_n_epoch=self.check_val_every_n_epoch,
         )
 
-    def _check_length(self) -> None:
-        if self.max_epochs is None and self.max_steps in (None, -1) and not self.fast_dev_run:
+    def check_end(self) -> None:
+        """Check that a fit would end.
+
+        Raises:
+            MisconfigurationError: If neither ``max_epochs`` nor ``max_steps`` is set.
+        """
+        if self.max_epochs is None and self.max_steps in (None, -1):
             raise MisconfigurationError(
                 "The run has no end: give Trainer(max_epochs=...) or Trainer(max_steps=...); max_epochs=-1 for a run that only "
                 "a callback stops."
             )
-        for argument, least in (("max_epochs", -1), ("max_steps", -1), ("min_epochs", 0), ("min_steps", 0)):
-            if (value := getattr(self, argument)) is not None:
-                check_whole_number(value, "Trainer", argument, least=least)
 
 
 def limit_name(stage: Stage) -> str:
@@ -124,6 +132,8 @@ def check_module(module: Any) -> LightningModule:
         MisconfigurationError: If it is anything else.
     """
     if isinstance(module, LightningModule):
+        if "_parameters" not in vars(module):
+            raise MisconfigurationError(f"{type(module).__name__}.__init__ does not call `super().__init__()`. Do it first.")
         return module
     if module is None:
         raise MisconfigurationError("There is no module yet: give one to this call, or call fit first.")
@@ -138,15 +148,35 @@ def check_module(module: Any) -> LightningModule:
     raise MisconfigurationError(f"The model is a {kind.__name__}. It has to derive from eventtrain.LightningModule.")
 
 
-def check_datamodule(datamodule: Any) -> LightningDataModule | None:
-    """Return a value if it is a datamodule or None.
+def checked_attribute(trainer: Any, name: str, value: Any) -> Any:
+    """Return the value of an attribute of a trainer that is being set, if setting it has an effect.
+
+    Args:
+        trainer: The trainer.
+        name: The attribute's name.
+        value: The value that the user wrote.
 
     Raises:
-        MisconfigurationError: If it is anything else.
+        MisconfigurationError: If it is read-only, an argument, or unknown. A subclass may have others of its own.
     """
-    if datamodule is None or isinstance(datamodule, LightningDataModule):
-        return datamodule
-    raise MisconfigurationError(
-        f"datamodule is a {type(datamodule).__name__}. It has to derive from eventtrain.LightningDataModule; loaders are given "
-        "as train_dataloaders=... and val_dataloaders=...."
-    )
+    kind, attributes = type(trainer), vars(trainer)
+    if name == "callbacks" and name in attributes:
+        trainer.callbacks.become(value)
+        return trainer.callbacks
+    if "_run" not in attributes:  # the trainer is being made
+        return value
+    member = getattr(kind, name, None)
+    arguments = inspect.signature(kind.__mro__[-2]).parameters
+    read_only = isinstance(member, property) and member.fset is None
+    if not read_only and (hasattr(kind, name) or name in attributes or name.startswith("_")):
+        return value
+    if name in arguments:
+        remedy = f"Give Trainer({name}=...)."
+    elif read_only and name not in tables()["Trainer"]:
+        remedy = "It is read-only, because the run writes it."
+    elif not read_only and len(kind.__mro__) > 2:
+        return value
+    else:
+        remedy = hint("Trainer", name, [*attributes, *dir(kind), *arguments], value=value)
+        remedy = remedy or "Keep values of your own in the module, a callback, or a subclass of Trainer."
+    raise MisconfigurationError(f"trainer.{name} = {reprlib.repr(value)} would change nothing. {remedy}")

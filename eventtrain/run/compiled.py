@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ import torch
 from eventtrain._torch import compiled_parts, is_compiled_function, is_compiled_in_place
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import method_of
 
 Model: TypeAlias = LightningModule | Callable[..., Any]
 """A module, or the result of ``torch.compile(module)``, which type checkers know as a callable."""
@@ -49,7 +51,7 @@ class ModuleSteps:
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         """Return a step, ready to be called."""
-        step: Callable[..., Any] = getattr(self.module, name)
+        step = method_of(self.module, name, LightningModule)
         return step if self._compile is None else self._compile(step)
 
     @contextmanager
@@ -60,13 +62,15 @@ class ModuleSteps:
             return
         try:
             with ExitStack() as self._untraced:
-                self._untraced.enter_context(untraced(self.module, MODULE_CALLS))
+                for part in self.module.modules():
+                    if isinstance(part, LightningModule):
+                        self._untraced.enter_context(untraced(part, MODULE_CALLS))
                 yield
         finally:
             self._untraced = None
 
     def keep_out_of_graphs(self, optimizer: LightningOptimizer) -> None:
-        """Keep the methods of an optimizer out of the graphs too, for steps that call it: those of manual optimization."""
+        """Keep the methods of an optimizer out of the graphs too, for steps that call it."""
         if self._untraced is not None:
             self._untraced.enter_context(untraced(optimizer, OPTIMIZER_CALLS))
 
@@ -90,11 +94,22 @@ def untraced(owner: Any, calls: tuple[str, ...]) -> Generator[None, None, None]:
     for name in calls:
         method = getattr(owner, name)
         if isinstance(method, MethodType):  # anything else is a replacement that the user assigned
-            disabled = torch.compiler.disable(method.__func__)  # type: ignore[no-untyped-call]
-            attributes[name] = MethodType(disabled, owner)
+            attributes[name] = MethodType(outside_graphs(method.__func__), owner)
     try:
         yield
     finally:
         for name in calls:
             attributes.pop(name, None)
         attributes.update(before)
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that a graph does not contain. Called from elsewhere it is as it was: steps that it calls, as an
+    optimizer calls its closure, are compiled."""
+    disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call

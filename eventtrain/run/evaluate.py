@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from eventtrain.checkpoint.find import read_checkpoint
+from eventtrain.checkpoint.weights import load_weights
 from eventtrain.core.evaluation import EvaluationStage
 from eventtrain.core.state import RunStage
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import CheckpointRead, LoadCheckpoint
+from eventtrain.metrics.metrics import Metrics
 from eventtrain.module.modes import evaluation_mode
 from eventtrain.module.overriding import overridden_method
 from eventtrain.run.loaders import LOADER_HOOKS
 from eventtrain.run.run import Run
-from eventtrain.run.state import RunState
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
@@ -27,16 +28,17 @@ STAGES: dict[RunStage, EvaluationStage] = {"validate": "validation", "test": "te
 
 
 class Evaluation(Run):
-    """One validate, test or predict.
+    """One validate, test or predict, which continues the state of the last run.
 
     Args:
         trainer: The trainer.
-        state: The state of the last run, which this one continues.
         stage: ``"validate"``, ``"test"`` or ``"predict"``.
+        keeps: For predict, whether the values that the step returns are kept.
         model: The module, compiled or not; None for the module of the last run.
-        datamodule: The datamodule, or None.
         dataloaders: The loader or loaders that the call was given.
-        ckpt_path: A checkpoint whose weights are loaded first, or None.
+        ckpt_path: A checkpoint whose weights are loaded first. None for the weights as they are; without a model after a fit,
+            for the best checkpoint if the fit monitored a metric.
+        datamodule: The datamodule, or None.
 
     Attributes:
         results: The epoch's metrics, one dict per loader.
@@ -44,11 +46,13 @@ class Evaluation(Run):
     """
 
     def __init__(
-        self, trainer: Trainer, state: RunState, stage: RunStage, model: Any, datamodule: Any, dataloaders: Any, ckpt_path: Any
+        self, trainer: Trainer, stage: RunStage, keeps: bool, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any
     ) -> None:
         self.evaluated: EvaluationStage = STAGES[stage]
-        super().__init__(trainer, state, stage, model, datamodule, {self.evaluated: dataloaders})
-        self.ckpt_path = ckpt_path
+        super().__init__(trainer, trainer.run_state, stage, model, datamodule, {self.evaluated: dataloaders})
+        self.state.metrics = Metrics(trainer.processes)
+        self.ckpt_path, self.keeps = ckpt_path, keeps
+        self.continues_fit = model is None and self.module is self.state.fitted
         self.results: list[dict[str, float]] = []
         self.outputs: list[list[Any]] = []
 
@@ -62,20 +66,24 @@ class Evaluation(Run):
         if not passes:
             raise MisconfigurationError(
                 f"There is nothing to {self.stage} on. Give {self.stage}(model, dataloaders=...), a datamodule, or define "
-                f"{LOADER_HOOKS[stage]} in the module."
+                f"{LOADER_HOOKS[stage]} in the module. {self.misnamed_loader(stage)}".rstrip()
             )
-        checkpoint = None if self.ckpt_path is None else read_checkpoint(self.trainer, self.ckpt_path)
+        path, checkpoint = read_checkpoint(self.trainer, self.ckpt_path, best_of_fit=self.continues_fit)
         if checkpoint is not None:
             self.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
             self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
-            module.load_state_dict(checkpoint["state_dict"])
-        self.outputs = self.evaluation_loop(stage, context=self._evaluating).evaluate()
-        self.results = self.state.metrics.results(stage, len(passes))
+            load_weights(module, checkpoint, path)
+        loop = self.evaluation_loop(stage, context=self._evaluating)
+        loop.keep_outputs = stage == "predict" and self.keeps
+        self.outputs = loop.evaluate()
+        self.results = self.state.metrics.results(len(passes))
 
     @contextmanager
     def _evaluating(self) -> Generator[None, None, None]:
-        """The context of an evaluation outside a fit: without gradients, and without what makes them possible."""
-        no_grad = torch.no_grad() if has_special_parameters(self.module) else torch.inference_mode()
+        """The context of an evaluation outside a fit: without gradients, and if it may be in inference mode, also without the
+        data that makes them possible."""
+        inference = self.trainer.arguments.inference_mode and not has_special_parameters(self.module)
+        no_grad = torch.inference_mode() if inference else torch.no_grad()
         with no_grad, evaluation_mode(self.module, self.evaluated):
             yield
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from eventtrain._torch import version
 from eventtrain.checkpoint import contents
 from eventtrain.checkpoint.find import read_checkpoint
+from eventtrain.checkpoint.optimizers import parameter_groups
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.core.closure import Closure
 from eventtrain.core.evaluation import EvaluationLoop, step_arguments
@@ -20,9 +22,10 @@ from eventtrain.core.loop import TrainLoop
 from eventtrain.core.state import BatchState
 from eventtrain.core.stepping import Stepping
 from eventtrain.data.limits import check_train_loader
-from eventtrain.errors import EvaluationInterrupted
+from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import FitEnd, FitStart, Stage
-from eventtrain.module.modes import evaluation_mode
+from eventtrain.module.modes import evaluation_mode, warn_of_evaluation_mode
+from eventtrain.module.module import LightningModule
 from eventtrain.module.overriding import overridden_method
 from eventtrain.optim.configure import configure_optimizers, warn_of_idle_schedulers
 from eventtrain.run.arguments import validation_interval
@@ -48,32 +51,38 @@ class Fit(Run):
     def __init__(
         self, trainer: Trainer, state: RunState, model: Any, datamodule: Any, dataloaders: dict[Stage, Any], ckpt_path: Any
     ) -> None:
+        trainer.arguments.check_end()
         super().__init__(trainer, state, "fit", model, datamodule, dataloaders)
+        state.fitted = self.module
         self.ckpt_path = ckpt_path
 
     def body(self) -> None:
         """Fit the module."""
         trainer, module, signals, state = self.trainer, self.module, self.signals, self.state
         if overridden_method(module, "training_step") is None:
-            module.training_step()  # raises, and says what to define
+            LightningModule.training_step(module)  # raises, and says what to define
         # First, so that a module may take its shape from a checkpoint, and a datamodule its split.
-        checkpoint = None if self.ckpt_path is None else read_checkpoint(trainer, self.ckpt_path)
+        path, checkpoint = read_checkpoint(trainer, self.ckpt_path)
         if checkpoint is not None:
-            checkpoint = contents.announce(trainer, checkpoint)
+            checkpoint = contents.announce(trainer, checkpoint, path)
         state.loaders = self.loaders
         loader = self.loaders.loader("train")
+        if loader is None and (misnamed := self.misnamed_loader("train")):
+            raise MisconfigurationError(f"There is nothing to train on: {misnamed}")
         check_train_loader(loader)
         self._measure(loader)
         self._configure_optimizers()
         validate = self._validation()
         state.loop = loop = self._train_loop(loader, validate)
+        warn_of_evaluation_mode(module)
         if checkpoint is not None:
-            contents.restore(trainer, checkpoint)
+            contents.restore(trainer, checkpoint, path)
         with torch.enable_grad():
             signals.fit_start.publish(FitStart())
             # A resumed run had its check when it began.
             if validate is not None and trainer.arguments.num_sanity_val_steps and checkpoint is None:
                 self._sanity_check()
+            contents.try_out(trainer)
             try:
                 if state.limits.batches_per_epoch != 0:
                     loop.train()
@@ -93,13 +102,14 @@ class Fit(Run):
 
     def _measure(self, loader: Any) -> None:
         """Fit the limits to the training loader's length."""
-        limits = self.state.limits
+        limits, arguments = self.state.limits, self.trainer.arguments
         limits.batches_per_epoch = self.loaders.length("train", loader)
-        limits.val_check_interval = validation_interval(
-            self.trainer.arguments.val_check_interval,
-            limits.batches_per_epoch,
-            across_epochs=limits.check_val_every_n_epoch is None,
-        )
+        if arguments.batch_limits["validation"] != 0:
+            limits.val_check_interval = validation_interval(
+                arguments.val_check_interval,
+                limits.batches_per_epoch,
+                across_epochs=limits.check_val_every_n_epoch is None,
+            )
 
     def _configure_optimizers(self) -> None:
         trainer, module, state = self.trainer, self.module, self.state
@@ -108,15 +118,15 @@ class Fit(Run):
         if automatic and configuration.schedulers:
             warn_of_idle_schedulers(module, trainer.callbacks)
         state.lr_scheduler_configs = configuration.schedulers
+        state.configured_groups = parameter_groups(module, configuration.optimizers)
         state.batch = BatchState(automatic=automatic, processes=trainer.processes if trainer.world_size > 1 else None)
         clip_hook = overridden_method(module, "configure_gradient_clipping") if automatic else None
         for optimizer in configuration.optimizers:
-            stepping = Stepping(optimizer, self.signals, state.batch, module.toggled_optimizer, clip_hook)
+            stepping = Stepping(optimizer, self.signals, state.batch, module.toggled_optimizer, clip_hook, version)
             optimizer.join(stepping)
             state.optimizers.append(optimizer)
             state.steppings.append(stepping)
-            if not automatic:
-                self.steps.keep_out_of_graphs(optimizer)
+            self.steps.keep_out_of_graphs(optimizer)
 
     def _train_loop(self, loader: Any, validate: Callable[[], Any] | None) -> TrainLoop:
         module, state = self.module, self.state
@@ -161,7 +171,11 @@ class Fit(Run):
     def _validation(self) -> Callable[[], Any] | None:
         """Return a function that runs a validation; None if there is nothing to validate."""
         module, batch = self.module, self.state.batch
-        if self.trainer.arguments.batch_limits["validation"] == 0 or not self.loaders.passes("validation"):
+        if self.trainer.arguments.batch_limits["validation"] == 0:
+            return None
+        if not self.loaders.passes("validation"):
+            if overridden_method(module, "validation_step") and (misnamed := self.misnamed_loader("validation")):
+                warnings.warn(f"Nothing is validated: {misnamed}", stacklevel=2)
             return None
         if overridden_method(module, "validation_step") is None:
             warnings.warn(

@@ -20,7 +20,7 @@ from eventtrain.errors import MisconfigurationError
 from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module.datamodule import DataHooks, LightningDataModule
 from eventtrain.module.module import LightningModule
-from eventtrain.module.overriding import overridden
+from eventtrain.module.overriding import method_of, overridden
 from eventtrain.run.arguments import limit_name
 
 HOOKS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
@@ -50,7 +50,7 @@ class RunLoaders:
 
     dataloaders: dict[Stage, Any]
     module: LightningModule
-    datamodule: LightningDataModule | None
+    datamodule: Any
     batch_limits: dict[Stage, Limit]
     signals: SignalTable
     device: torch.device
@@ -69,7 +69,7 @@ class RunLoaders:
             loader = self.dataloaders.get(stage)
             if loader is None:
                 hook = LOADER_HOOKS[stage]
-                loader = getattr(self._owner(hook, LightningModule, LightningDataModule, DataHooks), hook)()
+                loader = method_of(self._owner(hook, LightningModule, LightningDataModule, DataHooks), hook, DataHooks)()
             self._loaders[stage] = self._prepared(stage, loader)
         return self._loaders[stage]
 
@@ -194,12 +194,12 @@ class RunLoaders:
 
     def _transfer(self, dataloader_idx: int) -> Callable[[Any], Any]:
         hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-        before, move, after = (getattr(self._owner(hook, DataHooks), hook) for hook in hooks)
+        before, move, after = (method_of(self._owner(hook, DataHooks), hook, DataHooks) for hook in hooks)
         if not any(overridden(part, hook, DataHooks) for part in (self.datamodule, self.module) if part for hook in hooks):
             return partial(move_to_device, device=self.device)  # no hooks: one call a batch in place of four
         return lambda batch: after(move(before(batch, dataloader_idx), self.device, dataloader_idx), dataloader_idx)
 
-    def _owner(self, hook: str, *bases: type) -> LightningModule | LightningDataModule:
+    def _owner(self, hook: str, *bases: type) -> Any:
         """Return the datamodule if it overrides a hook, else the module."""
         if self.datamodule is not None and overridden(self.datamodule, hook, *bases):
             return self.datamodule

@@ -8,19 +8,28 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eventtrain.callback import attach, detach, make_idle
+from eventtrain.callback import Callback, make_idle
 from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage
 from eventtrain.core.state import RunStage
 from eventtrain.events import ExceptionRaised, JoinProcesses, Setup, Stage, Teardown
-from eventtrain.run.arguments import check_datamodule, check_module
+from eventtrain.metrics.torchmetrics import unused_metrics
+from eventtrain.module.datamodule import DataHooks
+from eventtrain.module.module import LightningModule
+from eventtrain.module.overriding import method_of
+from eventtrain.run.arguments import check_module
 from eventtrain.run.compiled import ModuleSteps
-from eventtrain.run.hook_connections import ConnectedHooks
-from eventtrain.run.loaders import RunLoaders
+from eventtrain.run.datamodules import data_of_call
+from eventtrain.run.hook_connections import ConnectedHooks, misnamed_loader
+from eventtrain.run.loaders import LOADER_HOOKS, RunLoaders
+from eventtrain.run.places import add_notes
 from eventtrain.run.state import RunState
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
+
+
+LEFT_METRICS = "_left_metrics"
 
 
 class Run(ABC):
@@ -41,7 +50,7 @@ class Run(ABC):
         loaders: The loaders of the run; they exist once it has joined the other processes.
 
     Raises:
-        MisconfigurationError: If the model is not a module, or the datamodule is not one.
+        MisconfigurationError: If the model is not a module, or the data is given in a wrong way.
     """
 
     loaders: RunLoaders
@@ -54,14 +63,16 @@ class Run(ABC):
         self.stage: RunStage = stage
         self.signals = trainer.signals.table
         self.sanity_checking = False
-        self.dataloaders = dataloaders
+        self.dataloaders, datamodule = data_of_call(stage, model, dataloaders, datamodule)
         steps = state.steps if model is None else ModuleSteps(model)
         self.module = check_module(None if steps is None else steps.module)
         assert steps is not None
         self.steps = steps
-        state.module, state.steps, state.datamodule = self.module, steps, check_datamodule(datamodule)
+        state.module, state.steps, state.datamodule = self.module, steps, datamodule
         self._hooks: list[ConnectedHooks] = []
         self._module_callbacks: list[Any] = []
+        self._unused_metrics: list[Any] = []
+        self._replaced_callbacks: list[tuple[int, Any]] = []
 
     @abstractmethod
     def body(self) -> None:
@@ -80,9 +91,12 @@ class Run(ABC):
                 self.body()
         except BaseException as error:
             first = error
+            if isinstance(error, Exception):
+                add_notes(error, self.trainer, self.module)
             self._after_error(first, partial(self.signals.exception.publish_to_all, ExceptionRaised(error)))
             raise
         finally:
+            self._leave_metrics(failed=first is not None)
             self._after_error(first, self._tear_down)
 
     # ------------------------------------------------------------------ setup
@@ -90,16 +104,27 @@ class Run(ABC):
     def _attach(self) -> None:
         """Attach the module's callbacks, then connect the hooks: they come after all callbacks, because they come last."""
         trainer, module, datamodule = self.trainer, self.module, self.state.datamodule
-        module.trainer = trainer
+        module.attach_trainer(trainer)
         if datamodule is not None:
             datamodule.trainer = trainer
-        callbacks = module.configure_callbacks()
-        for callback in callbacks if isinstance(callbacks, Iterable) else [callbacks]:
-            attach(callback, trainer.signals, trainer.callbacks)
-            self._module_callbacks.append(callback)
+        callbacks = method_of(module, "configure_callbacks", LightningModule)()
+        self._attach_callbacks(list(callbacks) if isinstance(callbacks, Iterable) else [callbacks])
         for part in (datamodule, module):
             if part is not None:
                 self._hooks.append(ConnectedHooks(part, trainer.signals))
+
+    def _attach_callbacks(self, callbacks: list[Any]) -> None:
+        """Attach the module's callbacks for the run. A callback of the same class, or of a base of it, rests meanwhile."""
+        attached, signals = self.trainer.callbacks, self.trainer.signals
+        for index, other in reversed(list(enumerate(attached))):
+            replaces = isinstance(other, Callback) and type(other) is not Callback
+            if replaces and any(isinstance(callback, type(other)) for callback in callbacks):
+                make_idle(other, signals, replaced=True)
+                list.pop(attached, index)
+                self._replaced_callbacks.append((index, other))
+        for callback in callbacks:
+            attached.append(callback)
+            self._module_callbacks.append(callback)
 
     def _join_processes(self) -> None:
         """Join the other processes of the run, if there are any."""
@@ -122,13 +147,17 @@ class Run(ABC):
             trainer.device,
             trainer.processes,
         )
-        parts: list[Any] = [part for part in (datamodule, module) if part is not None]
+        parts = [part for part in (datamodule, module) if part is not None]
         for part in parts:
-            part.prepare_data()
+            method_of(part, "prepare_data", DataHooks)()
         for part in parts:
-            part.setup(self.stage)
-        module.configure_model()
+            method_of(part, "setup", DataHooks)(self.stage)
+        method_of(module, "configure_model", LightningModule)()
+        module.attach_trainer(trainer)  # to the modules that these hooks made, too
         module.to(trainer.device)
+        for metric in module.__dict__.pop(LEFT_METRICS, ()):
+            metric.reset()
+        self._unused_metrics = unused_metrics(module)
         self.signals.setup.publish(Setup(self.stage))
 
     # ------------------------------------------------------------------ evaluation
@@ -164,6 +193,11 @@ class Run(ABC):
             processes=self.trainer.processes if several_processes else None,
         )
 
+    def misnamed_loader(self, stage: Stage) -> str:
+        """Return a sentence about an attribute that may be meant as a stage's loader; empty if there is none."""
+        parts = [part for part in (self.state.datamodule, self.module) if part is not None]
+        return misnamed_loader(LOADER_HOOKS[stage], *parts)
+
     # ------------------------------------------------------------------ teardown
 
     def _tear_down(self) -> None:
@@ -174,12 +208,19 @@ class Run(ABC):
         finally:
             for hooks in self._hooks:
                 hooks.disconnect()
-            for callback in self._module_callbacks:
-                detach(callback, trainer.signals, trainer.callbacks)
+            left = [each for each in trainer.callbacks if not any(each is brought for brought in self._module_callbacks)]
+            trainer.callbacks.become(left)
+            for index, callback in reversed(self._replaced_callbacks):
+                list.insert(trainer.callbacks, index, callback)
             for callback in trainer.callbacks:
                 make_idle(callback, trainer.signals)
             self.release()
             state.metrics.enter("train", None)
+
+    def _leave_metrics(self, *, failed: bool) -> None:
+        """Have the next run of the module reset the metric objects that this one logged or, if it failed, was to log."""
+        left = self.state.metrics.objects() + (self._unused_metrics if failed else [])
+        self.module.__dict__.setdefault(LEFT_METRICS, []).extend(left)
 
     def release(self) -> None:
         """Let go of the loaders' workers."""

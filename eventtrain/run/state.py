@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from eventtrain.core.optimizer import LightningOptimizer
     from eventtrain.core.stepping import Stepping
     from eventtrain.metrics.metrics import Metrics
-    from eventtrain.module.datamodule import LightningDataModule
     from eventtrain.module.module import LightningModule
     from eventtrain.optim.lr_scheduler import LRSchedulerConfig
     from eventtrain.run.compiled import ModuleSteps
@@ -25,15 +24,18 @@ class RunState:
 
     Attributes:
         limits: How long the fit is.
-        metrics: The values that the module logs.
+        metrics: The values that the module logs in the current run, or in the last one.
+        fit_metrics: Those of the fit, which checkpoints keep.
         progress: The counters of the fit.
         stop_request: The requests to end it.
         batch: The current training batch.
         module: The module of the run.
+        fitted: The module of the fit; None if there was none.
         steps: Its steps as the run calls them.
         datamodule: The datamodule of the run, if it has one.
         optimizers: The optimizers of the fit, wrapped.
         steppings: Their steps in the run, in the same order.
+        configured_groups: Their parameter groups as ``configure_optimizers`` returned them, by the names of the parameters.
         lr_scheduler_configs: The schedulers of the fit.
         loaders: The loaders of the fit.
         loop: The training loop of the fit.
@@ -42,15 +44,21 @@ class RunState:
 
     limits: RunLimits
     metrics: Metrics
+    fit_metrics: Metrics = field(init=False)
     progress: Progress = field(default_factory=Progress)
     stop_request: StopRequest = field(default_factory=StopRequest)
     batch: BatchState = field(default_factory=BatchState)
     module: LightningModule | None = None
+    fitted: LightningModule | None = None
     steps: ModuleSteps | None = None
-    datamodule: LightningDataModule | None = None
+    datamodule: Any = None
     optimizers: list[LightningOptimizer] = field(default_factory=list)
     steppings: list[Stepping] = field(default_factory=list)
+    configured_groups: list[list[list[str | None]]] = field(default_factory=list)
     lr_scheduler_configs: list[LRSchedulerConfig] = field(default_factory=list)
     loaders: RunLoaders | None = None
     loop: TrainLoop | None = None
     num_evaluation_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        self.fit_metrics = self.metrics

@@ -12,10 +12,19 @@ from torch.amp.grad_scaler import GradScaler
 
 from eventtrain import Trainer
 from eventtrain.callbacks import (
+    EarlyStopping,
+    ExponentialMovingAverage,
     GradientAccumulation,
     GradientClipping,
+    JSONLinesLogger,
+    LearningRateMonitor,
+    LRSchedulerStepping,
     MixedPrecision,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
     TensorBoardLogger,
+    Timer,
 )
 from tests.kit import ModuleOf
 from tests.misconfigurations import Case, check_refusal, check_remedy, fit, manual, steps
@@ -27,6 +36,12 @@ def returns_with(callback: Any, value: Callable[[ModuleOf, Tensor], Any]) -> Tra
     model = ModuleOf()
     model.training_step = lambda batch, batch_idx: value(model, batch)  # type: ignore[method-assign]
     return fit(model, callback)
+
+
+def args_of(kind: type) -> list[Any]:
+    """Return the arguments that a callback cannot be made without."""
+    needed: dict[type, list[Any]] = {EarlyStopping: ["loss"], Timer: [60.0], MixedPrecision: ["bf16"]}
+    return needed.get(kind, [])
 
 
 CASES: dict[str, Case] = {
@@ -152,6 +167,96 @@ CASES: dict[str, Case] = {
     ),
     "a cadence of 0": Case(
         lambda: TensorBoardLogger(log_every_n_steps=0), ("TensorBoardLogger", "log_every_n_steps=0", "from 1"), fit
+    ),
+}
+
+
+CASES |= {
+    # ---------------------------------------------------------------- arguments that others have
+    **{
+        f"{kind.__name__}({', '.join(arguments)})": Case(
+            lambda kind=kind, arguments=arguments: kind(*args_of(kind), **arguments),  # type: ignore[misc]
+            (rf"{kind.__name__}\({next(iter(arguments))}=", "there is no such argument", message),
+            right,
+        )
+        for kind, arguments, message, right in (
+            (EarlyStopping, {"verbose": True}, r"trainer\.stop_reason", fit),
+            (EarlyStopping, {"stopping_threshold": 0.1}, r"EarlyStopping\('val_loss', threshold=0\.1\)", fit),
+            (EarlyStopping, {"check_on_train_epoch_end": True}, "Leave it out", fit),
+            (EarlyStopping, {"patients": 3}, "Did you mean 'patience'", fit),
+            (
+                ModelCheckpoint,
+                {"every_n_train_steps": 2},
+                r"ModelCheckpoint\(every_n_steps=2\)",
+                lambda: fit(None, ModelCheckpoint(every_n_steps=2)),
+            ),
+            (ModelCheckpoint, {"save_weights_only": True}, "load_from_checkpoint", lambda: fit(None, ModelCheckpoint())),
+            (ModelCheckpoint, {"period": 1}, r"every_n_epochs=1", lambda: fit(None, ModelCheckpoint(every_n_epochs=1))),
+            (
+                ModelCheckpoint,
+                {"auto_insert_metric_name": False},
+                "filename=",
+                lambda: fit(None, ModelCheckpoint(filename="{epoch}-{step}")),
+            ),
+            (ModelCheckpoint, {"verbose": True}, "on_checkpoint_saved", lambda: fit(None, ModelCheckpoint())),
+            (LearningRateMonitor, {"logging_interval": "step"}, "log_every_n_steps", lambda: fit(None, LearningRateMonitor())),
+            (
+                LearningRateMonitor,
+                {"log_momentum": True},
+                r"LearningRateMonitor\(momentum=True\)",
+                lambda: fit(None, LearningRateMonitor(momentum=True)),
+            ),
+            (
+                TensorBoardLogger,
+                {"save_dir": "logs"},
+                r"TensorBoardLogger\('logs'\)",
+                lambda: fit(None, TensorBoardLogger("logs")),
+            ),
+            (
+                TensorBoardLogger,
+                {"save_dir": "logs", "version": 3},
+                r"\n.*TensorBoardLogger\(name=3\)",
+                lambda: fit(None, TensorBoardLogger("logs", name="3")),
+            ),
+            (
+                JSONLinesLogger,
+                {"save_dir": "logs"},
+                r"JSONLinesLogger\('metrics\.jsonl'\)",
+                lambda: fit(None, JSONLinesLogger()),
+            ),
+            (Timer, {"interval": "step"}, "after each batch", lambda: fit(None, Timer(60.0))),
+            (
+                GradientAccumulation,
+                {"scheduling": {0: 2}},
+                r"GradientAccumulation\(\{0: 2\}\)",
+                lambda: fit(None, GradientAccumulation({0: 2})),
+            ),
+            (GradientClipping, {"max_norm": 1.0}, r"GradientClipping\(1\.0\)", lambda: fit(None, GradientClipping(1.0))),
+            (ProgressBar, {"refresh_rate": 20}, r"ProgressBar\(interval=0\.1\)", lambda: fit(None, ProgressBar(interval=0.1))),
+            (ModelSummary, {"depth": 2}, r"ModelSummary\(max_depth=2\)", lambda: fit(None, ModelSummary(max_depth=2))),
+            (
+                ExponentialMovingAverage,
+                {"swa_lrs": 0.1},
+                r"ExponentialMovingAverage\(0\.999\)",
+                lambda: fit(None, ExponentialMovingAverage(0.999)),
+            ),
+            (MixedPrecision, {"dtype": "bfloat16"}, r"MixedPrecision\('bf16'\)", lambda: fit(None, MixedPrecision("bf16"))),
+        )
+    },
+    "nothing to monitor": Case(
+        lambda: EarlyStopping(),  # type: ignore[call-arg]
+        (r"EarlyStopping\(\): missing a required argument: 'monitor'", "The arguments are monitor, mode"),
+        fit,
+    ),
+    "an interval by position": Case(
+        lambda: LearningRateMonitor("step"),  # type: ignore[call-arg, arg-type]
+        (r"LearningRateMonitor\('step'\): too many positional arguments", "The arguments are momentum, weight_decay"),
+        lambda: fit(None, LearningRateMonitor()),
+    ),
+    "an argument for a callback that takes none": Case(
+        lambda: LRSchedulerStepping(interval="step"),  # type: ignore[call-arg]
+        (r"LRSchedulerStepping\(interval='step'\): there is no such argument", "It takes none"),
+        lambda: fit(None, LRSchedulerStepping()),
     ),
 }
 

@@ -16,7 +16,19 @@ from eventtrain.callbacks import (
     MixedPrecision,
 )
 from tests.kit import ModuleOf
-from tests.misconfigurations import Case, after_fit, check_refusal, check_remedy, fit, hooked, manual, returns, steps, stray
+from tests.misconfigurations import (
+    Case,
+    Manual,
+    after_fit,
+    check_refusal,
+    check_remedy,
+    fit,
+    hooked,
+    manual,
+    returns,
+    steps,
+    stray,
+)
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -49,8 +61,37 @@ class Twice(SGD):
         return loss
 
 
-def with_optimizer(kind: Any, *callbacks: Any) -> Trainer:
+class NoGrad(SGD):
+    """Evaluates its closure without gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+class EnableGrad(SGD):
+    """Evaluates its closure with gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+def manual_with_optimizer(kind: Any, body: Any) -> Trainer:
+    model = Manual(body)
+    model.configure_optimizers = lambda: kind([model.w], lr=0.1)  # type: ignore[method-assign]
+    return fit(model)
+
+
+def with_optimizer(kind: Any, *callbacks: Any, training_step: Any = None) -> Trainer:
     model = ModuleOf()
+    if training_step is not None:
+        model.training_step = lambda batch, batch_idx: training_step(model, batch)  # type: ignore[method-assign]
     model.configure_optimizers = lambda: kind([model.w], lr=0.1)  # type: ignore[method-assign]
     return fit(model, *callbacks)
 
@@ -91,7 +132,64 @@ def crossing(model: Any, optimizers: Any, batch: Tensor) -> None:
         model.untoggle_optimizer(optimizer)
 
 
+def raw_with_optimizer(kind: Any) -> Trainer:
+    def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.optimizer.step(optimizer_closure)
+
+    model: Any = type("Raw", (ModuleOf,), {"optimizer_step": optimizer_step})()
+    model.configure_optimizers = lambda: kind([model.w], lr=0.1)
+    return fit(model)
+
+
+def with_own_step(kind: Any) -> Trainer:
+    model = ModuleOf()
+
+    def closure() -> Tensor:
+        loss = model.loss(torch.ones(1))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    model.on_train_start = lambda: model.optimizers().step(closure)  # type: ignore[method-assign]
+    model.configure_optimizers = lambda: kind([model.w], lr=0.1)  # type: ignore[method-assign]
+    return fit(model)
+
+
 CASES: dict[str, Case] = {
+    # ---------------------------------------------------------------- gradients that are off
+    "an optimizer that evaluates its closure without gradients": Case(
+        lambda: with_optimizer(NoGrad),
+        (
+            "gradients are off",
+            "NoGrad.step has to run its closure with gradients",
+            r"torch.enable_grad\(\): loss = closure\(\)",
+        ),
+        lambda: with_optimizer(EnableGrad),
+    ),
+    "an optimizer that evaluates its closure without gradients, for a mapping": Case(
+        lambda: with_optimizer(NoGrad, training_step=lambda model, batch: {"loss": model.loss(batch)}),
+        ("gradients are off", "NoGrad.step"),
+        lambda: with_optimizer(EnableGrad, training_step=lambda model, batch: {"loss": model.loss(batch)}),
+    ),
+    "the wrapped optimizer evaluates its closure without gradients": Case(
+        lambda: raw_with_optimizer(NoGrad),
+        ("gradients are off", "NoGrad.step"),
+        lambda: raw_with_optimizer(EnableGrad),
+    ),
+    "an optimizer that evaluates a closure of manual optimization without gradients": Case(
+        lambda: manual_with_optimizer(NoGrad, steps_by_closure),
+        ("gradients are off", "The optimizer's step has to run its closure with gradients", r"torch.enable_grad\(\)"),
+        lambda: manual_with_optimizer(EnableGrad, steps_by_closure),
+    ),
+    "optimizer_step runs the closure without gradients": Case(
+        lambda: hooked(optimizer_step=lambda self, epoch, i, optimizer, closure: torch.no_grad()(closure)()),
+        ("gradients are off", r"torch.enable_grad\(\)"),
+        lambda: hooked(optimizer_step=lambda self, epoch, i, optimizer, closure: optimizer.step(closure)),
+    ),
+    "a step of one's own whose optimizer never runs its closure": Case(
+        lambda: with_own_step(Lazy),
+        ("Lazy.step did not run the closure", r"loss = closure\(\)"),
+        lambda: with_own_step(SGD),
+    ),
     # ---------------------------------------------------------------- training_step
     "no training_step": Case(
         lambda: fit(type("Stepless", (LightningModule,), {"configure_optimizers": lambda self: stray()})()),

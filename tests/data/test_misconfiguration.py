@@ -20,10 +20,10 @@ CASES: dict[str, Case] = {
     "a loader that cannot be iterated": Case(
         lambda: fit(data=5), ("training loader", r"5 \(int\)", "DataLoader"), lambda: fit(data=BATCHES)
     ),
-    "a datamodule in the place of a loader": Case(
+    "a datamodule in the place of the validation loader": Case(
+        lambda: fit(evaluates(), val=Data()),
+        (r"fit\(val_dataloaders=Data\)", "either loaders or a datamodule", "datamodule="),
         lambda: fit(data=Data()),
-        ("training loader", "Data", "datamodule|DataLoader"),
-        lambda: fit(data=None, datamodule=Data()),
     ),
     "a validation loader that cannot be iterated": Case(
         lambda: fit(evaluates(), val=5), ("validation", "5", "iterated|DataLoader"), lambda: fit(evaluates(), val=BATCHES)

@@ -57,6 +57,44 @@ class Timm:
         pass
 
 
+class Bare:
+    """Has an optimizer's methods, and is none."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.param_groups = optimizer.param_groups
+        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+
+class NoClosure(SGD):
+    """Takes no closure."""
+
+    def step(self) -> Any:  # type: ignore[override]
+        return super().step()
+
+
+class TakesClosure(SGD):
+    """Takes its closure first."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        super().step()
+        return loss
+
+
+class ClosureFirst(ModuleOf):
+    """Runs the closure, and then steps."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.step()
+
+
+def replaced(sgd: SGD, step: Any) -> SGD:
+    """Replace an optimizer's ``step``."""
+    sgd.step = step  # type: ignore[method-assign]
+    return sgd
+
+
 CASES: dict[str, Case] = {
     # ---------------------------------------------------------------- configure_optimizers
     "no configure_optimizers": Case(
@@ -210,6 +248,91 @@ CASES: dict[str, Case] = {
         lambda: configured(lambda sgd: ([sgd], [SimpleNamespace(step=lambda: None)])),
         ("namespace", "state_dict", "load_state_dict", "step, state_dict and load_state_dict"),
         lambda: configured(lambda sgd: ([sgd], [constant(sgd)])),
+    ),
+    "a class among optimizers": Case(
+        lambda: configured(lambda sgd: [sgd, SGD]),
+        ("SGD", "Return an object of the class", r"SGD\(self.parameters\(\), \.\.\.\)"),
+        lambda: configured(lambda sgd: [sgd]),
+    ),
+    "a class under 'optimizer'": Case(
+        lambda: configured(lambda sgd: {"optimizer": SGD}),
+        ("where an optimizer is expected", "Return an object of the class", r"SGD\(self.parameters\(\)"),
+        lambda: configured(lambda sgd: {"optimizer": sgd}),
+    ),
+    "an object that is no Optimizer": Case(
+        lambda: configured(Bare),
+        (r"\(Bare\)", r"Write `class Bare\(torch.optim.Optimizer\)`", r"super\(\).__init__\(params, defaults\)"),
+        lambda: configured(lambda sgd: sgd),
+    ),
+    "an object that is no Optimizer, with a scheduler": Case(
+        lambda: configured(lambda sgd: ([Bare(sgd)], [constant(sgd)])),
+        (r"\(Bare\) where an optimizer is expected", r"Write `class Bare\(torch.optim.Optimizer\)`"),
+        lambda: configured(lambda sgd: ([sgd], [constant(sgd)])),
+    ),
+    "an object that is no Optimizer, beside one": Case(
+        lambda: configured(lambda sgd: [sgd, Bare(sgd)]),
+        (r"\(Bare\)", r"Write `class Bare\(torch.optim.Optimizer\)`"),
+        lambda: configured(lambda sgd: [sgd]),
+    ),
+    "an object that is no Optimizer, under 'optimizer'": Case(
+        lambda: configured(lambda sgd: {"optimizer": Bare(sgd), "lr_scheduler": constant(sgd)}),
+        (r"\(Bare\) where an optimizer is expected", r"Write `class Bare\(torch.optim.Optimizer\)`"),
+        lambda: configured(lambda sgd: {"optimizer": sgd, "lr_scheduler": constant(sgd)}),
+    ),
+    "a scheduler alone": Case(
+        lambda: configured(constant),
+        ("LambdaLR", r"Return the optimizer with its scheduler: \[optimizer\], \[scheduler\]"),
+        lambda: configured(lambda sgd: (sgd, constant(sgd))),
+    ),
+    "a scheduler among optimizers": Case(
+        lambda: configured(lambda sgd: [constant(sgd), sgd]),
+        ("LambdaLR", r"Return the optimizer with its scheduler"),
+        lambda: configured(lambda sgd: [sgd]),
+    ),
+    "a scheduler under 'optimizer'": Case(
+        lambda: configured(lambda sgd: {"optimizer": constant(sgd)}),
+        ("LambdaLR", "where an optimizer is expected", r"Return the optimizer with its scheduler"),
+        lambda: configured(lambda sgd: {"optimizer": sgd, "lr_scheduler": constant(sgd)}),
+    ),
+    "an optimizer under 'scheduler'": Case(
+        lambda: configured(lambda sgd: ([sgd], [{"scheduler": sgd}])),
+        ("SGD", "as a scheduler", "step, state_dict and load_state_dict"),
+        lambda: configured(lambda sgd: ([sgd], [{"scheduler": constant(sgd)}])),
+    ),
+    "an optimizer as a scheduler in manual optimization": Case(
+        lambda: manual(steps, configure_optimizers=lambda: ([stray()], [stray()])),
+        ("SGD", "as a scheduler", "step, state_dict and load_state_dict"),
+        lambda: manual(steps),
+    ),
+    "a scheduler of another optimizer in manual optimization": Case(
+        lambda: manual(steps, configure_optimizers=lambda: ([stray()], [constant(stray())])),
+        ("LambdaLR sets the rates of a SGD", "did not return", "Build it on one"),
+        lambda: manual(steps),
+    ),
+    "an object that is no Optimizer in manual optimization": Case(
+        lambda: manual(steps, configure_optimizers=lambda: [Bare(stray())]),
+        (r"\(Bare\)", r"Write `class Bare\(torch.optim.Optimizer\)`"),
+        lambda: manual(steps),
+    ),
+    "a step that takes no closure": Case(
+        lambda: configured(lambda sgd: NoClosure(sgd.param_groups, lr=0.1)),
+        ("NoClosure.step takes no closure", r"def step\(self, closure=None\)", r"enable_grad\(\)", "override optimizer_step"),
+        lambda: configured(lambda sgd: TakesClosure(sgd.param_groups, lr=0.1)),
+    ),
+    "a step that takes no closure, which optimizer_step may work around": Case(
+        lambda: configured(lambda sgd: NoClosure(sgd.param_groups, lr=0.1)),
+        (r"`optimizer_closure\(\)`, then `optimizer.step\(\)`",),
+        lambda: configured(lambda sgd: NoClosure(sgd.param_groups, lr=0.1), ClosureFirst()),
+    ),
+    "a step on the object that takes no closure": Case(
+        lambda: configured(lambda sgd: replaced(sgd, lambda: None)),
+        ("SGD.step takes no closure", r"def step\(self, closure=None\)"),
+        lambda: configured(lambda sgd: replaced(sgd, sgd.step)),
+    ),
+    "a step that takes its closure by another name alone": Case(
+        lambda: configured(lambda sgd: replaced(sgd, lambda *, evaluate=None: None)),
+        ("SGD.step takes no closure", r"def step\(self, closure=None\)"),
+        lambda: configured(lambda sgd: replaced(sgd, lambda evaluate=None: evaluate())),
     ),
     "a scheduler's class": Case(
         lambda: configured(lambda sgd: {"optimizer": sgd, "lr_scheduler": LambdaLR}),

@@ -353,20 +353,30 @@ class ManyNames(Module):
     def __init__(self, names: int) -> None:
         super().__init__()
         self.names = names
+        self.logs: LightningModule | None = None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = F.mse_loss(self(batch[0]), batch[1])
+        logs = self.logs or self
         for name in range(self.names):
-            self.log(f"loss {name}", loss, on_step=bool(name % 2), on_epoch=True)
+            logs.log(f"loss {name}", loss, on_step=bool(name % 2), on_epoch=True)
         return loss
 
 
-@pytest.mark.parametrize("way", [whole, its_step])
-def test_logging_is_no_part_of_a_graph(way: Callable[..., Any]) -> None:
+class ManyNamesOfAChild(ManyNames):
+    """Logs them by the ``log`` of a module within it."""
+
+    def __init__(self, names: int) -> None:
+        super().__init__(names)
+        self.logs = LightningModule()
+
+
+@pytest.mark.parametrize(("way", "kind"), [(whole, ManyNames), (its_step, ManyNames), (whole, ManyNamesOfAChild)])
+def test_logging_is_no_part_of_a_graph(way: Callable[..., Any], kind: type[ManyNames]) -> None:
     backends = [Backend(), Backend()]
     for names, backend in zip((1, 20), backends, strict=True):
         torch._dynamo.reset()
-        eager, module = ManyNames(names), ManyNames(names)
+        eager, module = kind(names), kind(names)
         expected = fitted(eager, validates=False)
         trainer = fitted(way(module, backend=backend), validates=False)
         check_equal(trainer.callback_metrics, expected.callback_metrics)

@@ -186,7 +186,8 @@ def test_a2_other_keys_of_a_mapping_reach_train_batch_end() -> None:
 @pytest.mark.parametrize("make", [lambda loss: None, lambda loss: {"loss": None}], ids=["none", "loss-none"])
 def test_a2_none_is_a_batch_without_a_loss(make: Any) -> None:
     module = Returning(make)
-    trainer = train(module, 3)
+    with pytest.warns(UserWarning, match="Nothing was trained in epoch 0"):
+        trainer = train(module, 3)
     assert module.updates == [] and trainer.global_step == 0
 
 

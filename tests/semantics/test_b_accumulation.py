@@ -621,6 +621,7 @@ def test_b_property_windows_equal_the_hand_written_loop(
     assert module.estimated == trainer.estimated_stepping_batches == updates
 
 
+@pytest.mark.filterwarnings("ignore:Nothing was trained in epoch")
 @settings(derandomize=True, max_examples=60, deadline=None, database=None)
 @given(
     window=st.integers(1, 4),

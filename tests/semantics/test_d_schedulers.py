@@ -401,7 +401,8 @@ def test_d4_an_epoch_without_an_update_steps_no_epoch_scheduler() -> None:
 def test_d4_nothing_steps_before_the_first_update(interval: str) -> None:
     """torch warns of a scheduler that steps before its optimizer, and here that is an error."""
     module = Logging(configure=scheduled(interval=interval), nothing_for={1.0, 2.0})
-    trainer = train(module, 2, LRSchedulerStepping(), val=1, max_epochs=2)
+    with pytest.warns(UserWarning, match="Nothing was trained in epoch"):
+        trainer = train(module, 2, LRSchedulerStepping(), val=1, max_epochs=2)
     assert steps(trainer) == 0
 
 

@@ -527,3 +527,52 @@ def test_f1_lbfgs_and_adam_are_wrapped_alike() -> None:
             plain.step(partial(closure, parameters[0], plain))  # type: ignore[no-untyped-call]
             wrapper.step(partial(closure, parameters[1], wrapper))
         assert torch.equal(parameters[0], parameters[1])
+
+
+# ------------------------------------------------------------------ it is an instance of the wrapped optimizer's class
+
+
+class MyAdam(Adam):
+    pass
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW, LBFGS, MyAdam])
+def test_f1_it_is_an_instance_of_the_wrapped_optimizers_class(kind: Any) -> None:
+    wrapper = LightningOptimizer(kind([nn.Parameter(torch.zeros(1))], lr=0.1))
+    for each in (wrapper, copy.copy(wrapper), copy.deepcopy(wrapper), pickle.loads(pickle.dumps(wrapper))):
+        assert isinstance(each, kind) and isinstance(each, Optimizer) and isinstance(each, LightningOptimizer)
+        assert type(each) is LightningOptimizer and type(each.optimizer) is kind
+        assert each.__class__ is kind
+    assert not isinstance(wrapper, torch.optim.RMSprop)
+    assert isinstance(wrapper, Adam) == issubclass(kind, Adam)
+    assert repr(wrapper).startswith(f"LightningOptimizer({kind.__name__}")
+
+
+def test_f1_it_is_one_in_a_run() -> None:
+    seen: list[bool] = []
+
+    class Asks(Probe):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            seen.append(isinstance(self.optimizers(), SGD) and not isinstance(self.optimizers(), Adam))
+
+    train(Asks(), 2)
+    assert seen == [True, True]
+
+
+def test_f1_grad_scaler_steps_the_wrapper() -> None:
+    """As a loop does that brings its own scaler: an overflow is skipped, and does not count."""
+
+    class Scales(Probe):
+        scaler = GradScaler(device="cpu", init_scale=4.0)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.scaler.scale(self.loss(batch)))
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+    module = Scales(automatic=False)
+    trainer = train(module, [torch.tensor(x) for x in (1.0, torch.inf, 3.0)])
+    assert module.w.item() == -4.0
+    assert trainer.global_step == trainer.optimizers[0].num_steps == 2

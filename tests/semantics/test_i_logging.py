@@ -303,12 +303,12 @@ def test_i2_values_stay_on_their_device() -> None:
 
 @pytest.mark.parametrize("reduce_fx", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
-def test_i2_sums_are_in_float32(dtype: torch.dtype, reduce_fx: Any) -> None:
+def test_i2_sums_are_in_float32_or_wider(dtype: torch.dtype, reduce_fx: Any) -> None:
     """In fp16 and bf16 a sum of ones stops at 2048 and 256; here of 7 s, 400 times."""
     options = {"on_step": False, "on_epoch": True, "reduce_fx": reduce_fx}
     trainer = train(Logs(logs(value=lambda x: torch.tensor(7, dtype=dtype), **options)), [1.0] * 400)
     value = trainer.callback_metrics["value"]
-    assert value.dtype == torch.float32
+    assert value.dtype == (torch.float32 if dtype.is_floating_point else torch.float64)
     assert value.item() == (7.0 if reduce_fx == "mean" else 2800.0)
 
 
@@ -437,7 +437,7 @@ def test_i3_a_collection_in_log_dict() -> None:
 
         def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.metrics.update(batch)
-            self.log_dict(self.metrics)  # type: ignore[arg-type]
+            self.log_dict(self.metrics)
 
     trainer = train(Module(), 1, val=3)
     assert numbers(trainer.callback_metrics) == {"mean": 2.0, "max": 3.0}
@@ -514,15 +514,6 @@ def test_i4_one_name_with_different_options_is_an_error_that_names_the_hook(chan
         train(Logs(twice), 1)
 
 
-def test_i4_one_name_both_in_a_step_and_between_steps_is_an_error() -> None:
-    class Module(Logs):
-        def on_train_epoch_end(self) -> None:
-            self.log("value", 1.0)
-
-    with pytest.raises(MisconfigurationError, match=r"self\.log\('value', \.\.\.\) in Module\.on_train_epoch_end"):
-        train(Module(logs()), 1)
-
-
 def test_i4_on_step_between_steps_is_an_error() -> None:
     class Module(Logs):
         def on_train_epoch_end(self) -> None:
@@ -538,8 +529,8 @@ def test_i4_one_name_in_several_stages_may_have_other_options() -> None:
 
 
 MEANINGLESS = (
-    "prepare_data", "configure_model", "configure_optimizers", "on_fit_start", "on_train_start", "on_train_end", "on_fit_end",
-    "on_validation_start", "on_validation_end",
+    "prepare_data", "configure_model", "configure_optimizers", "on_fit_start", "on_train_end", "on_fit_end",
+    "on_validation_end",
 )  # fmt: skip
 
 

@@ -301,7 +301,8 @@ def test_j2_it_logs_nothing() -> None:
     logged = Recorder("metrics_logged")
     train(Sane(), 1, On(train_start=look), logged, val=3, num_sanity_val_steps=2)
     assert at_start == [({}, {}, {})]
-    assert [event.stage for event in logged.events] == ["train", "validation", "train"]
+    # A value for each batch of the validation, and one for its epoch; none of the sanity check.
+    assert [event.stage for event in logged.events] == ["train", *["validation"] * 4, "train"]
 
 
 def test_j2_it_counts_as_no_validation() -> None:

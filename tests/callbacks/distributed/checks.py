@@ -299,26 +299,52 @@ def averaged(folder: Path) -> Any:
 
 @check
 def resumed(folder: Path) -> Any:
+    return resumptions(folder, "resume", Model)
+
+
+def resumptions(folder: Path, name: str, make: Callable[[], Any]) -> Any:
+    """Resume the run of a module from each of its safe points."""
     rank = dist.get_rank()
     paths: list[Path] = []
 
     def save(trainer: Any, event: Any) -> None:
-        paths.append(folder / f"resume-{len(paths)}-rank-{rank}.ckpt")
+        paths.append(folder / f"{name}-{len(paths)}-rank-{rank}.ckpt")
         trainer.save_checkpoint(paths[-1])
 
-    module = Model()
+    module = make()
     trainer, batches = resumable()
     trainer.signals.safe_point.connect(save)
     torch.rand(rank)  # from here on each rank draws other numbers
     trainer.fit(module, batches)
     undisturbed, results = state(module, trainer.optimizers), []
     for path in paths:
-        module = Model()
+        module = make()
         trainer, batches = resumable()
         torch.manual_seed(99 + rank)
         trainer.fit(module, batches, ckpt_path=path)
         results.append(state(module, trainer.optimizers))
     return {"undisturbed": undisturbed, "resumed": results, "written": [path.exists() for path in paths]}
+
+
+class Finetuned(Model):
+    """Trains its first layer from the second epoch on, in a parameter group of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net[0].requires_grad_(True)
+            self.optimizers().add_param_group({"params": self.net[0].parameters(), "lr": 0.001})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([parameter for parameter in self.parameters() if parameter.requires_grad], lr=0.01)
+
+
+@check
+def finetuned(folder: Path) -> Any:
+    return resumptions(folder, "finetuned", Finetuned)
 
 
 @check

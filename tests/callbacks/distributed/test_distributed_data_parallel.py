@@ -174,14 +174,17 @@ def test_averaged_statistics_are_rank_zeros_in_either_order_of_attachment(result
 # ------------------------------------------------------------------ checkpoints
 
 
-def test_a_run_resumes_exactly_from_each_safe_point(results: list[Any]) -> None:
+@pytest.mark.parametrize("run", ["resumed", "finetuned"])
+def test_a_run_resumes_exactly_from_each_safe_point(results: list[Any], run: str) -> None:
     for rank in results:
-        assert len(rank["resumed"]["resumed"]) == 2 * (4 + 1)  # after each batch but the last, and at the epoch's end
-        for resumed in rank["resumed"]["resumed"]:
-            assert equal(resumed["optimizers"], rank["resumed"]["undisturbed"]["optimizers"])
-            assert equal(trained(resumed), trained(rank["resumed"]["undisturbed"]))
-    for resumed in results[0]["resumed"]["resumed"]:
-        assert equal(resumed, results[0]["resumed"]["undisturbed"])  # with its statistics
+        assert len(rank[run]["resumed"]) == 2 * (4 + 1)  # after each batch but the last, and at the epoch's end
+        for resumed in rank[run]["resumed"]:
+            assert equal(resumed["optimizers"], rank[run]["undisturbed"]["optimizers"])
+            assert equal(trained(resumed), trained(rank[run]["undisturbed"]))
+    for resumed in results[0][run]["resumed"]:
+        assert equal(resumed, results[0][run]["undisturbed"])  # with its statistics
+    [optimizer] = results[0][run]["undisturbed"]["optimizers"]
+    assert len(optimizer["param_groups"]) == 1 + (run == "finetuned")
 
 
 def test_only_rank_zero_writes_checkpoints(results: list[Any]) -> None:

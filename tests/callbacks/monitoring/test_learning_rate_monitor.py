@@ -308,3 +308,51 @@ def test_the_optimizers_of_a_run_are_released() -> None:
     trainer.fit(Model(lambda model: sgd(model.parameters())), BATCHES)
     gc.collect()
     assert first() is None
+
+
+# ------------------------------------------------------------------ the name in a scheduler's config
+
+
+def named(*names: str | None, groups: int = 1) -> Callable[[Model], Any]:
+    def configure(model: Model) -> Any:
+        parameters = [[model.first], [model.second]] if len(names) > 1 else [[model.first, model.second]]
+        optimizers = [sgd([{"params": p} for p in own] if groups > 1 else own, momentum=0.9) for own in parameters]
+        configs = [{"scheduler": ExponentialLR(each, 0.5), "name": name} for each, name in zip(optimizers, names, strict=True)]
+        return optimizers, configs
+
+    return configure
+
+
+def curves_of(configure: Callable[[Model], Any], *, manual: bool = False, **options: Any) -> set[str]:
+    class Manual(Model):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            if not manual:
+                return super().training_step(batch, batch_idx)
+            self.manual_backward((self.first + self.second).sum())
+            optimizers = self.optimizers()
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                optimizer.step()
+            return None
+
+    logged, _ = fit(Manual(configure, manual=manual), LearningRateMonitor(**options))
+    return set(logged[0])
+
+
+def test_the_name_of_a_schedulers_config_names_the_curve() -> None:
+    assert curves_of(named("rate")) == {"rate"}
+    assert curves_of(named("rate"), momentum=True, weight_decay=True) == {"rate", "rate-momentum", "rate-weight_decay"}
+    assert curves_of(named("rate", groups=2)) == {"rate/group_0", "rate/group_1"}
+    assert curves_of(named(None)) == {"lr-SGD"}
+
+
+def test_each_of_several_optimizers_has_the_name_of_its_own_scheduler() -> None:
+    assert curves_of(named("g", "d"), manual=True) == {"g", "d"}
+    assert curves_of(named("g", None), manual=True) == {"g", "lr-SGD"}
+    assert curves_of(named("rate", "rate"), manual=True) == {"rate-0", "rate-1"}
+
+
+def test_the_name_is_that_of_the_curve_in_tensorboard(tmp_path: Any) -> None:
+    fit(Model(named("rate")), LearningRateMonitor(), TensorBoardLogger(tmp_path, log_every_n_steps=1))
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent))
+    events.Reload()
+    assert "rate" in events.Tags()["scalars"]

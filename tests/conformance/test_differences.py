@@ -9,7 +9,7 @@ import pytest
 from .differences import DIFFERENCES, PAGE, Difference, Side, table
 
 
-@pytest.mark.filterwarnings("ignore:training_step returned None")
+@pytest.mark.filterwarnings("ignore:training_step returned None", "ignore:Nothing was trained")
 @pytest.mark.parametrize("difference", DIFFERENCES, ids=lambda d: f"{d.rule}-{d.run.__name__}")
 def test_both_behaviours(difference: Difference) -> None:
     with warnings.catch_warnings():

@@ -5,6 +5,7 @@ from eventtrain.callback import Callback, on_demand
 from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.closure import Closure
 from eventtrain.core.optimizer import LightningOptimizer
+from eventtrain.data.combined import CombinedLoader
 from eventtrain.errors import MisconfigurationError
 from eventtrain.module.datamodule import LightningDataModule
 from eventtrain.module.module import LightningModule
@@ -14,6 +15,7 @@ from eventtrain.version import __version__
 __all__ = [
     "Callback",
     "Closure",
+    "CombinedLoader",
     "LightningDataModule",
     "LightningModule",
     "LightningOptimizer",

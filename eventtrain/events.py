@@ -227,7 +227,7 @@ class PrepareLoader(Event):
 
     Attributes:
         stage: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
-        dataloader_idx: Its index among those of the stage.
+        dataloader_idx: Its index among those of the stage; several that are read as one are counted each.
         loader: The loader. A listener may replace it.
 
     Example:
@@ -250,8 +250,8 @@ class EstimateSteppingBatches(Event):
     ``trainer.estimated_stepping_batches`` is read, for the first time from ``configure_optimizers``.
 
     Attributes:
-        batches_per_epoch: Training batches per epoch in this process, limits applied; None if the
-            loader has no length.
+        batches_per_epoch: Training batches of the run's first epoch in this process, limits applied;
+            None if the loader has no length.
         max_epochs: Epochs of the whole run; None if only ``max_steps`` ends it.
         max_steps: Updates at most; None for no limit. The core caps the answer by it.
         stepping_batches: The answer. None if no listener accumulates: then every batch updates.
@@ -518,7 +518,7 @@ class ReduceGradients(Event):
 
     Attributes:
         optimizer: The optimizer.
-        skipped: The batch that closes the window was skipped, so that its backward has not averaged gradients.
+        skipped: Backward has not averaged them: the batch that closes the window was skipped, or the user's own code steps.
     """
 
     optimizer: LightningOptimizer

@@ -104,14 +104,14 @@ def explained(method: F) -> F:
             problem, known = str(error), [name for name in signature.parameters if name != "self"]
         else:
             return method(*args, **kwargs)
-        check_names(table, kwargs, known)
+        check_arguments(table, kwargs, known)
         values = ", ".join(short(value) for value in args["self" in signature.parameters :])
         raise MisconfigurationError(f"{table}({values}): {problem}. {hint(table, '*') or _names(known)}")
 
     return cast(F, call)
 
 
-def check_names(table: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+def check_arguments(table: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
     """Check that arguments exist.
 
     Args:

@@ -29,7 +29,7 @@ from eventtrain.run.compiled import Model, ModuleSteps
 from eventtrain.run.evaluate import Evaluation
 from eventtrain.run.fit import Fit
 from eventtrain.run.run import Run
-from eventtrain.run.state import RunState
+from eventtrain.run.state import RunState, stepping_batches
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Run)
@@ -58,6 +58,8 @@ class Trainer:
         num_sanity_val_steps: Validation batches to run before training, -1 for all; nothing of it is logged.
         fast_dev_run: The number of batches of each stage in a trial run of one epoch, without loggers' files, checkpoints and
             early stopping; True for one batch.
+        read_ahead: Whether a training loader without a length is read one batch ahead, so that the last batch is known.
+            False for batches that depend on the last update, such as those of a replay buffer: ``docs/resume.md``.
         inference_mode: Whether validate, test and predict run in ``torch.inference_mode``. False for ``torch.no_grad``, in
             which a step may turn gradients on again, and whose tensors training can use.
         seed: Given to :func:`~eventtrain.seed_everything` at the start of each run; None leaves the generators. Weights that a
@@ -111,6 +113,7 @@ class Trainer:
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int = 2,
         fast_dev_run: bool | int = False,
+        read_ahead: bool = True,
         inference_mode: bool = True,
         seed: int | None = None,
         default_root_dir: str | os.PathLike[str] = ".",
@@ -127,6 +130,7 @@ class Trainer:
             check_val_every_n_epoch=check_val_every_n_epoch,
             num_sanity_val_steps=num_sanity_val_steps,
             fast_dev_run=fast_dev_run,
+            read_ahead=read_ahead,
             inference_mode=inference_mode,
         )
         self.seed = seed
@@ -139,10 +143,16 @@ class Trainer:
         self._run: Run | None = None  # the current one
         self._attach(callbacks, default_callbacks)
 
-    if not TYPE_CHECKING:  # type checkers would take it as a leave to set anything
+    if not TYPE_CHECKING:  # type checkers would allow any name
 
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, checked_attribute(self, name, value))
+
+        def __getattr__(self, name: str) -> Any:
+            # Reached only if there is no such attribute, or a property raised AttributeError.
+            if name.startswith("__") or hasattr(type(self), name):
+                return object.__getattribute__(self, name)
+            raise MissingAttribute(name=name, obj=self)
 
     def _attach(self, callbacks: Any, default_callbacks: bool) -> None:
         chosen = list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
@@ -153,14 +163,6 @@ class Trainer:
             kinds = (LRSchedulerStepping, ProgressBar)
             chosen += [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]
         self.callbacks.extend(chosen)
-
-    if not TYPE_CHECKING:  # type checkers know the attributes
-
-        def __getattr__(self, name: str) -> Any:
-            # Reached only if there is no such attribute, or a property raised AttributeError.
-            if name.startswith("__") or hasattr(type(self), name):
-                return object.__getattribute__(self, name)
-            raise MissingAttribute(name=name, obj=self)
 
     # ------------------------------------------------------------------ the four stages
 
@@ -177,6 +179,12 @@ class Trainer:
 
         Args:
             model: The module; or ``torch.compile(module)``, whose steps are then called compiled.
+            train_dataloaders: The training loader; if None, the module's or datamodule's. A dict or list of loaders, nested in
+                any way, gives batches of this form, until the longest ends; a :class:`~eventtrain.CombinedLoader` combines
+                them in other ways. A list of batches is one loader, and so is a list of one loader.
+            val_dataloaders: A validation loader, or a dict or list of them, which are read one after the other; if None, the
+                module's or datamodule's.
+            datamodule: An object that has the loaders.
             train_dataloaders: The training loader; if None, the module's or datamodule's. A datamodule may stand here too.
             val_dataloaders: A validation loader, or a list of them; if None, the module's or datamodule's.
             datamodule: An object that has the loaders: a ``LightningDataModule``, or any other with their methods.
@@ -208,6 +216,9 @@ class Trainer:
         """Validate a module.
 
         Args:
+            model: The module, compiled or not; if None, the one of the last run.
+            dataloaders: A loader, or a dict or list of them; if None, the module's or datamodule's.
+            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`.
             model: The module, compiled or not, whose weights are used as they are. If None, the one of the last run; if that
                 was a fit that kept the best checkpoint by a metric, its weights are loaded first, as in Lightning.
             dataloaders: A loader or a list of them, or a datamodule; if None, the module's or datamodule's.
@@ -753,7 +764,7 @@ class Trainer:
 
     @property
     def num_training_batches(self) -> int | None:
-        """Training batches per epoch in this process, limits applied; None if the loader has no length."""
+        """Batches of the current training epoch in this process, limits applied; None if the loader has no length."""
         return self.run_state.limits.batches_per_epoch
 
     @property
@@ -765,23 +776,12 @@ class Trainer:
     def estimated_stepping_batches(self) -> int:
         """How many batches of the whole run will update something, if none is skipped and nothing stops it.
 
+        Each epoch is taken to be as long as the run's first. If a later one is not, a warning says so.
+
         Raises:
             MisconfigurationError: If the training loader has no length and ``max_steps`` is not set.
         """
-        limits = self.run_state.limits
-        event = events.EstimateSteppingBatches(limits.batches_per_epoch, limits.max_epochs, limits.max_steps)
-        if limits.max_epochs is None or limits.batches_per_epoch is None:
-            if limits.max_steps is not None:
-                return limits.max_steps
-            raise MisconfigurationError(
-                "estimated_stepping_batches cannot be known: the run has neither max_steps nor both max_epochs and a training "
-                "loader with a length. Give Trainer(max_steps=...), or limit_train_batches as a whole number."
-            )
-        self.signals.estimate_stepping_batches.publish(event)
-        batches = event.stepping_batches
-        if batches is None:
-            batches = limits.max_epochs * limits.batches_per_epoch
-        return batches if limits.max_steps is None else min(batches, limits.max_steps)
+        return stepping_batches(self.run_state.limits, self.signals.table)
 
     @property
     def should_stop(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from eventtrain import LightningDataModule, MisconfigurationError, Trainer
+from eventtrain import MisconfigurationError, Trainer
 from eventtrain.callbacks import EarlyStopping
 from eventtrain.hints import tables
 from tests.conformance.frameworks import lightning
@@ -146,12 +146,11 @@ def test_a_misspelt_validation_loader_of_a_module_is_warned_about() -> None:
         (evaluates, data_with(valid_dataloader=lambda self: BATCHES), {"limit_val_batches": 0}),
         (evaluates, data_with(valid_loader=lambda self: BATCHES, val_dataloader=lambda self: self.valid_loader()), {}),
         (evaluates, data_with(train_dataloader_for_tuning=lambda self: BATCHES, valid_data=BATCHES), {}),
-        (evaluates, LightningDataModule(), {"data": BATCHES}),
+        (evaluates, None, {"data": BATCHES}),
     ],
 )
 def test_helpers_of_ones_own_are_not_warned_about(model: Any, datamodule: Any, options: dict[str, Any]) -> None:
-    data = options.pop("data", None)
-    fit(model(), data=data, datamodule=datamodule, **options)  # warnings are errors here
+    fit(model(), **{"data": None, "datamodule": datamodule, **options})  # warnings are errors here
 
 
 def test_helpers_with_names_of_steps_are_allowed_beside_the_steps() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+from torch import nn
+from torch.nn.parameter import is_lazy
+
 from eventtrain.callbacks.distributed.processes import TorchProcesses, check_timeout, device_of_process, join
 from eventtrain.callbacks.distributed.samplers import set_shuffling_seed, shuffling_seed, with_share
 from eventtrain.core.optimizer import evaluates_often
@@ -35,7 +38,7 @@ class DataParallel:
         self.shares_data = shares_data
         self.timeout = check_timeout(timeout, type(self).__name__)
         self._processes: TorchProcesses | None = None
-        self._train_loader: Any = None
+        self._train_loaders: list[Any] = []
 
     def on_join_processes(self, trainer: Trainer, event: JoinProcesses) -> None:
         if self._processes is None:
@@ -48,7 +51,7 @@ class DataParallel:
         if self._processes is not None and self.shares_data:
             event.loader = with_share(event.loader, event.stage, self._processes, pads_evaluation=self.pads_evaluation)
         if event.stage == "train":
-            self._train_loader = event.loader
+            self._train_loaders.append(event.loader)
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         for optimizer in trainer.optimizers:
@@ -58,6 +61,18 @@ class DataParallel:
                     "differs between processes, so they would wait for each other forever. Train with it in one process."
                 )
 
+    def check_initialized(self, module: nn.Module) -> None:
+        """Check that all processes can get the same weights.
+
+        Raises:
+            MisconfigurationError: If a lazy module has no weights yet.
+        """
+        if lazy := [name for name, parameter in module.named_parameters() if is_lazy(parameter)]:
+            raise MisconfigurationError(
+                f"{type(self).__name__}: {lazy[0]} of {type(module).__name__} is not initialized yet, and each process would "
+                "draw other weights at its first forward. Run one forward in configure_model."
+            )
+
     # After validation_start, where other callbacks put their weights and buffers into the module.
     def on_validation_epoch_start(self, trainer: Trainer, event: ValidationEpochStart) -> None:
         if self._processes is not None:
@@ -66,11 +81,11 @@ class DataParallel:
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
-        self._train_loader = None
+        self._train_loaders.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed by which the training data are shuffled."""
-        return {"seed": shuffling_seed(self._train_loader)}
+        """Return the seeds by which the data of each training loader are shuffled."""
+        return {"seeds": [shuffling_seed(loader) for loader in self._train_loaders]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Shuffle the training data by the seed of a checkpoint.
@@ -78,4 +93,6 @@ class DataParallel:
         Args:
             state: The result of :meth:`state_dict`.
         """
-        set_shuffling_seed(self._train_loader, state["seed"])
+        seeds = state.get("seeds", [state.get("seed")])  # older checkpoints have one
+        for loader, seed in zip(self._train_loaders, seeds, strict=False):
+            set_shuffling_seed(loader, seed)

@@ -15,7 +15,7 @@ from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.distributed.data_parallel import DataParallel
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import BeforeForward, ReduceGradients, Setup, Teardown, TrainEpochStart
-from eventtrain.hints import check_names
+from eventtrain.hints import check_arguments
 from eventtrain.module.module import LightningModule
 from eventtrain.trainer import Trainer
 
@@ -83,7 +83,7 @@ class DistributedDataParallel(DataParallel, Callback):
     def __init__(self, *, shares_data: bool = True, timeout: timedelta | float | None = None, **options: Any) -> None:
         super().__init__(shares_data, timeout)
         known = list(inspect.signature(TorchDistributedDataParallel).parameters)[1:]
-        check_names("DistributedDataParallel", options, ["shares_data", "timeout", *known])
+        check_arguments("DistributedDataParallel", options, ["shares_data", "timeout", *known])
         self.options = options
         self._wrapper: TorchDistributedDataParallel | None = None
         self._wrapped: list[nn.Parameter] = []
@@ -104,6 +104,7 @@ class DistributedDataParallel(DataParallel, Callback):
         if self._processes is None:
             return
         module = trainer.module
+        self.check_initialized(module)
         if event.stage == "fit":
             trainer.listen(self.on_before_forward)
             trainer.listen(self.on_reduce_gradients)

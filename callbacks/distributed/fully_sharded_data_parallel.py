@@ -29,7 +29,7 @@ from eventtrain.events import (
     ReduceGradients,
     Setup,
 )
-from eventtrain.hints import check_names
+from eventtrain.hints import check_arguments
 from eventtrain.paths import check_path
 from eventtrain.trainer import Trainer
 
@@ -118,7 +118,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
             )
         self.units = None if units is None else tuple(units)
         known = list(inspect.signature(fully_shard).parameters)[1:]
-        check_names("FullyShardedDataParallel", options, ["units", "shares_data", "timeout", *known])
+        check_arguments("FullyShardedDataParallel", options, ["units", "shares_data", "timeout", *known])
         self.options = options
         self._mesh: DeviceMesh | None = None
         self._shards: Shards | None = None
@@ -145,6 +145,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
         for handler in (self.on_before_forward, self.on_after_zero_grad, self.on_reduce_gradients):
             trainer.listen(handler)
         module = trainer.module
+        self.check_initialized(module)
         self._syncs, self._may_hold_gradients, self._has_called_a_step = None, True, False
         if not isinstance(module, FSDPModule):
             if self._mesh is None and "mesh" not in self.options:

@@ -92,7 +92,7 @@ class Shards:
         """Return the tensors to write, in a form that torch's converter turns into an ordinary file of weights."""
         written: dict[str, Any] = {"state_dict": {}}
         if self.processes.global_rank == 0:
-            written["hyper_parameters"] = content["hyper_parameters"]
+            written |= {key: content[key] for key in ("hyper_parameters", "hparams_name", "hparams_type") if key in content}
             written["state_dict"] = {key: value for key, value in content["state_dict"].items() if value is not None}
         for place, tensor in shards.items():
             if place[0] == "state_dict":

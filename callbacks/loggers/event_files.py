@@ -12,14 +12,16 @@ import time
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from eventtrain._torch import summary_writer
 from eventtrain.callbacks.loggers.run_files import RunFile
 from eventtrain.checkpoint.rng import isolated_rng
-from eventtrain.data.device import move_to_device
+from eventtrain.data.device import transfer_to
 from eventtrain.module.modes import restore_modes
 from eventtrain.paths import AnyPath
 
@@ -204,12 +206,13 @@ def draw_graph(writer: SummaryWriter, module: LightningModule) -> None:
         module: The module, on its device.
     """
     name = type(module).__name__
+    problem = None
     if module.example_input_array is None:
-        warnings.warn(
-            f"No graph of {name} is logged: it has no example input. Set self.example_input_array in its __init__ to an "
-            "argument of forward.",
-            stacklevel=2,
-        )
+        problem = "it has no example input. Set self.example_input_array in its __init__ to an argument of forward."
+    elif any(map(is_lazy, chain(module.parameters(), module.buffers()))):
+        problem = "it has lazy modules, whose weights the first forward draws. Run one in configure_model."
+    if problem is not None:
+        warnings.warn(f"No graph of {name} is logged: {problem}", stacklevel=2)
         return
     training = {part: part.training for part in module.modules()}
     try:
@@ -217,7 +220,7 @@ def draw_graph(writer: SummaryWriter, module: LightningModule) -> None:
             # Tracing warns of its age and of code that it cannot generalise, which does not matter for a picture. It prints
             # its errors.
             warnings.simplefilter("ignore")
-            example = move_to_device(module.example_input_array, module.device)
+            example = transfer_to(module, module.device)(module.example_input_array)
             writer.add_graph(module, example)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]

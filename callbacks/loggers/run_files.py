@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from eventtrain.errors import MisconfigurationError
 from eventtrain.paths import AnyPath, RemotePath
@@ -227,6 +228,18 @@ def configuration(trainer: Trainer) -> dict[str, Any]:
     return facts
 
 
+def logged_hparams(trainer: Trainer) -> dict[Any, Any]:
+    """Return the hyperparameters that loggers write: the module's and the datamodule's.
+
+    If both have one of the same name with different values, the datamodule's gets the prefix ``datamodule/``.
+    """
+    module, data = trainer.module, trainer.datamodule
+    hparams = dict(module.hparams) if module.logs_hparams else {}
+    for name, value in data.hparams.items() if data is not None and getattr(data, "logs_hparams", False) else ():
+        hparams[name if repr(hparams.get(name, value)) == repr(value) else f"datamodule/{name}"] = value
+    return hparams
+
+
 def described(part: Any) -> str:
     """Describe an object in a line: by its class's ``repr``, or by its class and its public attributes of plain types."""
     kind: Any = type(part)
@@ -251,7 +264,9 @@ def module_text(module: LightningModule) -> str:
     text = repr(module)
     if len(text) > MOST_TEXT:
         text = f"{text[:MOST_TEXT]}\n... and {len(text) - MOST_TEXT} characters more"
-    parameters = list(module.parameters())
+    parameters = [parameter for parameter in module.parameters() if not is_lazy(parameter)]
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     head = f"{sum(p.numel() for p in parameters)} parameters, {trained} of them trained"
+    if lazy := sum(map(is_lazy, module.parameters())):
+        head += f"; {lazy} tensors of lazy modules get their sizes at the first forward and are not counted"
     return "\n".join([head, "", *(f"    {line}" for line in text.splitlines())])

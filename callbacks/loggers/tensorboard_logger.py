@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.loggers import event_files, run_files
@@ -44,9 +45,9 @@ class TensorBoardLogger(Callback):
     Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end`` and ``teardown``; and, only if you ask for them, to
     ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update`` for histograms.
     Writes the logged scalars under their names (values logged on step only for the updates that are due) and ``epoch``; the
-    texts ``run/environment``, ``run/configuration`` and ``run/module``; and the module's ``hparams`` for the HParams page,
-    whose columns are the hyperparameters and scalars of all runs below TensorBoard's ``logdir``. Write anything else through
-    ``trainer.callback(TensorBoardLogger).writer``. Override :meth:`is_due` for another cadence.
+    texts ``run/environment``, ``run/configuration`` and ``run/module``; and the ``hparams`` of module and datamodule for the
+    HParams page, whose columns are the hyperparameters and scalars of all runs below TensorBoard's ``logdir``. Write anything
+    else through ``trainer.callback(TensorBoardLogger).writer``. Override :meth:`is_due` for another cadence.
 
     Values that a validation or test logs on step are all written; their x is the count of evaluation batches. The x of all
     others never falls. An evaluation after the fit is drawn at the end of the fit. A batch in which several
@@ -204,8 +205,8 @@ class TensorBoardLogger(Callback):
         self.writer.add_text("run/environment", run_files.table(run_files.environment(trainer)), x)
         self.writer.add_text("run/configuration", run_files.table(run_files.configuration(trainer)), x)
         self.writer.add_text("run/module", run_files.module_text(module), x)
-        if module.logs_hparams:
-            self.log_hyperparams(module.hparams)
+        if hparams := run_files.logged_hparams(trainer):
+            self.log_hyperparams(hparams)
         if self.log_graph and not self._resumed:  # a resumed run has it
             event_files.draw_graph(self.writer, module)
         self.writer.flush()
@@ -233,7 +234,7 @@ class TensorBoardLogger(Callback):
             self.writer.flush()
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
-        if self._writes(trainer) and trainer.module.logs_hparams:
+        if self._writes(trainer) and run_files.logged_hparams(trainer):
             self._add_summary(event_files.session_end())
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
@@ -266,7 +267,11 @@ class TensorBoardLogger(Callback):
         if event.global_step % self.histograms:
             return
         x = self._x(trainer)
-        parameters = {f"parameters/{name}": finite_values(p) for name, p in trainer.module.named_parameters()}
+        parameters = {
+            f"parameters/{name}": finite_values(parameter)
+            for name, parameter in trainer.module.named_parameters()
+            if not is_lazy(parameter)
+        }
         for name, values in {**parameters, **self._gradients}.items():
             if values.numel():
                 self.writer.add_histogram(name, values, x)

@@ -15,7 +15,7 @@ from eventtrain._torch import COMPILED_NAME, is_compiled_in_place, original_modu
 from eventtrain.callback import Callback
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.checks import check_whole_number
-from eventtrain.data.device import move_to_device
+from eventtrain.data.device import transfer_to
 from eventtrain.events import FitStart
 from eventtrain.module.modes import restore_modes
 from eventtrain.trainer import Trainer
@@ -60,7 +60,7 @@ class ModelSummary(Callback):
             The summary; any object whose ``str`` is the text to print.
         """
         module = trainer.module
-        example = move_to_device(module.example_input_array, trainer.device)
+        example = transfer_to(module, trainer.device)(module.example_input_array)
         return summarize(module, self.max_depth, example_input=example)
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:

@@ -141,7 +141,9 @@ class ProgressBar(Callback):
         self._finish(trainer)  # if the run ended in the middle of an epoch
 
     def _show(self, trainer: Trainer) -> None:
-        self._shown["train"].update(trainer.progress.batch_idx + 1, self.metrics(trainer, self._loss))
+        # The epoch's length is known after its start, and may differ from that of the epoch before.
+        values, total = self.metrics(trainer, self._loss), trainer.num_training_batches
+        self._shown["train"].update(trainer.progress.batch_idx + 1, values, total)
 
     def _finish(self, trainer: Trainer) -> None:
         if "train" in self._shown:
@@ -240,13 +242,15 @@ class Bar:
             total=total, desc=title, leave=leave, mininterval=interval, miniters=1, initial=done, dynamic_ncols=True
         )
 
-    def update(self, done: int, values: Mapping[str, float]) -> None:
+    def update(self, done: int, values: Mapping[str, float], total: int | None) -> None:
         """Draw the bar.
 
         Args:
             done: The number of batches done.
             values: The numbers beside the bar.
+            total: The length of the pass in batches; None if it is unknown.
         """
+        self._bar.total = total
         self._bar.set_postfix(format_metrics(values), refresh=False)
         if not self._bar.update(done - self._bar.n):  # tqdm draws in `update` if the count has changed
             self._bar.refresh()
@@ -288,13 +292,15 @@ class Lines:
         self._began = self._paused = time.monotonic()
         self._next = self._began + interval
 
-    def update(self, done: int, values: Mapping[str, float]) -> None:
+    def update(self, done: int, values: Mapping[str, float], total: int | None) -> None:
         """Print a line.
 
         Args:
             done: The number of batches done.
             values: The numbers at the end of the line.
+            total: The length of the pass in batches; None if it is unknown.
         """
+        self.of = f"/{total}" if total is not None else ""
         self._done = done
         self._print(values)
 

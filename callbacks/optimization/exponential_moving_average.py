@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from eventtrain._torch import tensors_of
@@ -27,7 +28,8 @@ class ExponentialMovingAverage(Callback):
 
     Listens to ``after_update``, which follows only real updates: ``average = decay * average + (1 - decay) * weight``, with
     the bits of :class:`torch.optim.swa_utils.AveragedModel`. The averages start as the weights after the first update. The
-    averages of weights under 32 bits are kept in float32. A step reads nothing from the device.
+    averages of weights under 32 bits are kept in float32. A lazy module that has not run by then is not averaged. A step
+    reads nothing from the device.
 
     If the module that was trained is validated, tested or used for predictions, during a fit or after it, the averages are
     copied into it at ``validation_start``, ``test_start`` and ``predict_start``. The raw weights come back when that phase
@@ -210,8 +212,12 @@ class ExponentialMovingAverage(Callback):
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's parameters and buffers by name; a shared tensor only has its first name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    """Return a module's parameters and buffers by name; a shared tensor only has its first name.
+
+    Those of lazy modules that no forward has initialized yet are left out.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if not is_lazy(tensor)}
 
 
 def matching(module: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,15 @@ from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.optimizer import evaluates_often
 from eventtrain.core.state import nonzero
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import EstimateSteppingBatches, FitStart, GradientsReady, TrainBatchStart, TrainEpochEnd, TrainEpochStart
+from eventtrain.events import (
+    EstimateSteppingBatches,
+    FitStart,
+    GradientsReady,
+    TrainBatchStart,
+    TrainDataEnd,
+    TrainEpochEnd,
+    TrainEpochStart,
+)
 from eventtrain.trainer import Trainer
 
 Unit = Literal["epoch", "step", "batch"]
@@ -27,8 +35,8 @@ class GradientAccumulation(Callback):
 
     Listens to ``train_batch_start``, and writes ``plan.step``, ``plan.zero_grad``, ``plan.loss_scale`` and
     ``plan.weighted``; to ``gradients_ready``, and rescales the gradients of short or weighted windows; to
-    ``estimate_stepping_batches``, which it answers; and to ``fit_start``, ``train_epoch_start`` and ``train_epoch_end``.
-    Emits no metrics. Override :meth:`batches_per_step` for another schedule.
+    ``estimate_stepping_batches``, which it answers; and to ``fit_start``, ``train_epoch_start``, ``train_data_end`` and
+    ``train_epoch_end``. Emits no metrics. Override :meth:`batches_per_step` for another schedule.
 
     Args:
         batches: Batches per window: a number; a schedule such as ``{0: 8, 4: 4, 8: 1}``, whose values hold from their keys
@@ -44,7 +52,8 @@ class GradientAccumulation(Callback):
     Raises:
         MisconfigurationError: If a window has less than one batch, the schedule does not start at 0, or an option is
             unknown; when training starts, if the module optimizes manually or its optimizer evaluates closures
-            several times.
+            several times; when an epoch ends, if a short window should have been closed and the loader's last batch was not
+            known, see ``Trainer(read_ahead=False)``.
 
     Example:
         >>> from eventtrain import Trainer
@@ -143,6 +152,14 @@ class GradientAccumulation(Callback):
         if event.is_last_batch and position == event.batch_idx + 1 < self._window and self.remainder != "carry":
             self._on_short_epoch(event.batch_idx + 1, self._window)
         self._position = 0 if plan.step else position
+
+    def on_train_data_end(self, trainer: Trainer, event: TrainDataEnd) -> None:
+        if self.remainder == "step" and self._position > 0:
+            raise MisconfigurationError(
+                f"{type(self).__name__}(remainder='step'): epoch {event.epoch} ended after {self._position} of "
+                f"{self._window} batches of a window, and with read_ahead=False its last batch was not known to be the last. "
+                "Use remainder='carry' or 'drop', give limit_train_batches as a whole number of windows, or read ahead."
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, event: TrainEpochEnd) -> None:
         # A batch that ended its epoch before it was trained is not in the window that continues. The loop has taken

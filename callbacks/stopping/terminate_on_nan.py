@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from eventtrain.callback import Callback
 from eventtrain.checks import check_whole_number
@@ -158,7 +159,7 @@ def non_finite(module: nn.Module) -> list[str]:
     Args:
         module: The module. Infinities in its buffers are allowed, because masks have them.
     """
-    bad = {name: ~parameter.isfinite() for name, parameter in module.named_parameters()}
-    bad |= {name: buffer.isnan() for name, buffer in module.named_buffers()}
+    bad = {name: ~parameter.isfinite() for name, parameter in module.named_parameters() if not is_lazy(parameter)}
+    bad |= {name: buffer.isnan() for name, buffer in module.named_buffers() if not is_lazy(buffer)}
     counts = {name: int(values.sum()) for name, values in bad.items()}
     return [f"{name} ({count} of {bad[name].numel()} values)" for name, count in counts.items() if count]

@@ -24,6 +24,8 @@ from eventtrain.core.loop import Resumption
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import CheckpointGathered, CheckpointRead, LoadCheckpoint, SaveCheckpoint
 from eventtrain.metrics.entry import on_device
+from eventtrain.module.hparams import HyperparametersMixin
+from eventtrain.module.saved_hparams import packed
 from eventtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -38,17 +40,25 @@ def gather(trainer: Trainer) -> dict[str, Any]:
     """
     checkpoint = state_of(trainer)
     trainer.signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
-    for part in (trainer.datamodule, trainer.module) if trainer.stage is None else ():  # hooks are connected in runs only
-        if (hook := getattr(part, "on_save_checkpoint", None)) is not None:
-            hook(checkpoint)
+    if trainer.stage is None:  # hooks are connected in runs only
+        call_hooks(trainer, checkpoint)
     trainer.signals.checkpoint_gathered.publish(CheckpointGathered(checkpoint))
     return checkpoint
+
+
+def call_hooks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let datamodule and module add to a checkpoint, by ``on_save_checkpoint``."""
+    for part in (trainer.datamodule, trainer.module):
+        if (hook := getattr(part, "on_save_checkpoint", None)) is not None:
+            hook(checkpoint)
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """Return the state of a run. Its keys are the schema, which ``docs/resume.md`` describes:
 
-    - ``schema_version``, ``versions`` of the software, ``written_at`` in seconds since 1970, ``hyper_parameters``;
+    - ``schema_version``, ``versions`` of the software, ``written_at`` in seconds since 1970;
+    - ``hyper_parameters`` of the module, ``hparams_name`` and ``hparams_type``, and, if there is a datamodule, these three of
+      it, with names that begin with ``datamodule_``;
     - ``state_dict`` of the module; ``requires_grad`` of its parameters and ``training`` of its submodules, by name;
     - ``optimizer_states`` and ``lr_schedulers``, lists in the order of ``configure_optimizers``, and their ``classes``;
       ``parameter_groups`` of the optimizers by name, as ``configured`` and as ``current``; ``num_steps``, each optimizer's
@@ -72,7 +82,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "versions": {"eventtrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "written_at": time.time(),
-        "hyper_parameters": dict(module.hparams),
+        **packed(module),
         "state_dict": module.state_dict(),
         **flags(module),
         "optimizer_states": [optimizer.state_dict() for optimizer in state.optimizers],
@@ -93,13 +103,15 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "stop_reason": None if stop.force or trainer.is_ending else stop.reason,
         "callbacks": {state_key(each): each.state_dict() for each in trainer.callbacks if has_state(each)},
         "datamodule": trainer.datamodule.state_dict() if hasattr(trainer.datamodule, "state_dict") else {},
+        **(packed(trainer.datamodule) if isinstance(trainer.datamodule, HyperparametersMixin) else {}),
     }
 
 
 def try_out(trainer: Trainer) -> None:
     """Collect a checkpoint before training, so that a value that no file can hold is found now, and not at the first save.
 
-    Listeners of ``save_checkpoint`` are called for it. If one of them raises, its additions stay unchecked, with a warning.
+    Callbacks, datamodule and module add to it by ``on_save_checkpoint``, and no event is published. If one of them raises, the
+    additions stay unchecked, with a warning.
 
     Args:
         trainer: The trainer, in a fit that is about to train.
@@ -113,7 +125,10 @@ def try_out(trainer: Trainer) -> None:
     with isolated_rng():
         checkpoint = state_of(trainer)
         try:
-            signals.save_checkpoint.publish(SaveCheckpoint(checkpoint))
+            for callback in trainer.callbacks:
+                if hasattr(callback, "on_save_checkpoint"):
+                    callback.on_save_checkpoint(trainer, event=SaveCheckpoint(checkpoint))
+            call_hooks(trainer, checkpoint)
         except Exception as error:
             warnings.warn(
                 f"on_save_checkpoint was tried before training, and raised {storage.first_line(error)}. So it is not known "

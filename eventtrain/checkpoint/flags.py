@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eventtrain.module.modes import modes
+from eventtrain.module.modes import BEFORE, modes
 from eventtrain.module.module import LightningModule
 
 
@@ -20,7 +20,7 @@ def flags(module: LightningModule) -> dict[str, dict[str, bool]]:
     """
     toggles = vars(module).get("_toggles")
     before_toggles = toggles[0][1] if toggles else {}
-    training = vars(module).get("modes_before_evaluation") or modes(module)
+    training = vars(module).get(BEFORE) or modes(module)
     return {
         "requires_grad": {name: before_toggles.get(each, each.requires_grad) for name, each in module.named_parameters()},
         "training": {name: training.get(part, part.training) for name, part in module.named_modules()},

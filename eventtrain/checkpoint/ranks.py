@@ -26,7 +26,8 @@ def state_of_this_rank(trainer: Trainer) -> dict[str, Any]:
     position = None if batches is None else batches.position()
     data = None
     if state.loop is not None and loaders is not None:
-        data = loaders.state_dict(position is not None) | {"position": position}
+        first = state.limits.first_epoch_batches
+        data = loaders.state_dict(position is not None) | {"position": position, "first_epoch_batches": first}
     return {
         "window": {
             "open": batch.window_open,
@@ -87,6 +88,11 @@ def divided_anew(checkpoint: dict[str, Any], states: list[dict[str, Any]], train
     if rank_state["data"] is None or rank_state["data"]["position"] is None:
         return rank_state
     position = dict(rank_state["data"]["position"])
+    if position["state"] is not None:
+        raise MisconfigurationError(
+            f"The checkpoint was written by {before} processes in an epoch, at positions that their loaders keep, and {now} "
+            f"processes cannot share those. {advice}"
+        )
     batches, rest = divmod(position["batches"] * before, now)
     if rest:
         raise MisconfigurationError(
@@ -95,7 +101,8 @@ def divided_anew(checkpoint: dict[str, Any], states: list[dict[str, Any]], train
         )
     done = checkpoint["progress"]["total_batch_idx"] + 1 - position["batches"]
     assert trainer.run_state.loaders is not None
-    position |= {"batches": batches, "length": known_length(trainer.run_state.loaders.loader("train"))}
+    (loader,) = trainer.run_state.loaders.of("train")
+    position |= {"batches": batches, "length": known_length(loader)}
     rank_state["data"] = rank_state["data"] | {"position": position}
     entries = [entry for state in states for entry in state["metrics"]["entries"]]
     # They are summed over all processes in the end, so one process may have them all.

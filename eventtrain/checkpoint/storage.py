@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import tempfile
@@ -120,12 +119,13 @@ def crc32_computed() -> Generator[None, None, None]:
         torch.serialization.set_crc32_options(before)
 
 
-def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None) -> dict[str, Any]:
+def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None, *, weights_only: bool = True) -> dict[str, Any]:
     """Read a checkpoint. Its checksums are verified; code in the file is refused, never run.
 
     Args:
         path: The file.
         map_location: The device of the tensors, as in :func:`torch.load`; None for the CPU.
+        weights_only: False runs code in the file.
 
     Raises:
         OSError: If there is no such file, or if it cannot be opened.
@@ -139,7 +139,7 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None) ->
     with reading(path) as file:
         try:
             verify_checksums(file)
-            content = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+            content = torch.load(file, map_location=map_location or "cpu", weights_only=weights_only)
         except Exception as error:  # a damaged file can cause any error in its reader
             code = re.search(r"GLOBAL (\S+)", str(error))
             problem = f"it is damaged, or of another kind ({first_line(error)})"
@@ -263,11 +263,3 @@ def loadable(value: Any, where: str = "checkpoint") -> Any:
         "Convert it to tensors, numbers, strings, lists and dicts; for a hyperparameter, "
         "save_hyperparameters(ignore=[...]) leaves it out."
     )
-
-
-def init_arguments(cls: type, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters that a class's ``__init__`` takes."""
-    parameters = inspect.signature(cls).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(hyperparameters)
-    return {name: value for name, value in hyperparameters.items() if name in parameters}

@@ -138,7 +138,7 @@ class Closure:
         if batch.evaluations > 1 and not plan.zero_grad:
             raise repeated_evaluation(stepping.wrapped)
         loss = weight = None
-        # A step in training_step is one of the user's own, and no part of the step whose closure this is.
+        # A step in training_step or a hook is one of the user's own, and no part of the step whose closure this is.
         depth, stepping.depth, batch.closing = stepping.depth, 0, False
         if not batch.skipped:
             args = (batch.batch, batch.batch_idx) if self.takes_index else (batch.batch,)
@@ -158,7 +158,6 @@ class Closure:
         if plan.zero_grad:
             batch.contributions = 0
             self._zero_grad()
-        stepping.depth, batch.closing = depth, plan.step
         if loss is not None:
             batch.had_loss = True
             if weight is None and batch.weight is None:
@@ -175,6 +174,7 @@ class Closure:
                 backward(signals, self.backward_hook, loss, scaled, evaluation=batch.evaluations)
             else:
                 self.backward_hook(scaled)
+        stepping.depth, batch.closing = depth, plan.step
         if plan.step and batch.contributions:
             if not stepping.ready:
                 stepping.complete_gradients()
@@ -204,7 +204,7 @@ def check_loss_in_every_process(processes: Processes, batch: BatchState) -> None
     Raises:
         MisconfigurationError: If any process has none.
     """
-    if processes.any(batch.loss is None and not batch.updated):  # unless it steps by itself
+    if processes.any(batch.loss is None and not batch.updated):  # a step of the user's own needs none
         raise MisconfigurationError(
             f"training_step returned no loss in a process in batch {batch.batch_idx}, which closes a window: the others would "
             "wait for its gradients. Return a loss of zero with 'weight': 0 there."

@@ -135,6 +135,7 @@ class EvaluationLoop:
             elif metrics.fresh:
                 self._publish_step()
             batch_idx += 1
+        batches.finish()
         metrics.suffix = ""
         return predictions
 

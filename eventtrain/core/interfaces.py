@@ -35,6 +35,9 @@ class Batches(Protocol):
     def close(self) -> None:
         """Let the loader's workers go."""
 
+    def why_empty(self) -> str:
+        """Return why a pass may have no batch, and what to write."""
+
     def position(self) -> dict[str, Any]:
         """Return the position of the batch that was fetched last, for a checkpoint."""
 

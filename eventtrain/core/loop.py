@@ -117,8 +117,7 @@ class TrainLoop:
             elif stop.epoch_reason is not None:  # requested at a safe point
                 ends_epoch = self.validate_if_due(progress.batch_idx, True)
             elif (batch := batches.fetch()) is END:
-                self.warn_of_no_data(batches)
-                ends_epoch = True
+                ends_epoch = self.end_data(batches)
             else:
                 ends_epoch = self.train_batch(batch, progress.batch_idx + 1, batches.is_last)
             if ends_epoch:
@@ -323,6 +322,17 @@ class TrainLoop:
 
     # ------------------------------------------------------------------ ends
 
+    def end_data(self, batches: Batches) -> bool:
+        """Do what is due after an epoch's last batch if it was not known to be the last; return whether the epoch ends."""
+        if self.progress.batch_idx < 0:
+            self.warn_of_no_data(batches)
+            return True
+        if not self.is_last_batch:
+            self.is_last_batch = True
+            if self.signals.train_data_end.listeners:
+                self.signals.train_data_end.publish(events.TrainDataEnd(self.progress.current_epoch))
+        return self.validate_if_due(self.progress.batch_idx, True)
+
     def end_epoch(self, batches: Batches) -> None:
         """End an epoch after its last batch, or after the batch at which it was asked to end."""
         complete = self.stop.epoch_reason is None
@@ -375,8 +385,8 @@ class TrainLoop:
     def warn_of_no_data(self, batches: Batches) -> None:
         """Warn of an epoch without a single batch; raise if nothing but ``max_steps`` would end the run."""
         message = (
-            f"The training loader ({type(batches.loader).__name__}) gave no batch in epoch {self.progress.current_epoch}. Is "
-            "it an iterator that is used up? Give a loader that can be iterated anew."
+            f"The training loader ({type(batches.loader).__name__}) gave no batch in epoch {self.progress.current_epoch}: "
+            f"nothing was trained. {batches.why_empty()}"
         )
         if self.limits.max_epochs is None:
             raise MisconfigurationError(message)
@@ -399,7 +409,7 @@ class TrainLoop:
         if self.stop.epoch_reason is not None:
             cause = f"it was ended ({self.stop.epoch_reason})"
         elif no_loss:
-            cause = "training_step returned no loss in any of its batches. Return the loss"
+            cause = "none of its batches had a loss, which training_step has to return"
         elif state.skip_reason is not None:
             cause = f"its steps were skipped ({state.skip_reason})"
         else:

@@ -48,7 +48,8 @@ class LightningOptimizer(Optimizer):
 
     It *is* a ``torch.optim.Optimizer``, and an instance of the wrapped optimizer's class: ``param_groups``, ``state``,
     ``defaults`` and the wrapped optimizer's own attributes are read and written through it, and a scheduler may be built on
-    it. A step taken on :attr:`optimizer` directly is a plain torch step: no veto, no clipping.
+    it. A step taken on :attr:`optimizer` directly is a plain torch step: no veto, no clipping. A method whose name ends with
+    ``_step``, such as SAM's ``second_step``, gets complete and clipped gradients in a run, and counts if it updates.
 
     Args:
         optimizer: The optimizer to wrap.

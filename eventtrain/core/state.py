@@ -27,7 +27,9 @@ class RunLimits:
         max_steps: Updates; None for no limit.
         min_epochs: A request to stop waits until this many epochs are complete.
         min_steps: A request to stop waits until there were this many updates.
-        batches_per_epoch: Training batches per epoch, with ``limit_train_batches`` applied; None if unknown.
+        batches_per_epoch: Training batches of the current epoch, with ``limit_train_batches`` applied; None if unknown.
+        first_epoch_batches: The same for the run's first epoch, from which schedules are estimated.
+        is_estimated: Something has asked for this estimate.
         val_check_interval: Batches between two validations; None for one at the epoch's end.
         check_val_every_n_epoch: Epochs between two that validate; None if the interval counts the run's batches.
     """
@@ -37,6 +39,8 @@ class RunLimits:
     min_epochs: int = 0
     min_steps: int = 0
     batches_per_epoch: int | None = None
+    first_epoch_batches: int | None = None
+    is_estimated: bool = False
     val_check_interval: int | None = None
     check_val_every_n_epoch: int | None = 1
 

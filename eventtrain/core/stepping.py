@@ -42,6 +42,7 @@ class Stepping:
         ready: The gradient events were published for the current gradients. Cleared by ``zero_grad``, by ``step`` and by each
             evaluation of a closure, never by a backward.
         stepping: The wrapper's ``step`` is under way.
+        own: It is the user's own, and not the loop's for a window.
         depth: Steps of the wrapped optimizer under way; 2 if a subclass calls ``super().step()``.
         evaluations: How often the current step has evaluated its closure.
         num_steps: Updates of the wrapped optimizer.
@@ -58,6 +59,7 @@ class Stepping:
     version: Callable[[Tensor], int]
     ready: bool = False
     stepping: bool = False
+    own: bool = False
     zeroing: bool = False
     depth: int = 0
     evaluations: int = 0
@@ -111,18 +113,24 @@ class Stepping:
         """
         signals, batch, steps = self.signals, self.batch, self.num_steps
         skip_reason: str | None = None
-        outer = self.stepping, self.evaluations, self._closure, self.result  # of the step whose closure this one is in
+        outer = (
+            self.stepping,
+            self.own,
+            self.evaluations,
+            self._closure,
+            self.result,
+        )  # of the step whose closure this one is in
         phase = events.OptimizerStep(self.optimizer) if signals.optimizer_step.listeners else None
         try:
             if phase is not None:
                 signals.optimizer_step.publish(phase)
-            self.stepping, self.evaluations, self._closure = True, 0, closure
+            self.stepping, self.own, self.evaluations, self._closure = True, not batch.closing, 0, closure
             if closure is None:
                 self.evaluate()
                 self.result = self.wrapped.step(**kwargs)
             else:
                 self.result = self.wrapped.step(self._evaluate, **kwargs)
-                if self.evaluations == 0 and not batch.closing:  # else the loop raises, and names the hook
+                if self.evaluations == 0 and self.own:  # else the loop raises, and names the hook
                     raise MisconfigurationError(
                         f"{type(self.wrapped).__name__}.step did not run the closure that it was given, so there were no "
                         "gradients. An optimizer has to call it: `loss = closure()` under `torch.enable_grad()`."
@@ -131,7 +139,7 @@ class Stepping:
             skip_reason = skip.reason
         finally:
             self.ready, self.depth, result = False, 0, self.result
-            self.stepping, self.evaluations, self._closure, self.result = outer
+            self.stepping, self.own, self.evaluations, self._closure, self.result = outer
             if phase is not None:
                 phase.__exit__(*sys.exc_info())
         if skip_reason is None:
@@ -156,6 +164,7 @@ class Stepping:
             *args: Its arguments.
             **kwargs: Its keyword arguments.
         """
+        self.own = not self.batch.closing
         if not self.ready:
             self.depth = 1  # it cannot be skipped
             self.complete_gradients()
@@ -166,7 +175,7 @@ class Stepping:
         try:
             result = method(*args, **kwargs)
         finally:
-            self.stepping = self.ready = False
+            self.stepping = self.own = self.ready = False
         if not self._held and before != list(map(self.version, self.optimizer.parameters())):
             self.num_steps, self.batch.updated = steps + 1, True
         if self.num_steps > steps:
@@ -185,7 +194,7 @@ class Stepping:
             self.evaluations += 1
             self.ready = False
             self.result = self._closure()
-        if batch.closing and batch.contributions == 0:
+        if not self.own and batch.contributions == 0:
             self._skip("no loss")
         if not self.ready:
             self.complete_gradients()
@@ -227,7 +236,7 @@ class Stepping:
         """Publish the gradient events, after which the gradients are the true ones. Call it only if not ``ready``."""
         self.ready = True
         signals, batch = self.signals, self.batch
-        of_window = batch.automatic and (batch.closing or not self.stepping)  # and not for a step of the user's own
+        of_window = batch.automatic and not self.own
         if signals.reduce_gradients.listeners:
             skipped = batch.automatic and (batch.skipped or not of_window)
             signals.reduce_gradients.publish(events.ReduceGradients(self.optimizer, skipped))

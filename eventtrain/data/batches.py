@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
-from eventtrain.checkpoint.rng import rng_state, set_rng_state
 from eventtrain.core.interfaces import END
-from eventtrain.data.generators import generator_states, set_generator_states
-from eventtrain.data.limits import known_length
-from eventtrain.data.resumable import ResumableLoader, describe_loader
+from eventtrain.data.combined import loaders_in
+from eventtrain.data.generators import mark, put_back
+from eventtrain.data.limits import known_length, limit_name
+from eventtrain.data.resumable import ResumableCombination, ResumableLoader, describe_loader
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import AfterBatchFetch, BeforeBatchFetch, Stage
 
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
 class LoaderPass:
     """One pass over a loader.
 
-    A loader with a length is read as a ``for`` loop reads it. A loader without a length is read one batch ahead, because
-    accumulation and schedules have to know the last batch when they see it. Other loaders are not read ahead, because
+    A loader with a length is read as a ``for`` loop reads it. A training loader without a length is read one batch ahead,
+    because accumulation and schedules have to know the last batch when they see it. Other loaders are not read ahead, because
     that would change the order of random draws.
+
+    The length is that of this pass: it is measured after ``iter(loader)``, and if that made a Python generator, after the
+    first batch, because its code has only run then.
 
     Args:
         source: The loader.
         number: The number of the pass, for the seeds of the loader's workers.
-        limit: The number of batches to read at most; None for all.
+        measure: Returns how many batches of the pass are used at most; None for all of a loader without a length.
         stage: The stage, for the events.
         signals: The signals for ``before_batch_fetch`` and ``after_batch_fetch``.
         transfer: A function that moves a batch to its device.
@@ -37,6 +41,7 @@ class LoaderPass:
             all generators to the states of the checkpoint afterwards.
         agree: A function that returns whether a flag is set in any process; None if there is one process. With it, passes
             over loaders without a length end together.
+        reads_ahead: Whether a loader without a length is read ahead. If not, its last batch is not known to be the last.
 
     Attributes:
         length: The loader's length; None if it is unknown.
@@ -45,44 +50,48 @@ class LoaderPass:
 
     def __init__(
         self,
-        source: ResumableLoader,
+        source: ResumableLoader | ResumableCombination,
         number: int,
-        limit: int | None,
+        measure: Callable[[], int | None],
         stage: Stage,
         signals: SignalTable,
         transfer: Callable[[Any], Any],
         position: Mapping[str, Any] | None = None,
         agree: Callable[[bool], bool] | None = None,
+        *,
+        reads_ahead: bool,
     ) -> None:
         self.loader = source.loader
-        self.length = known_length(self.loader)
-        self.is_last = False
+        self.length: int | None  # both from _measure
+        self._end: int | None
         self._source = source
-        self._end = self.length if limit is None else limit
+        self._used = measure
         self._stage = stage
         self._signals = signals
         self._transfer = transfer
         self._fetched = 0
         self._agree = agree
         # The states from which a resumed pass begins, and reads ahead: kept if a checkpoint may need them.
-        self._began: Mapping[str, Any] | None = self._mark() if stage == "train" else None
+        self._began: Mapping[str, Any] | None = mark(self.loader) if stage == "train" else None
         self._before_ahead: dict[str, Any] | None = None
-        self._iterator: Iterator[Any] = iter(())
-        if position is not None:
-            self._continue(number, position)
-        elif limit != 0:
+        self._ahead: Any = None
+        if position is None:
             self._iterator = source.begin(number)
-        self._ahead: Any = self._next_ahead() if self.length is None and limit != 0 else None
-        if position is not None:
-            self.is_last = self._fetched == self._end or self._ahead is END
+            self._measure()
+        else:
+            self._continue(number, position)
+        reads_ahead &= self.length is None
+        if reads_ahead and self._fetched != self._end and self._ahead is not END:
+            self._ahead = self._next_ahead()
+        self.is_last = self._fetched == self._end or self._ahead is END
         if self.length is None:
-            self._read = self._read_ahead
+            self._read = self._read_ahead if reads_ahead else self._next
         elif self._iterator is self.loader:
             self._read = self._read_or_refuse
+        elif isinstance(self._iterator, GeneratorType) and self._fetched == 0:
+            self._read = self._read_first
         else:
-            # A loader that ends before its length is an error. A chain, because its `next` is no Python call. It calls
-            # `iter` again, which would be another pass if the loader is its own iterator.
-            self._read = chain(self._iterator, self._too_short()).__next__
+            self._read = self._rest()
 
     def fetch(self) -> Any:
         """Return the next batch on its device, or :data:`END`.
@@ -97,16 +106,36 @@ class LoaderPass:
         if signals.before_batch_fetch.listeners:
             with BeforeBatchFetch(self._stage, self._transfer) as phase:
                 signals.before_batch_fetch.publish(phase)
-                batch = self._read()
-                batch = phase.transfer(batch)
-        else:
-            batch = self._transfer(self._read())
+                if (batch := self._read()) is not END:
+                    batch = phase.transfer(batch)
+        elif (batch := self._read()) is not END:
+            batch = self._transfer(batch)
+        if batch is END:  # the batch before was the last, which was not known
+            self._fetched -= 1
+            self._ahead = END
         self.is_last = self._fetched == self._end or self._ahead is END
+        if batch is END:
+            return END
         if signals.after_batch_fetch.listeners:
             event = AfterBatchFetch(self._stage, batch)
             signals.after_batch_fetch.publish(event)
             batch = event.batch
         return batch
+
+    def _measure(self) -> None:
+        self.length = known_length(self.loader)
+        self._end = self._used()
+
+    def _rest(self) -> Callable[[], Any]:
+        # A loader that ends before its length is an error. A chain, because its `next` is no Python call. It calls `iter`
+        # again, which would be another pass if the loader is its own iterator.
+        return chain(self._iterator, self._too_short()).__next__
+
+    def _read_first(self) -> Any:
+        batch = self._next()
+        self._measure()
+        self._read = self._rest()
+        return self._read() if batch is END and self.length != 0 else batch
 
     def _read_or_refuse(self) -> Any:
         batch = self._next()
@@ -120,8 +149,7 @@ class LoaderPass:
 
     def _next_ahead(self) -> Any:
         if self._began is not None and self._source.is_exact:
-            state = self.loader.state_dict() if self._source.is_stateful else None
-            self._before_ahead = self._mark() | {"state": state}
+            self._before_ahead = mark(self.loader) | {"state": self._source.state()}
         return self._next()
 
     def _next(self) -> Any:
@@ -144,19 +172,30 @@ class LoaderPass:
         if self._next() is not END:
             raise MisconfigurationError(
                 f"{type(self.loader).__name__} says that it has {self.length} batches and has more. Correct its __len__, or "
-                f"set limit_{self._stage}_batches={self.length}."
+                f"set {limit_name(self._stage)}={self.length}."
             )
+
+    def why_empty(self) -> str:
+        """Return why the pass may have no batch, and what to write."""
+        loader = next((each for each in loaders_in(self.loader) if known_length(each) == 0), None)
+        if loader is None:
+            return "Is it an iterator that is used up? Give a loader that can be iterated anew."
+        if getattr(loader, "drop_last", False) and (samples := len(loader.dataset)):
+            return (
+                f"Its data set has {samples} samples, fewer than batch_size={loader.batch_size}, and drop_last=True drops "
+                "them. Give a smaller batch_size, or drop_last=False."
+            )
+        return "It has no data: its length is 0."
 
     # ------------------------------------------------------------------ position
 
     def position(self) -> dict[str, Any]:
         """Return the position of the batch that was fetched last, as values that a checkpoint can hold. For training only."""
-        state = None
-        if self._source.is_stateful:
-            state = self.loader.state_dict() if self._before_ahead is None else self._before_ahead["state"]
+        state = self._source.state() if self._before_ahead is None else self._before_ahead["state"]
         return {
             "batches": self._fetched,
             "length": self.length,
+            "has_ended": self._ahead is END and self._before_ahead is None,
             "began": self._began,
             "before_ahead": self._before_ahead,
             "state": state,
@@ -170,18 +209,15 @@ class LoaderPass:
         """
         self._iterator = iter(())
         self._read = self._iterator.__next__
-
-    def _mark(self) -> dict[str, Any]:
-        """Return the states of the generators from which the pass draws."""
-        return {"rng": rng_state(), "generators": generator_states(self.loader)}
-
-    def _put_back(self, mark: Mapping[str, Any]) -> None:
-        set_rng_state(mark["rng"])
-        set_generator_states(self.loader, mark["generators"])
+        self._source.close()
 
     def _continue(self, number: int, position: Mapping[str, Any]) -> None:
         """Begin the pass after the batches that are done."""
         self._fetched = position["batches"]
+        self._began = position["began"]
+        put_back(self.loader, position["began"])
+        self._iterator = self._source.begin_at(number, self._fetched, position["state"])
+        self._measure()
         if self.length != position["length"]:
             warnings.warn(
                 f"The checkpoint was written after {self._fetched} of {position['length']} batches of an epoch; the training "
@@ -191,11 +227,10 @@ class LoaderPass:
             )
         if self._end is not None:
             self._end = max(self._end, self._fetched)
-        self._began = position["began"]
-        self._put_back(position["began"])
-        self._iterator = self._source.begin_at(number, self._fetched, position["state"])
         if position["before_ahead"] is not None:
-            self._put_back(position["before_ahead"])
+            put_back(self.loader, position["before_ahead"])
+        if position.get("has_ended", False):  # older checkpoints do not say
+            self._ahead = END
 
     def _too_short(self) -> Iterator[Any]:
         yield from ()

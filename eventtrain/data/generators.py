@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from eventtrain.checkpoint.rng import rng_state, set_rng_state
+from eventtrain.data.combined import CombinedLoader
 
 NESTED = ("sampler", "batch_sampler", "dataset")
 """The attributes of a loader, and of its samplers, that are searched for generators."""
@@ -19,6 +23,9 @@ def generators(loader: Any) -> dict[str, Any]:
     The transforms of a data set are searched too, and the data set that it is a part of. A generator that is shared is
     listed once.
     """
+    if isinstance(loader, CombinedLoader):
+        each = enumerate(loader.flattened)
+        return {f"{index}.{path}": held for index, inner in each for path, held in generators(inner).items()}
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if "numpy" in sys.modules:
         numpy_random = sys.modules["numpy"].random
@@ -75,3 +82,14 @@ def set_generator_states(loader: Any, states: dict[str, Any]) -> None:
             generator.set_state((name, words.numpy().astype("uint32"), *rest))
         else:
             generator.bit_generator.state = states[path]
+
+
+def mark(loader: Any) -> dict[str, Any]:
+    """Return the states of all generators from which a pass over a loader draws."""
+    return {"rng": rng_state(), "generators": generator_states(loader)}
+
+
+def put_back(loader: Any, states: Mapping[str, Any]) -> None:
+    """Restore the states that :func:`mark` returned."""
+    set_rng_state(states["rng"])
+    set_generator_states(loader, states["generators"])

@@ -1,14 +1,13 @@
-"""The lengths of loaders, the limits that users set on them, and the checks of loaders."""
+"""The lengths of loaders, and the limits that users set on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from eventtrain.errors import MisconfigurationError
+from eventtrain.events import Stage
 
 Limit = int | float | None
 
@@ -42,6 +41,11 @@ def check_limit(limit: Limit, named: str) -> None:
         )
 
 
+def limit_name(stage: Stage) -> str:
+    """Return the argument of the trainer that limits a stage."""
+    return f"limit_{'val' if stage == 'validation' else stage}_batches"
+
+
 def limited_length(length: int | None, limit: Limit, named: str) -> int | None:
     """Return the number of batches to use.
 
@@ -61,7 +65,7 @@ def limited_length(length: int | None, limit: Limit, named: str) -> int | None:
         return length
     if isinstance(limit, int):
         return limit if length is None else min(limit, length)
-    if limit == 0.0:
+    if limit == 0.0 or length == 0:
         return 0
     if length is None:
         raise MisconfigurationError(
@@ -70,49 +74,7 @@ def limited_length(length: int | None, limit: Limit, named: str) -> int | None:
     batches = int(length * limit)
     if batches < 1:
         raise MisconfigurationError(
-            f"{named}={limit!r} of {length} batches is less than one. Give at least {1 / max(length, 1):.3g}, or a whole "
+            f"{named}={limit!r} of {length} batches is less than one. Give at least {1 / length:.3g}, or a whole "
             "number of batches."
         )
     return batches
-
-
-def as_loaders(loaders: Any) -> list[Any]:
-    """Return one loader or several as a list.
-
-    A list or tuple is several loaders if each of its items is iterable, and is neither a tensor, a mapping, nor a
-    sequence: a list of batches is one loader.
-
-    Args:
-        loaders: One loader, a list or tuple of loaders, or None.
-    """
-    if loaders is None:
-        return []
-    if isinstance(loaders, (list, tuple)) and loaders and all(_is_loader(item) for item in loaders):
-        return list(loaders)
-    return [loaders]
-
-
-def _is_loader(item: Any) -> bool:
-    return isinstance(item, Iterable) and not isinstance(item, (Tensor, Mapping, list, tuple, str))
-
-
-def check_train_loader(loader: Any) -> None:
-    """Check that a run can train on a loader.
-
-    Raises:
-        MisconfigurationError: If there is no loader, if there are several, or if it is not iterable.
-    """
-    if loader is None:
-        raise MisconfigurationError(
-            "There is nothing to train on. Give fit(model, train_dataloaders=...), a datamodule, or define train_dataloader "
-            "in the module."
-        )
-    if len(as_loaders(loader)) > 1:
-        raise MisconfigurationError(
-            "fit was given several training loaders; it trains on one. Combine the data sets, for example with "
-            "torch.utils.data.ConcatDataset."
-        )
-    if not isinstance(loader, Iterable):
-        raise MisconfigurationError(
-            f"The training loader is {loader!r} ({type(loader).__name__}), which cannot be iterated. Give a DataLoader."
-        )

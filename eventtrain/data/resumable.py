@@ -8,7 +8,7 @@ is loaded for them, and the generators are set to their states at the checkpoint
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from eventtrain._torch import copy_loader, has_running_workers
 from eventtrain.checkpoint.rng import seed_process
-from eventtrain.data.generators import generator_states, set_generator_states
+from eventtrain.data.combined import CombinedLoader, Part, loaders_in
+from eventtrain.data.generators import generator_states, mark, put_back, set_generator_states
+from eventtrain.data.limits import known_length
 from eventtrain.errors import MisconfigurationError
 
 
@@ -58,7 +60,7 @@ class ResumableLoader:
         """Whether a pass that begins again at a batch gives exactly the same batches."""
         return self.is_stateful or self.has_sampler or isinstance(self.loader, Sequence)
 
-    def begin(self, number: int) -> Iterator[Any]:
+    def begin(self, number: Any) -> Iterator[Any]:
         """Begin a pass.
 
         Args:
@@ -69,7 +71,7 @@ class ResumableLoader:
             return iter(self.loader)
         return self._iterate(*self._copy, number, 0)
 
-    def begin_at(self, number: int, batches: int, state: Any) -> Iterator[Any]:
+    def begin_at(self, number: Any, batches: int, state: Any, before_first: Callable[[], None] = lambda: None) -> Iterator[Any]:
         """Begin a pass after its first batches.
 
         The generators must be in the states in which the pass began the first time.
@@ -78,6 +80,7 @@ class ResumableLoader:
             number: The number of the pass, for the seeds of its workers.
             batches: How many batches are done.
             state: The loader's own state, if it has one.
+            before_first: Called between the begin of the pass and its first batch, when the run may have drawn numbers.
 
         Raises:
             MisconfigurationError: If the loader has fewer batches.
@@ -89,6 +92,7 @@ class ResumableLoader:
         if self.has_sampler:
             loader, indices = self._copy or with_indices(self.loader)
             iterator = self._iterate(loader, indices, number, batches)
+            before_first()
             indices.drop_skipped()
             return iterator
         if not self.is_exact:
@@ -100,6 +104,7 @@ class ResumableLoader:
                 stacklevel=2,
             )
         iterator = self.begin(number)
+        before_first()
         for done in range(batches):
             if next(iterator, _MISSING) is _MISSING:
                 raise MisconfigurationError(
@@ -108,7 +113,24 @@ class ResumableLoader:
                 )
         return iterator
 
-    def _iterate(self, loader: DataLoader[Any], indices: Indices, number: int, skip: int) -> Iterator[Any]:
+    def state(self) -> Any:
+        """Return the loader's own state; None if it has none, or was never read."""
+        return self.loader.state_dict() if self.is_stateful and self.passes > 0 else None
+
+    def end_at(self, state: Any) -> None:
+        """Give the loader the state that it had after a pass, so that the next begins as it did in that run.
+
+        Args:
+            state: The result of :meth:`state` after the pass.
+        """
+        if state is not None and self.is_stateful:
+            self.loader.load_state_dict(state)
+            iter(self.loader)  # the pass that the state belongs to, which is over
+
+    def close(self) -> None:
+        """Let go of the current pass; its state stays."""
+
+    def _iterate(self, loader: DataLoader[Any], indices: Indices, number: Any, skip: int) -> Iterator[Any]:
         if loader.persistent_workers and not has_running_workers(loader) and self.passes:
             # Such a loader draws the seed of its workers only in the run's first pass, which was in another process.
             indices.is_closed = True
@@ -120,6 +142,137 @@ class ResumableLoader:
         self.passes += 1
         indices.skip, indices.key = skip, (*self.key, number)
         return iter(loader)
+
+
+class ResumableCombination:
+    """A combination of loaders whose passes can begin at any batch: each of the loaders has its own position.
+
+    It has the attributes and methods of :class:`ResumableLoader`, and its state is the list of these positions.
+
+    Args:
+        loader: The combination.
+        key: See :class:`ResumableLoader`.
+        passes: The passes over each loader that the run began earlier.
+
+    Example:
+        >>> loader = ResumableCombination(CombinedLoader([["a", "b", "c"], [1, 2]], "max_size_cycle"), key=(0, "train", 0))
+        >>> begun = loader.begin(0)
+        >>> [next(begun), next(begun)]
+        [['a', 1], ['b', 2]]
+        >>> list(loader.begin_at(0, batches=2, state=loader.state()))
+        [['c', 1]]
+    """
+
+    is_exact = is_stateful = True
+
+    def __init__(self, loader: CombinedLoader, key: tuple[Any, ...], passes: Sequence[int] = ()) -> None:
+        self.loader = loader
+        self._sources = [ResumableLoader(each, (*key, index)) for index, each in enumerate(loader.flattened)]
+        for source, begun in zip(self._sources, passes, strict=False):
+            source.passes = begun
+        self._parts: list[ResumablePart] = []
+
+    @property
+    def passes(self) -> list[int]:
+        """The passes over each loader that the run has begun."""
+        return [source.passes for source in self._sources]
+
+    def begin(self, number: Any) -> Iterator[Any]:
+        """See :meth:`ResumableLoader.begin`."""
+        self._parts = [ResumablePart(source, number) for source in self._sources]
+        return (batch for batch, *_ in self.loader.read(self._parts))
+
+    def begin_at(self, number: Any, batches: int, state: Any) -> Iterator[Any]:
+        """See :meth:`ResumableLoader.begin_at`."""
+        self._parts = [ResumablePart(source, number) for source in self._sources]
+        for part, position in self._with_positions(self._parts, state):
+            part.begin_at(position)
+        return (batch for batch, *_ in self.loader.read_on(self._parts))
+
+    def state(self) -> list[Any]:
+        """See :meth:`ResumableLoader.state`."""
+        if not self._parts:
+            return [{"state": source.state()} for source in self._sources]
+        return [part.position() for part in self._parts]
+
+    def end_at(self, state: Any) -> None:
+        """See :meth:`ResumableLoader.end_at`."""
+        for source, position in self._with_positions(self._sources, state):
+            source.end_at(position["state"])
+
+    def _with_positions(self, parts: list[Any], state: Any) -> Iterator[tuple[Any, Any]]:
+        if not isinstance(state, list) or len(state) != len(parts):
+            written = f"{len(state)} training loaders" if isinstance(state, list) else "one training loader"
+            raise MisconfigurationError(
+                f"The checkpoint holds the position in {written}, and the run has {len(parts)}. Resume with the loaders that "
+                "the run had, or load only the weights with load_from_checkpoint."
+            )
+        return zip(parts, state, strict=True)
+
+    def close(self) -> None:
+        """See :meth:`ResumableLoader.close`."""
+        for part in self._parts:
+            part.iterator = iter(())
+
+
+class ResumablePart(Part):
+    """A loader of several, whose pass can begin at any batch.
+
+    Args:
+        source: The loader.
+        number: The number of the pass over all of them.
+    """
+
+    def __init__(self, source: ResumableLoader, number: Any) -> None:
+        super().__init__(source.loader)
+        self._source = source
+        self._number = number
+        self._starts = 0
+        # The others draw between the two, and the run does before a loader that begins anew.
+        self._began: Mapping[str, Any] | None = None
+        self._before_first: Mapping[str, Any] | None = None
+
+    def iterate(self) -> Iterator[Any]:
+        """Begin a pass over the loader."""
+        self._began = mark(self.loader)
+        self._starts += 1
+        return self._source.begin((self._number, self._starts))
+
+    def next(self) -> Any:
+        """Return the next batch, or END."""
+        if self.done == 0:
+            self._before_first = mark(self.loader)
+        return super().next()
+
+    def position(self) -> dict[str, Any]:
+        """Return the position in the loader, as values that a checkpoint can hold."""
+        return {
+            "done": self.done,
+            "is_open": self.is_open,
+            "has_ended": self.has_ended,
+            "starts": self._starts,
+            "passes": self._source.passes - self.is_open,  # an open one is begun again
+            "began": self._began,
+            "before_first": self._before_first,
+            "state": self._source.state(),
+        }
+
+    def begin_at(self, position: Mapping[str, Any]) -> None:
+        """Continue at the result of :meth:`position`."""
+        self.done, self.is_open, self.has_ended = position["done"], position["is_open"], position["has_ended"]
+        self._starts, self._source.passes = position["starts"], position["passes"]
+        self._began, self._before_first = position["began"], position["before_first"]
+        if not self.is_open:
+            self._source.end_at(position["state"])
+            return
+        put_back(self.loader, position["began"])
+        number = (self._number, self._starts)
+        self.iterator = self._source.begin_at(number, self.done, position["state"], self._restore_before_first)
+        self.length = known_length(self.loader)
+
+    def _restore_before_first(self) -> None:
+        assert self._before_first is not None
+        put_back(self.loader, self._before_first)
 
 
 _MISSING = object()
@@ -247,10 +400,11 @@ def _arrive(index: Any, key: tuple[Any, ...]) -> Any:
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell the epoch to samplers of a loader that shuffle by it, such as ``DistributedSampler``."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for sampler in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
-        if callable(tell := getattr(sampler, "set_epoch", None)):
-            tell(epoch)
+    for each in loaders_in(loader):
+        batch_sampler = getattr(each, "batch_sampler", None)
+        for sampler in (getattr(each, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+            if callable(tell := getattr(sampler, "set_epoch", None)):
+                tell(epoch)
 
 
 def describe_loader(loader: Any) -> str:

@@ -16,7 +16,7 @@ def batch_sizes(batch: Any, remedy: str) -> list[int]:
     """Return the sizes that the parts of a batch show; the first one is the batch's.
 
     Each tensor and array shows its first dimension, at any depth of mappings, lists, tuples and dataclasses. Only if there is
-    none, lists show their lengths, and other objects show what their items show, or their own length. A batch of nothing but
+    none, lists show their lengths, and other objects the sizes of their items, or their own length. A batch of nothing but
     scalars is one sample, and so is None.
 
     Args:

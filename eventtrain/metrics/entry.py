@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,8 @@ Scope = Literal["start", "batch", "epoch"]
 SCOPES: tuple[Scope, ...] = ("start", "batch", "epoch")
 """The parts of an epoch that log separately, in the order in which the later ones replace a value of the same name."""
 Naming = Literal["own", "keys", "either"]
-REDUCTIONS = ("mean", "min", "max", "sum")
+COMBINE: dict[str, Any] = {"mean": torch.add, "min": torch.minimum, "max": torch.maximum, "sum": torch.add}
+"""The reductions, and how two parts of each make one."""
 
 
 class Entry:
@@ -46,11 +47,6 @@ class Entry:
         [('loss_epoch', tensor(3.))]
     """
 
-    __slots__ = (
-        "epoch_name", "loaders", "logger", "metric", "name", "naming", "on_epoch", "on_step", "options", "prog_bar",
-        "reduction", "scope", "step_name", "suffix", "sync_dist", "total", "weight",
-    )  # fmt: skip
-
     def __init__(
         self, name: str, suffix: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool, scope: Scope = "batch"
     ) -> None:
@@ -81,7 +77,7 @@ class Entry:
         elif self.total is None:
             self.total = value.clone()
         else:
-            self.total = COMBINED[self.reduction](self.total, value)
+            self.total = COMBINE[self.reduction](self.total, value)
 
     def merge(self, other: Entry) -> None:
         """Add the reduction that another process made of the same epoch."""
@@ -89,7 +85,7 @@ class Entry:
         if self.total is None:
             self.total, self.weight = other.total, other.weight
         elif other.total is not None:
-            self.total = COMBINED[self.reduction](self.total, other.total.to(self.total.device))
+            self.total = COMBINE[self.reduction](self.total, other.total.to(self.total.device))
             self.weight += other.weight
 
     def values(self) -> list[tuple[Entry, Tensor]]:
@@ -109,8 +105,8 @@ class Entry:
         """
         if isinstance(computed, Mapping) and self.naming != "own":
             return [pair for name, value in computed.items() for pair in self._part(name).values_of(value)]
-        if self.naming != "keys" and isinstance(computed, (int, float)):
-            return [(self, torch.tensor(float(computed), dtype=torch.float64))]
+        if isinstance(computed, (int, float)):
+            computed = torch.tensor(float(computed), dtype=torch.float64)
         if self.naming != "keys" and isinstance(computed, Tensor) and computed.numel() == 1:
             return [(self, computed.detach().reshape(()))]
         kind, call = type(self.metric).__name__, f"self.log({self.name!r}, ...)"
@@ -138,18 +134,8 @@ class Entry:
         """Return the state for a checkpoint. The state of a metric object is saved with the module's, not here."""
         options = list(self.options)
         options[4] = self.reduction
-        return {
-            "name": self.name,
-            "suffix": self.suffix,
-            "options": options,
-            "on_step": self.on_step,
-            "on_epoch": self.on_epoch,
-            "scope": self.scope,
-            "naming": self.naming,
-            "loaders": sorted(self.loaders),
-            "total": self.total,
-            "weight": self.weight,
-        }
+        names = ("name", "suffix", "on_step", "on_epoch", "scope", "naming", "total", "weight")
+        return {name: getattr(self, name) for name in names} | {"options": options, "loaders": sorted(self.loaders)}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Entry:
@@ -171,15 +157,6 @@ class Entry:
         self.total, self.weight = None, 0.0
         if self.metric is not None:
             self.metric.reset()
-
-
-COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mean": torch.add,
-    "sum": torch.add,
-    "min": torch.minimum,
-    "max": torch.maximum,
-}
-"""How two parts of a reduction make one."""
 
 
 def reduction_name(reduction: Any) -> Any:

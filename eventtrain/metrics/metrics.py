@@ -18,7 +18,7 @@ from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 from eventtrain.metrics.batch_size import batch_sizes
-from eventtrain.metrics.entry import REDUCTIONS, SCOPES, Entry, Scope, on_device, plain, reduction_name
+from eventtrain.metrics.entry import COMBINE, SCOPES, Entry, Scope, on_device, plain, reduction_name
 from eventtrain.metrics.torchmetrics import NamedValues, is_loggable_metric, load_metric_states, metric_states, unnamed
 
 
@@ -185,8 +185,11 @@ class Metrics:
         the names that it has: a process that had no batch has none.
         """
         entries = [entry for entry in self._entries_of(self.stage) if entry.epoch_name is not None]
-        if self.processes.world_size == 1:
-            return [pair for entry in entries for pair in entry.values()]
+        if self.processes.world_size > 1:
+            entries = self._merged(entries)
+        return [pair for entry in entries for pair in entry.values()]
+
+    def _merged(self, entries: list[Entry]) -> list[Entry]:
         mine = [entry.state_dict() for entry in entries if entry.metric is None]
         merged = {(entry.scope, entry.name): entry for entry in entries if entry.metric is not None}
         for states in self.processes.gather_for_all(mine):
@@ -194,8 +197,7 @@ class Metrics:
                 entry = Entry.of(state, self.device)
                 if (known := merged.setdefault((entry.scope, entry.name), entry)) is not entry:
                     known.merge(entry)
-        entries = sorted(merged.values(), key=lambda entry: SCOPES.index(entry.scope))
-        return [pair for entry in entries for pair in entry.values()]
+        return sorted(merged.values(), key=lambda entry: SCOPES.index(entry.scope))
 
     def _entries_of(self, stage: Stage) -> Iterator[Entry]:
         """Return the entries of a stage, those of its epoch's start first."""
@@ -305,9 +307,9 @@ class Metrics:
         _, _, on_step, on_epoch, reduction, _ = options
         if not isinstance(name, str):
             raise MisconfigurationError(f"self.log's first argument is the metric's name, a string; it is {name!r}.")
-        if reduction_name(reduction) not in REDUCTIONS:
+        if reduction_name(reduction) not in COMBINE:
             raise MisconfigurationError(
-                f"self.log({name!r}, ..., reduce_fx={reduction!r}): reduce_fx has to be one of {list(REDUCTIONS)}."
+                f"self.log({name!r}, ..., reduce_fx={reduction!r}): reduce_fx has to be one of {list(COMBINE)}."
             )
         per_step = self.stage == "train" and scope == "batch"
         resolved_step = per_step if on_step is None else on_step

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from eventtrain.checkpoint.storage import read as read_checkpoint
 from eventtrain.data.device import move_to_device
-from eventtrain.module.hparams import HyperparametersMixin
+from eventtrain.module.hparams import HyperparametersMixin, of_class
+from eventtrain.module.saved_hparams import build
+from eventtrain.paths import check_path
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
@@ -156,7 +160,50 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         [tensor([2., 2.])]
     """
 
+    CHECKPOINT_HYPER_PARAMS_KEY = "datamodule_hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME = "datamodule_hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE = "datamodule_hparams_type"
+
     trainer: Trainer | None = None
+
+    @of_class
+    def load_from_checkpoint(
+        cls: type[Self],
+        checkpoint_path: str | PathLike[str],
+        map_location: Any = None,
+        hparams_file: str | PathLike[str] | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Build a datamodule from the checkpoint of a run that used one, with its hyperparameters and its state.
+
+        Arguments and errors are those of :meth:`eventtrain.LightningModule.load_from_checkpoint`.
+
+        Example:
+            >>> import tempfile
+            >>> from eventtrain import LightningModule, Trainer
+            >>> class Digits(LightningDataModule):
+            ...     def __init__(self, batch_size=8):
+            ...         self.save_hyperparameters()
+            ...     def predict_dataloader(self):
+            ...         return torch.utils.data.DataLoader(torch.arange(10), batch_size=self.hparams.batch_size)
+            >>> class Echo(LightningModule):
+            ...     def forward(self, batch):
+            ...         return batch
+            >>> trainer = Trainer(max_epochs=1, default_callbacks=False, device="cpu")
+            >>> outputs = trainer.predict(Echo(), datamodule=Digits(batch_size=5))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     trainer.save_checkpoint(f"{folder}/last.ckpt")
+            ...     digits = Digits.load_from_checkpoint(f"{folder}/last.ckpt")
+            >>> digits.hparams
+            {'batch_size': 5}
+        """
+        path = check_path(checkpoint_path, f"{cls.__name__}.load_from_checkpoint", "checkpoint_path")
+        content = read_checkpoint(path, map_location, weights_only=weights_only is not False)
+        datamodule: Self = build(cls, content, hparams_file, kwargs)
+        if content.get("datamodule"):
+            datamodule.load_state_dict(content["datamodule"])
+        return datamodule
 
     def teardown(self, stage: str) -> None:
         """Release the resources that :meth:`setup` acquired.

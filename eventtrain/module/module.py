@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eventtrain.checkpoint.storage import init_arguments
 from eventtrain.checkpoint.storage import read as read_checkpoint
 from eventtrain.checkpoint.weights import load_weights
 from eventtrain.core.closure import backward, check_grad_mode
@@ -22,7 +21,8 @@ from eventtrain.errors import MisconfigurationError
 from eventtrain.metrics.torchmetrics import LoggableMetric, is_loggable_metric, named_values
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.hooks import ModuleHooks
-from eventtrain.module.hparams import HyperparametersMixin
+from eventtrain.module.hparams import HyperparametersMixin, of_class
+from eventtrain.module.saved_hparams import build
 from eventtrain.paths import check_path
 
 if TYPE_CHECKING:
@@ -749,20 +749,25 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             parameter.requires_grad_(True)
         self.train()
 
-    @classmethod
+    @of_class
     def load_from_checkpoint(
         cls: type[Self],
         checkpoint_path: str | PathLike[str],
         map_location: Any = None,
+        hparams_file: str | PathLike[str] | None = None,
         strict: bool | None = None,
+        weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Build a module from a checkpoint, with the hyperparameters that it holds.
+        """Build a module from a checkpoint, with the hyperparameters that it holds. Call it on the class.
 
         Args:
             checkpoint_path: The file.
-            map_location: The device of the tensors, as in :func:`torch.load`; None for the CPU.
+            map_location: The device of the tensors and of the module, as in :func:`torch.load`; None for the CPU.
+            hparams_file: A ``.yaml`` or ``.json`` file of hyperparameters to use instead of those of the checkpoint.
             strict: Whether the file has to have exactly the weights of the module; None for its ``strict_loading``.
+            weights_only: False reads a file that holds more than tensors and plain values, and runs code in it: only for
+                files that you trust.
             **kwargs: Arguments of ``__init__`` that replace or complete the saved ones.
 
         Returns:
@@ -770,7 +775,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
 
         Raises:
             OSError: If the file cannot be opened.
-            MisconfigurationError: If the file is not a checkpoint, is damaged, or has the weights of another module.
+            MisconfigurationError: If the file is not a checkpoint, is damaged, or has the weights of another module; or if
+                ``__init__`` needs an argument that the checkpoint does not hold, or takes no such argument.
 
         Example:
             >>> import tempfile
@@ -782,10 +788,13 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             True
         """
         path = check_path(checkpoint_path, f"{cls.__name__}.load_from_checkpoint", "checkpoint_path")
-        content = read_checkpoint(path, map_location=map_location)
-        arguments = init_arguments(cls, {**content.get("hyper_parameters", {}), **kwargs})
-        module = cls(**arguments)
-        module.on_load_checkpoint(content)
+        content = read_checkpoint(path, map_location, weights_only=weights_only is not False)
+        module: Self = build(cls, content, hparams_file, kwargs)
+        for hook, arguments in (("configure_model", ()), ("on_load_checkpoint", (content,))):
+            if getattr(module, hook) is not None:
+                getattr(module, hook)(*arguments)
+        weights = content["state_dict"].values()
+        module.to(next((value.device for value in weights if isinstance(value, Tensor)), None))
         load_weights(module, content, checkpoint_path, strict)
         return module
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.state import RunLimits
-from eventtrain.data.limits import Limit, check_limit
+from eventtrain.data.limits import Limit, check_limit, limit_name
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
 from eventtrain.hints import hint, tables
@@ -33,6 +33,7 @@ class RunArguments:
     check_val_every_n_epoch: int | None
     num_sanity_val_steps: int
     fast_dev_run: int
+    read_ahead: bool
     inference_mode: bool = True
 
     def __post_init__(self) -> None:
@@ -45,6 +46,7 @@ class RunArguments:
         for stage, limit in self.batch_limits.items():
             check_limit(limit, limit_name(stage))
         check_interval(self.val_check_interval, self.check_val_every_n_epoch)
+        check_option(self.read_ahead, "Trainer", "read_ahead", (True, False))
         check_whole_number(self.num_sanity_val_steps, "Trainer", "num_sanity_val_steps", least=-1)
         check_option(self.inference_mode, "Trainer", "inference_mode", (True, False))
         if self.fast_dev_run:
@@ -73,11 +75,6 @@ class RunArguments:
                 "The run has no end: give Trainer(max_epochs=...) or Trainer(max_steps=...); max_epochs=-1 for a run that only "
                 "a callback stops."
             )
-
-
-def limit_name(stage: Stage) -> str:
-    """Return the argument of the trainer that limits a stage."""
-    return f"limit_{'val' if stage == 'validation' else stage}_batches"
 
 
 def check_interval(interval: Limit, every_n_epoch: int | None) -> None:
@@ -132,7 +129,7 @@ def check_module(module: Any) -> LightningModule:
         MisconfigurationError: If it is anything else.
     """
     if isinstance(module, LightningModule):
-        if "_parameters" not in vars(module):
+        if "training" not in vars(module):
             raise MisconfigurationError(f"{type(module).__name__}.__init__ does not call `super().__init__()`. Do it first.")
         return module
     if module is None:
@@ -177,6 +174,7 @@ def checked_attribute(trainer: Any, name: str, value: Any) -> Any:
     elif not read_only and len(kind.__mro__) > 2:
         return value
     else:
-        remedy = hint("Trainer", name, [*attributes, *dir(kind), *arguments], value=value)
+        known = [other for other in (*attributes, *dir(kind), *arguments) if not other.startswith("_")]
+        remedy = hint("Trainer", name, known, value=value)
         remedy = remedy or "Keep values of your own in the module, a callback, or a subclass of Trainer."
     raise MisconfigurationError(f"trainer.{name} = {reprlib.repr(value)} would change nothing. {remedy}")

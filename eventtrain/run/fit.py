@@ -21,7 +21,6 @@ from eventtrain.core.evaluation import EvaluationLoop, step_arguments
 from eventtrain.core.loop import TrainLoop
 from eventtrain.core.state import BatchState
 from eventtrain.core.stepping import Stepping
-from eventtrain.data.limits import check_train_loader
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import FitEnd, FitStart, Stage
 from eventtrain.module.modes import evaluation_mode, warn_of_evaluation_mode
@@ -34,6 +33,8 @@ from eventtrain.run.state import RunState
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
+
+NO_LOADER = "give fit(model, train_dataloaders=...), a datamodule, or define train_dataloader in the module."
 
 
 class Fit(Run):
@@ -66,14 +67,15 @@ class Fit(Run):
         if checkpoint is not None:
             checkpoint = contents.announce(trainer, checkpoint, path)
         state.loaders = self.loaders
-        loader = self.loaders.loader("train")
-        if loader is None and (misnamed := self.misnamed_loader("train")):
-            raise MisconfigurationError(f"There is nothing to train on: {misnamed}")
-        check_train_loader(loader)
-        self._measure(loader)
+        if not self.loaders.of("train"):
+            raise MisconfigurationError(f"There is nothing to train on: {self.misnamed_loader('train') or NO_LOADER}")
+        limits = state.limits
+        limits.first_epoch_batches = self._measure()
+        if checkpoint is not None and checkpoint["data"] and len(checkpoint["ranks"]) + 1 == trainer.world_size:
+            limits.first_epoch_batches = checkpoint["data"].get("first_epoch_batches", limits.first_epoch_batches)
         self._configure_optimizers()
         validate = self._validation()
-        state.loop = loop = self._train_loop(loader, validate)
+        state.loop = loop = self._train_loop(validate)
         warn_of_evaluation_mode(module)
         if checkpoint is not None:
             contents.restore(trainer, checkpoint, path)
@@ -84,7 +86,7 @@ class Fit(Run):
                 self._sanity_check()
             contents.try_out(trainer)
             try:
-                if state.limits.batches_per_epoch != 0:
+                if trainer.arguments.batch_limits["train"] != 0:
                     loop.train()
             finally:  # workers go before callbacks give back the signals that they have taken over
                 if loop.batches is not None:
@@ -100,16 +102,24 @@ class Fit(Run):
 
     # ------------------------------------------------------------------ what the loop is made of
 
-    def _measure(self, loader: Any) -> None:
-        """Fit the limits to the training loader's length."""
-        limits, arguments = self.state.limits, self.trainer.arguments
-        limits.batches_per_epoch = self.loaders.length("train", loader)
+    def _measure(self) -> int | None:
+        """Fit the limits to the training loader, whose length may differ in each epoch; return the epoch's batches."""
+        limits, arguments, (loader,) = self.state.limits, self.trainer.arguments, self.loaders.of("train")
+        limits.batches_per_epoch = batches = self.loaders.length("train", loader)
         if arguments.batch_limits["validation"] != 0:
-            limits.val_check_interval = validation_interval(
-                arguments.val_check_interval,
-                limits.batches_per_epoch,
-                across_epochs=limits.check_val_every_n_epoch is None,
+            # A later epoch may be too short for a validation in it.
+            across_epochs = limits.check_val_every_n_epoch is None or self.state.loop is not None
+            limits.val_check_interval = validation_interval(arguments.val_check_interval, batches, across_epochs=across_epochs)
+        if limits.is_estimated and batches != limits.first_epoch_batches:
+            limits.is_estimated = False  # once is enough
+            warnings.warn(
+                f"Epoch {self.state.progress.current_epoch} has {batches} training batches, and "
+                f"trainer.estimated_stepping_batches was computed from {limits.first_epoch_batches}, as in the first epoch. "
+                "A schedule that was built from it ends too early or too late: give it your own number of steps, or "
+                "Trainer(max_steps=...).",
+                stacklevel=2,
             )
+        return batches
 
     def _configure_optimizers(self) -> None:
         trainer, module, state = self.trainer, self.module, self.state
@@ -128,8 +138,8 @@ class Fit(Run):
             state.steppings.append(stepping)
             self.steps.keep_out_of_graphs(optimizer)
 
-    def _train_loop(self, loader: Any, validate: Callable[[], Any] | None) -> TrainLoop:
-        module, state = self.module, self.state
+    def _train_loop(self, validate: Callable[[], Any] | None) -> TrainLoop:
+        module, state, (loader,) = self.module, self.state, self.loaders.of("train")
         training_step = self.steps["training_step"]
         takes_index = step_arguments(training_step, 1, most=2) > 1
         closure = None
@@ -150,7 +160,7 @@ class Fit(Run):
             stop=state.stop_request,
             metrics=state.metrics,
             limits=state.limits,
-            open_epoch=partial(self.loaders.open, "train", loader, state.limits.batches_per_epoch),
+            open_epoch=partial(self.loaders.open, "train", loader, self._measure),
             training_step=training_step,
             takes_index=takes_index,
             closure=closure,
@@ -173,7 +183,7 @@ class Fit(Run):
         module, batch = self.module, self.state.batch
         if self.trainer.arguments.batch_limits["validation"] == 0:
             return None
-        if not self.loaders.passes("validation"):
+        if not self.loaders.lengths("validation"):
             if overridden_method(module, "validation_step") and (misnamed := self.misnamed_loader("validation")):
                 warnings.warn(f"Nothing is validated: {misnamed}", stacklevel=2)
             return None

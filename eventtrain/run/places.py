@@ -46,3 +46,4 @@ def add_notes(error: Exception, trainer: Trainer, module: LightningModule) -> No
     epoch = f"epoch {trainer.current_epoch}, " if trainer.stage == "fit" else ""
     loader = "" if evaluation is None else f", loader {evaluation.f_locals['dataloader_idx']}"
     error.add_note(f"raised in {place} ({epoch}batch {batch_idx}{loader})")
+    error._eventtrain_noted = True  # type: ignore[attr-defined]

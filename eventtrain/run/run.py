@@ -96,7 +96,9 @@ class Run(ABC):
             self._after_error(first, partial(self.signals.exception.publish_to_all, ExceptionRaised(error)))
             raise
         finally:
-            self._leave_metrics(failed=first is not None)
+            # The next run of the module resets the metric objects that this one logged or, if it failed, was to log.
+            left = self.state.metrics.objects() + (self._unused_metrics if first else [])
+            self.module.__dict__.setdefault(LEFT_METRICS, []).extend(left)
             self._after_error(first, self._tear_down)
 
     # ------------------------------------------------------------------ setup
@@ -146,6 +148,7 @@ class Run(ABC):
             self.signals,
             trainer.device,
             trainer.processes,
+            trainer.arguments.read_ahead,
         )
         parts = [part for part in (datamodule, module) if part is not None]
         for part in parts:
@@ -216,11 +219,6 @@ class Run(ABC):
                 make_idle(callback, trainer.signals)
             self.release()
             state.metrics.enter("train", None)
-
-    def _leave_metrics(self, *, failed: bool) -> None:
-        """Have the next run of the module reset the metric objects that this one logged or, if it failed, was to log."""
-        left = self.state.metrics.objects() + (self._unused_metrics if failed else [])
-        self.module.__dict__.setdefault(LEFT_METRICS, []).extend(left)
 
     def release(self) -> None:
         """Let go of the loaders' workers."""

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
+from eventtrain.errors import MisconfigurationError
+from eventtrain.events import EstimateSteppingBatches
 
 if TYPE_CHECKING:
     from eventtrain.core.loop import TrainLoop
     from eventtrain.core.optimizer import LightningOptimizer
+    from eventtrain.core.signals import SignalTable
     from eventtrain.core.stepping import Stepping
     from eventtrain.metrics.metrics import Metrics
     from eventtrain.module.module import LightningModule
@@ -62,3 +65,28 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.fit_metrics = self.metrics
+
+
+def stepping_batches(limits: RunLimits, signals: SignalTable) -> int:
+    """Estimate how many batches of a fit will update something, with the help of listeners.
+
+    Args:
+        limits: The limits of the fit.
+        signals: The trainer's signals.
+
+    Raises:
+        MisconfigurationError: If it cannot be known.
+    """
+    epochs, length, max_steps = limits.max_epochs, limits.first_epoch_batches, limits.max_steps
+    if epochs is None or length is None:
+        if max_steps is not None:
+            return max_steps
+        raise MisconfigurationError(
+            "estimated_stepping_batches cannot be known: the run has neither max_steps nor both max_epochs and a training "
+            "loader with a length. Give Trainer(max_steps=...), or limit_train_batches as a whole number."
+        )
+    limits.is_estimated = True
+    event = EstimateSteppingBatches(length, epochs, max_steps)
+    signals.estimate_stepping_batches.publish(event)
+    batches = epochs * length if event.stepping_batches is None else event.stepping_batches
+    return batches if max_steps is None else min(batches, max_steps)

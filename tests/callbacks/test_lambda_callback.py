@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from eventtrain import MisconfigurationError, Trainer
-from eventtrain.callback import detach
 from eventtrain.callbacks import LambdaCallback
 from eventtrain.checkpoint.contents import gather
 from tests.kit import Line, train
@@ -36,11 +35,11 @@ def test_several_callbacks_with_the_same_function_are_attached_and_detached_inde
     first, second = LambdaCallback(on_after_update=note), LambdaCallback(on_after_update=note)
     trainer = train(Line(), BATCHES[:1], first, second, max_epochs=2)
     assert seen == [1, 1, 2, 2]
-    detach(first, trainer.signals, trainer.callbacks)
+    trainer.callbacks.remove(first)
     assert len(trainer.signals.after_update.attached()) == 1
     trainer.fit(Line(), BATCHES[:1])
     assert seen == [1, 1, 2, 2, 1, 2]
-    detach(second, trainer.signals, trainer.callbacks)
+    trainer.callbacks.remove(second)
     assert trainer.signals.after_update.attached() == [] and trainer.callbacks == []
 
 

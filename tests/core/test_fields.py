@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from eventtrain import Callback, MisconfigurationError, Trainer, events
+from eventtrain.callbacks import GradientClipping
 from eventtrain.events import EVENTS, Plan
 from tests.kit import ModuleOf, On, new_trainer, train
+from tests.misconfigurations import Case, check_refusal, check_remedy, fit
 
 FIELDS = [
     (name, field.name, bool(field.metadata.get("writable")))
@@ -120,3 +123,73 @@ def test_an_event_is_still_a_dataclass_that_can_be_copied_and_replaced(name: str
 def test_an_attribute_that_no_field_has_is_an_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'bathc'"):
         made("train_batch_start").bathc = 1
+
+
+# ------------------------------------------------------------------ each beside the form that trains
+
+
+def writes(signal: str, field: str, value: Any = None) -> Trainer:
+    """Train with a callback that writes a field of an event."""
+    return fit(None, GradientClipping(1.0), On(**{signal: lambda trainer, event: setattr(event, field, value)}))
+
+
+def uses(signal: str, use: Callable[[Any], Any]) -> Trainer:
+    """Train two epochs with a callback that does something with an event, once in an epoch."""
+
+    def once(trainer: Trainer, event: Any) -> None:
+        if trainer.batch_idx == 1:
+            use(event)
+
+    return fit(None, GradientClipping(1.0), On(**{signal: once}), max_epochs=2)
+
+
+def doubles(field: str) -> Callable[[Any], None]:
+    return lambda event: setattr(event, field, getattr(event, field) * 2)
+
+
+# The event, the field, the remedy in the message, and the event and function of the right form.
+WRITES: list[tuple[str, str, str, str, Callable[[Any], Any]]] = [
+    ("train_batch_start", "batch", "`event.batch` at `after_batch_fetch`", "after_batch_fetch", doubles("batch")),
+    ("before_forward", "batch", "`event.batch` at `after_batch_fetch`", "after_batch_fetch", doubles("batch")),
+    ("train_batch_start", "skipped", r"event\.skip_batch\(\)", "train_batch_start", lambda event: event.skip_batch()),
+    ("train_batch_start", "ends_epoch", r"event\.end_epoch\(\)", "train_batch_start", lambda event: event.end_epoch()),
+    ("before_backward", "raw_loss", "`event.loss` at `before_backward`", "before_backward", doubles("loss")),
+    ("train_batch_end", "loss", "`event.loss` at `after_forward`", "after_forward", doubles("loss")),
+    ("train_batch_end", "outputs", "`event.outputs` at `after_forward`", "after_forward", doubles("outputs")),
+    (
+        "before_optimizer_step",
+        "skip_reason",
+        r"event\.skip\('reason'\)",
+        "before_optimizer_step",
+        lambda event: event.skip("no"),
+    ),
+    ("clipping_decided", "norm_type", "`event.norm_type` at", "before_gradient_clipping", doubles("norm_type")),
+    (
+        "optimizer_step",
+        "optimizer",
+        r"event\.optimizer\.param_groups",
+        "optimizer_step",
+        lambda event: event.optimizer.param_groups,
+    ),
+]
+
+CASES: dict[str, Case] = {
+    **{
+        f"event.{field} written at {signal}": Case(
+            lambda signal=signal, field=field: writes(signal, field),  # type: ignore[misc]
+            (rf"event\.{field} = None at {signal} would change nothing", remedy),
+            lambda right=right, use=use: uses(right, use),  # type: ignore[misc]
+        )
+        for signal, field, remedy, right, use in WRITES
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_refusal_names_the_mistake_and_the_remedy(case: str) -> None:
+    check_refusal(CASES[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_nearest_correct_form_trains(case: str) -> None:
+    check_remedy(CASES[case])

@@ -59,7 +59,7 @@ def test_a_forgotten_loss_is_warned_of_at_the_first_batch_and_then_for_each_epoc
     assert len(messages) == 3
     assert messages[0].startswith(FORGOTTEN) and "return loss" in messages[0]
     for epoch, message in enumerate(messages[1:]):
-        assert message.startswith(f"{NOTHING} {epoch}: training_step returned no loss in any of its batches")
+        assert message.startswith(f"{NOTHING} {epoch}: none of its batches had a loss")
 
 
 def test_the_first_warning_comes_in_the_first_batch() -> None:
@@ -179,15 +179,19 @@ def no_optimizer() -> LightningModule:
 
 
 ENDLESS: dict[str, tuple[Callable[[], LightningModule], tuple[Any, ...], str]] = {
-    "forgotten loss": (Forgets, (), "training_step returned no loss in any of its batches"),
-    "None": (lambda: Probe(nothing_for={1.0, 2.0, 3.0}), (), "training_step returned no loss"),
-    "None in windows": (lambda: Probe(nothing_for={1.0, 2.0, 3.0}), (GradientAccumulation(2),), "returned no loss"),
+    "forgotten loss": (Forgets, (), "none of its batches had a loss"),
+    "None": (lambda: Probe(nothing_for={1.0, 2.0, 3.0}), (), "none of its batches had a loss"),
+    "None in windows": (
+        lambda: Probe(nothing_for={1.0, 2.0, 3.0}),
+        (GradientAccumulation(2),),
+        "none of its batches had a loss",
+    ),
     "None in windows that carry over": (
         lambda: Probe(nothing_for={1.0, 2.0, 3.0}),
         (GradientAccumulation(2, remainder="carry"),),
-        " 1: training_step returned no loss",
+        " 1: none of its batches had a loss",
     ),
-    "all batches skipped": (Probe, (On(train_batch_start=skips_all),), "returned no loss in any"),
+    "all batches skipped": (Probe, (On(train_batch_start=skips_all),), "none of its batches had a loss"),
     "all steps vetoed": (Probe, (On(before_optimizer_step=vetoes_all),), r"its steps were skipped \(not today\)"),
     "all vetoed in manual optimization": (
         lambda: Manual(lambda n: True),

@@ -160,3 +160,11 @@ def test_tensorboard_shows_the_number(tmp_path: Path) -> None:
     shown = [tensor_util.make_ndarray(event.tensor_proto).item() for event in events]
     assert shown == [1.0, np.float32(0.1), BIG, 2.0**30, BIG + 2, float("inf"), -BIG]
     assert [event.step for event in events] == list(range(1, len(values) + 1))
+
+
+@pytest.mark.parametrize("reduce_fx", ["mean", "min", "max", "sum"])
+def test_a_number_and_a_tensor_of_another_device_may_have_one_name(reduce_fx: str) -> None:
+    """The reduction moves to the device of the tensor, in whichever order they come. "meta" stands for it here."""
+    for values in ((1.0, torch.zeros((), device="meta")), (torch.zeros((), device="meta"), 1.0)):
+        trainer = train(Logs(*values, reduce_fx=reduce_fx, on_step=False), 2)
+        assert trainer.callback_metrics["value"].device.type == "meta"

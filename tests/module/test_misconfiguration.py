@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from torch import nn
 
-from eventtrain import Trainer
 from tests.kit import ModuleOf
 from tests.misconfigurations import (
     BATCHES,
@@ -23,6 +22,7 @@ from tests.misconfigurations import (
     returns,
     steps,
 )
+from tests.module.misconfigured_hparams import CASES as HPARAMS
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -31,10 +31,6 @@ class Hyper(ModuleOf):
     def __init__(self, width: Any, keep: Any = ()) -> None:
         super().__init__()
         self.save_hyperparameters(*keep)
-
-
-def saved(model: Any, tmp: str = "checkpoint.pt") -> Trainer:
-    return after_fit(lambda trainer, module: trainer.save_checkpoint(tmp), model)
 
 
 CASES: dict[str, Case] = {
@@ -83,11 +79,6 @@ CASES: dict[str, Case] = {
         lambda: manual(steps),
     ),
     # ---------------------------------------------------------------- stages and checkpoints
-    "a hyperparameter that cannot be given back": Case(
-        lambda: saved(Hyper(lambda: 3)),
-        (r"hyper_parameters", "width", "function", r"ignore=\[\.\.\.\]"),
-        lambda: saved(Hyper(3)),
-    ),
     "a hyperparameter that is no argument": Case(
         lambda: Hyper(3, keep=("depth",)), ("'depth'", r"Hyper\.__init__", "width"), lambda: fit(Hyper(3, keep=("width",)))
     ),
@@ -258,6 +249,7 @@ CASES |= {
     "a module whose __init__ does not call super": Case(
         lambda: fit(NeverBuilt()), (r"NeverBuilt\.__init__ does not call `super\(\)\.__init__\(\)`",), fit
     ),
+    **HPARAMS,
 }
 
 

@@ -9,10 +9,12 @@ import pytest
 from torch.optim import SGD
 
 from eventtrain import Trainer, seed_everything
-from tests.kit import ModuleOf
+from eventtrain.callbacks import GradientClipping, Timer
+from tests.kit import ModuleOf, On
 from tests.misconfigurations import (
     BATCHES,
     Case,
+    Data,
     Stream,
     after_fit,
     before_fit,
@@ -35,6 +37,10 @@ def estimating(**arguments: Any) -> Trainer:
 
     model.configure_optimizers = configure  # type: ignore[method-assign]
     return fit(model, data=Stream(4), **arguments)
+
+
+def predicts() -> ModuleOf:
+    return ModuleOf(predict_step=lambda batch, batch_idx: None)
 
 
 CASES: dict[str, Case] = {
@@ -147,6 +153,91 @@ CASES: dict[str, Case] = {
         lambda: after_fit(lambda trainer, module: trainer.test(module, BATCHES)),
         ("ModuleOf has no test_step", "Define it"),
         lambda: after_fit(lambda trainer, module: trainer.validate(module, BATCHES), evaluates()),
+    ),
+    # ---------------------------------------------------------------- data
+    **{
+        name: Case(wrong, message, right)
+        for name, wrong, message, right in (
+            (
+                "a datamodule and a validation loader",
+                lambda: fit(evaluates(), data=Data(), val=BATCHES),
+                (r"fit\(val_dataloaders=list\)", "either loaders or a datamodule", r"fit\(model, datamodule="),
+                lambda: fit(evaluates(), data=BATCHES, val=BATCHES),
+            ),
+            (
+                "a training loader and a datamodule",
+                lambda: fit(datamodule=Data()),
+                (r"fit\(train_dataloaders=list\)", "either loaders or a datamodule", "datamodule="),
+                lambda: fit(data=None, datamodule=Data()),
+            ),
+            (
+                "a datamodule in two places",
+                lambda: fit(data=Data(), datamodule=Data()),
+                (r"fit\(train_dataloaders=Data\)", "not both"),
+                lambda: fit(data=Data()),
+            ),
+            (
+                "a datamodule in the place of the model",
+                lambda: fit(Data(), data=ModuleOf()),
+                (r"fit\(Data, \.\.\.\)", "the model comes first", r"fit\(model, datamodule\)"),
+                lambda: fit(ModuleOf(), data=Data()),
+            ),
+            (
+                "loaders in the place of the model",
+                lambda: fit(BATCHES, data=ModuleOf()),
+                (r"fit\(list, \.\.\.\)", "the model comes first", r"fit\(model, loader\)"),
+                lambda: fit(ModuleOf(), data=BATCHES),
+            ),
+            (
+                "a datamodule alone for a test",
+                lambda: after_fit(
+                    lambda trainer, module: trainer.test(Data())  # type: ignore[arg-type]
+                ),
+                (r"test\(Data, \.\.\.\)", "the model comes first"),
+                lambda: fit(data=Data()),
+            ),
+            (
+                "the class of a datamodule in the place of loaders",
+                lambda: fit(data=Data),
+                ("Data is a class", r"Data\(\.\.\.\)"),
+                lambda: fit(data=Data()),
+            ),
+            (
+                "a dataset as a datamodule",
+                lambda: after_fit(lambda trainer, module: trainer.predict(module, datamodule=Stream(2))),
+                (r"predict\(datamodule=Stream\)", "predict_dataloader", r"dataloaders=\.\.\."),
+                lambda: after_fit(lambda trainer, module: trainer.predict(module, Stream(2)), predicts()),
+            ),
+        )
+    },
+    # ---------------------------------------------------------------- attributes of the trainer
+    **{
+        f"trainer.{name} = {value!r}": Case(
+            lambda name=name, value=value: before_fit(lambda trainer: setattr(trainer, name, value)),  # type: ignore[misc]
+            (rf"trainer\.{name} = {re.escape(repr(value))} would change nothing", remedy),
+            right,
+        )
+        for name, value, remedy, right in (
+            ("max_epochs", 3, r"Trainer\(max_epochs=", lambda: fit(max_epochs=3)),
+            ("limit_val_batches", 0, r"Trainer\(limit_val_batches=", lambda: fit(limit_val_batches=0)),
+            ("default_callbacks", True, r"Trainer\(default_callbacks=", lambda: fit(default_callbacks=False)),
+            ("current_epoch", 3, "read-only", lambda: after_fit(lambda trainer, module: trainer.current_epoch)),
+            ("optimizers", [], "configure_optimizers", lambda: after_fit(lambda trainer, module: trainer.optimizers)),
+            ("max_time", "00:01", r"Timer\('00:01'\)", lambda: fit(None, Timer("00:01:00"))),
+            ("gradient_clip_val", 0.5, r"GradientClipping\(0\.5\)", lambda: fit(None, GradientClipping(0.5))),
+            ("should_stp", True, "Did you mean 'should_stop'", lambda: after_fit(lambda trainer, module: trainer.should_stop)),
+            ("my_value", 1, "a subclass of Trainer", lambda: fit()),
+        )
+    },
+    "a callback inserted before others": Case(
+        lambda: fit(None, On(train_start=lambda trainer, event: trainer.callbacks.insert(0, GradientClipping(1.0)))),
+        ("trainer.callbacks", "in the order in which they were attached", r"Trainer\(callbacks=\[\.\.\.\]\)"),
+        lambda: fit(None, On(train_start=lambda trainer, event: trainer.callbacks.append(GradientClipping(1.0)))),
+    ),
+    "inference_mode='no'": Case(
+        lambda: fit(inference_mode="no"),
+        (r"Trainer\(inference_mode='no'\)", "True or False"),
+        lambda: fit(inference_mode=False),
     ),
     "validate without data": Case(
         lambda: after_fit(lambda trainer, module: trainer.validate(module), evaluates()),

@@ -119,6 +119,14 @@ def test_an_error_of_a_callback_is_noted_once() -> None:
     assert notes == ["raised by Fails.on_train_batch_end at the event 'train_batch_end' (epoch 0, batch 0)"]
 
 
+def test_an_error_of_a_run_within_a_run_is_noted_once() -> None:
+    def training_step(batch: Any, batch_idx: int) -> None:
+        new_trainer().fit(Model("train", 0, 1), BATCHES)
+
+    notes = notes_of(RuntimeError, lambda: new_trainer().fit(ModuleOf(training_step=training_step), BATCHES))
+    assert notes == ["raised in Model.training_step (epoch 0, batch 1)"]
+
+
 def test_the_place_of_a_misconfiguration_is_noted_too() -> None:
     model = ModuleOf(training_step=lambda batch, batch_idx: "loss" if batch_idx else None)
     notes = notes_of(MisconfigurationError, lambda: new_trainer().fit(model, BATCHES))

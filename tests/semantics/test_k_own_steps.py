@@ -117,7 +117,7 @@ def test_k4_a_step_in_a_hook_of_the_loops_own_step_steps(hook: str) -> None:
 
     setattr(module, hook, own)
     trainer = train(module, 3)
-    expected = {"on_after_backward": -12.0, "on_before_zero_grad": -9.0, "on_before_backward": -6.0}
+    expected = {"on_after_backward": -12.0, "on_before_zero_grad": -9.0, "on_before_backward": -6.0}  # zeroed before backward
     assert module.w.item() == expected[hook]
     assert trainer.global_step == 3
 
@@ -228,6 +228,29 @@ def test_k4_a_step_in_the_batch_that_opens_a_window_is_not_normalised() -> None:
     train(module, 3, GradientAccumulation(2))
     # Batch 1 zeroes and steps with 2, which is still held when the window's half of 2 is added, as in a plain loop.
     assert module.updates == [1.0, 2.0, 3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("hook", ["on_after_backward", "on_before_backward"])
+def test_k4_a_step_in_a_hook_of_backward_takes_the_windows_gradients_as_they_are(hook: str) -> None:
+    """A window of two that the epoch cuts short: only the loop's step takes the mean over one batch."""
+    module = Probe()
+    setattr(module, hook, lambda *args: module.optimizers().step() if module.trainer.batch_idx == 2 else None)
+    train(module, [1, 2, 4], GradientAccumulation(2))
+    assert module.updates == [1.5, 2.0 if hook == "on_after_backward" else None, 4.0]
+
+
+def test_k4_clipping_by_hand_after_backward_sees_the_windows_mean() -> None:
+    module = Probe()
+    norms: list[float] = []
+
+    def clip() -> None:
+        if module.trainer.is_last_batch:
+            norms.append(module.clip_gradients(module.optimizers(), 3.0).item())  # type: ignore[union-attr]
+
+    module.on_after_backward = clip  # type: ignore[method-assign]
+    train(module, [1, 2, 4], GradientAccumulation(2))
+    assert norms == [4.0]
+    assert [round(update, 4) for update in module.updates] == [1.5, 3.0]
 
 
 def test_k4_under_loss_scaling_a_step_of_ones_own_takes_its_unscaled_gradient() -> None:

@@ -299,6 +299,22 @@ def manual(folder: Path) -> Any:
 # ------------------------------------------------------------------ checkpoints
 
 
+class Finetuned(Model):
+    """Trains its last block from the second epoch on, in a parameter group of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.blocks[1].requires_grad_(True)
+            self.optimizers().add_param_group({"params": self.blocks[1].parameters(), "lr": 0.001})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([parameter for parameter in self.parameters() if parameter.requires_grad], lr=0.01)
+
+
 def resumable(kind: str, root: Path, max_epochs: int = 2) -> tuple[Any, Trainer, Any]:
     """Return a module, a trainer for epochs of five batches, and their loader."""
     arguments: dict[str, Any] = {"max_epochs": max_epochs, "default_root_dir": root}
@@ -311,7 +327,7 @@ def resumable(kind: str, root: Path, max_epochs: int = 2) -> tuple[Any, Trainer,
     processes = FullyShardedDataParallel(units=(Block,), timeout=TIMEOUT, **options)
     averages = ExponentialMovingAverage(0.9)
     trainer = new_trainer(GradientAccumulation(3), GradientClipping(0.5), averages, processes=processes, **arguments)
-    return Model(), trainer, loader(20)
+    return Finetuned() if kind == "finetuned" else Model(), trainer, loader(20)
 
 
 def outcome(module: Any, trainer: Trainer) -> Any:
@@ -319,7 +335,7 @@ def outcome(module: Any, trainer: Trainer) -> Any:
     return {**state(module, trainer.optimizers), "averages": whole(averages)}
 
 
-POINTS: dict[str, Any] = {"automatic": (0, 4, 6), "mixed": (1,), "manual": (4,)}
+POINTS: dict[str, Any] = {"automatic": (0, 4, 6), "mixed": (1,), "manual": (4,), "finetuned": (6,)}
 """The batches after which a run is resumed: in a window, and at the end of an epoch."""
 
 

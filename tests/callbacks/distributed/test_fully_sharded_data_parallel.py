@@ -173,7 +173,7 @@ def test_evaluation_uses_the_averages_and_as_many_batches_on_each_rank(results: 
 # ------------------------------------------------------------------ checkpoints
 
 
-@pytest.mark.parametrize("kind", ["automatic", "mixed", "manual"])
+@pytest.mark.parametrize("kind", ["automatic", "mixed", "manual", "finetuned"])
 def test_a_run_resumes_exactly(results: list[Any], kind: str) -> None:
     for rank in results:
         resumed = rank["resumed"][kind]
@@ -204,7 +204,7 @@ def test_a_run_that_does_not_shard_is_resumed_by_one_that_shards(results: list[A
         assert equal(whole, sharded)
 
 
-@pytest.mark.parametrize("kind", ["automatic", "mixed", "manual"])
+@pytest.mark.parametrize("kind", ["automatic", "mixed", "manual", "finetuned"])
 def test_one_process_restores_the_state_of_two(alone: Any, folder: Path, kind: str) -> None:
     assert equal(alone[f"{kind} 1"], result(folder / kind, "epoch-0"))
     assert not equal(alone[f"{kind} 1"], alone[f"{kind} 2"])  # it trained on

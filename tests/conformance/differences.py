@@ -483,6 +483,26 @@ def steps_by_other_methods(side: Side) -> Any:
     return trainer.global_step
 
 
+def growing_data(side: Side) -> Any:
+    class Grows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        count = 2
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.tensor(float(index + 1))
+
+    data = Grows()
+
+    def on_train_epoch_end(self: Any) -> None:
+        data.count += 1
+
+    module = probe(side.base, training_step=recorded, on_train_epoch_end=on_train_epoch_end)
+    side.trainer(max_epochs=3).fit(module, torch.utils.data.DataLoader(data, batch_size=1))
+    return len(module.seen)
+
+
 def child_that_logs(side: Side) -> Any:
     class Child(side.base):  # type: ignore[misc, name-defined]
         def forward(self, x: Any) -> Any:
@@ -693,6 +713,7 @@ DIFFERENCES = [
                random_numbers_in_validation, "other draws", "same draws"),
     Difference("J3", "a `KeyboardInterrupt` in `training_step`",
                keyboard_interrupt, "raises SystemExit", "raises KeyboardInterrupt"),
+    Difference("K2", "data of 2, then 3, then 4 samples: batches of one that 3 epochs train", growing_data, 6, 9),
     Difference("K3", "3 steps by a method `second_step` of the optimizer: `global_step`", steps_by_other_methods, 0, 3),
     Difference("K8", "`max_epochs=2`, `fit` twice with one trainer, 3 batches: batches trained", second_fit, [6, 0], [6, 6]),
     Difference("K8", "a checkpoint after 2 of 4 batches: batches that the resumed epoch trains",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fsspec import register_implementation  # type: ignore[import-untyped]
+from fsspec import filesystem, register_implementation  # type: ignore[import-untyped]
 from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
 
 from eventtrain import MisconfigurationError, Trainer
@@ -243,3 +243,11 @@ def test_a_listener_may_offer_checkpoints_as_texts(store: str) -> None:
     wrong = On(find_checkpoint=lambda trainer, event: event.offer("zz://new.ckpt"))
     with pytest.raises(MisconfigurationError, match=r"FindCheckpoint.offer\(paths='zz://new.ckpt'\)"):
         new_trainer(wrong).fit(Line(), DATA, ckpt_path="last")
+
+
+def test_hyperparameters_are_read_from_a_store(store: str) -> None:
+    memory = filesystem("memory")
+    memory.pipe_file(f"{store}/hparams.json", b'{"inputs": 3}')
+    train(Line(3), [torch.ones(2, 3)]).save_checkpoint(f"{store}/line.ckpt")
+    loaded = Line.load_from_checkpoint(f"{store}/line.ckpt", hparams_file=f"{store}/hparams.json")
+    assert loaded.layer.in_features == 3

@@ -83,15 +83,15 @@ class RemotePath:
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}", self.url) from error
 
     def exists(self) -> bool:
-        """Return whether there is such a file or folder."""
+        """Return True if the file or folder exists."""
         return bool(self._call("exists", self.url))
 
     def is_file(self) -> bool:
-        """Return whether it is a file."""
+        """Return True if it is a file."""
         return bool(self._call("isfile", self.url))
 
     def is_dir(self) -> bool:
-        """Return whether it is a folder; stores without folders have those that hold something."""
+        """Return True if it is a folder. In a store without folders, a path with files below it is one."""
         return bool(self._call("isdir", self.url))
 
     def stat(self) -> Any:

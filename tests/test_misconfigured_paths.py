@@ -208,7 +208,7 @@ CASES: dict[str, Case] = {
     ),
     "an empty path": Case(
         lambda: evaluated("validate", ""),
-        ("is a folder", "Give a checkpoint in it"),
+        ("is a folder", "Give a file in it"),
         lambda: evaluated("validate", "line.ckpt"),
     ),
     "a number for a checkpoint to test": Case(

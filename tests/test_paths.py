@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fsspec import register_implementation  # type: ignore[import-untyped]
+from fsspec import filesystem, register_implementation  # type: ignore[import-untyped]
 from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
 
 from eventtrain import MisconfigurationError, Trainer
@@ -25,7 +25,7 @@ from eventtrain.callbacks import (
     TorchProfiler,
 )
 from eventtrain.paths import RemotePath, check_path
-from tests.kit import Line, new_trainer, train
+from tests.kit import Line, On, new_trainer, train
 
 DATA = [torch.ones(2, 1)] * 3
 
@@ -227,3 +227,27 @@ def test_an_error_of_a_store_is_an_os_error_that_names_the_path(monkeypatch: pyt
 
 def test_a_trainer_prints_its_remote_root() -> None:
     assert Trainer(max_epochs=1, default_root_dir="memory://runs/").default_root_dir == "memory://runs"
+
+
+@pytest.mark.usefixtures("in_tmp_path")
+def test_a_listener_may_offer_checkpoints_as_texts(store: str) -> None:
+    train(Line(), DATA).save_checkpoint("old.ckpt")
+    newer = train(Line(), DATA, max_epochs=2)
+    newer.save_checkpoint(f"{store}/new.ckpt")
+    offers = On(find_checkpoint=lambda trainer, event: event.offer("old.ckpt", f"{store}/new.ckpt"))
+    trainer = new_trainer(offers, max_epochs=3)
+    starts: list[int] = []
+    trainer.signals.train_start.connect(lambda trainer, event: starts.append(trainer.global_step))
+    trainer.fit(Line(), DATA, ckpt_path="last")
+    assert starts == [newer.global_step] == [6]
+    wrong = On(find_checkpoint=lambda trainer, event: event.offer("zz://new.ckpt"))
+    with pytest.raises(MisconfigurationError, match=r"FindCheckpoint.offer\(paths='zz://new.ckpt'\)"):
+        new_trainer(wrong).fit(Line(), DATA, ckpt_path="last")
+
+
+def test_hyperparameters_are_read_from_a_store(store: str) -> None:
+    memory = filesystem("memory")
+    memory.pipe_file(f"{store}/hparams.json", b'{"inputs": 3}')
+    train(Line(3), [torch.ones(2, 3)]).save_checkpoint(f"{store}/line.ckpt")
+    loaded = Line.load_from_checkpoint(f"{store}/line.ckpt", hparams_file=f"{store}/hparams.json")
+    assert loaded.layer.in_features == 3

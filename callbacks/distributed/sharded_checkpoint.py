@@ -185,7 +185,7 @@ class Shards:
 
 
 def refuse_remote_places(trainer: Trainer) -> None:
-    """Refuse to put checkpoints into a remote store, before the run: torch writes sharded tensors to a folder.
+    """Refuse a remote place for checkpoints, because torch writes sharded tensors to a folder.
 
     Raises:
         MisconfigurationError: If the trainer's directory, or that of a callback that writes checkpoints, is remote.

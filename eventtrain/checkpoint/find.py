@@ -76,9 +76,10 @@ def find_checkpoint(trainer: Trainer, ckpt_path: Any) -> tuple[Any, dict[str, An
         )
     if not event.paths and (ckpt_path == "best" or trainer.stage != "fit"):
         raise MisconfigurationError(f"ckpt_path={ckpt_path!r}: there is no checkpoint yet. Give the path of one, or None.")
+    paths = [check_path(path, "FindCheckpoint.offer", "paths") for path in event.paths]
     if ckpt_path == "last":
-        event.paths.sort(key=storage.written_at, reverse=True)  # the answers of several listeners
-    chosen, content = storage.read_first(event.paths)
+        paths.sort(key=storage.written_at, reverse=True)  # the answers of several listeners
+    chosen, content = storage.read_first(paths)
     if chosen is not None:
         say(f"trainer.{trainer.stage} takes the checkpoint {chosen}.")
     return chosen, content

@@ -452,6 +452,69 @@ def hooks_in_manual_mode(side: Side) -> Any:
     return len(side.fit(module, side.trainer(), 3).seen)
 
 
+def float_in_64_bits(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        self.log("n", 67128463.0, on_step=False, on_epoch=True)
+        return (self.w * batch).sum()
+
+    trainer = side.trainer()
+    side.fit(probe(side.base, training_step=step), trainer, 1)
+    return float(trainer.callback_metrics["n"])
+
+
+def steps_by_other_methods(side: Side) -> Any:
+    class SAM(torch.optim.SGD):
+        @torch.no_grad()
+        def second_step(self) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.sub_(parameter.grad)
+
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward((self.w * batch).sum())
+        optimizer.second_step()
+
+    module = probe(side.base, training_step=step, configure_optimizers=lambda self: SAM(self.parameters(), lr=1.0))
+    module.automatic_optimization = False
+    trainer = side.trainer()
+    side.fit(module, trainer, 3)
+    return trainer.global_step
+
+
+def growing_data(side: Side) -> Any:
+    class Grows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        count = 2
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.tensor(float(index + 1))
+
+    data = Grows()
+
+    def on_train_epoch_end(self: Any) -> None:
+        data.count += 1
+
+    module = probe(side.base, training_step=recorded, on_train_epoch_end=on_train_epoch_end)
+    side.trainer(max_epochs=3).fit(module, torch.utils.data.DataLoader(data, batch_size=1))
+    return len(module.seen)
+
+
+def child_that_logs(side: Side) -> Any:
+    class Child(side.base):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            self.log("child", x.mean())
+            return x
+
+    module = probe(side.base, training_step=lambda self, batch, batch_idx: (self.w * self.child(batch)).sum())
+    module.child = Child()
+    trainer = side.trainer()
+    return outcome(lambda: bool(side.fit(module, trainer, 1)) and sorted(trainer.callback_metrics))
+
+
 def second_fit(side: Side) -> Any:
     trainer = side.trainer(max_epochs=2)
     return [len(side.fit(probe(side.base, training_step=recorded), trainer, 3).seen) for _ in range(2)]
@@ -642,11 +705,16 @@ DIFFERENCES = [
     Difference("H4", "fp16, `closure(); optimizer.step()` in `optimizer_step`, 2 batches: the sum of updates",
                closure_then_step_in_fp16, 0.0, 3.0),
     Difference("H5", "fp16, the batch that closes a window has the loss None: the update", none_closes_a_window, 0.0, 1.0),
+    Difference("I1", "`self.log(\"n\", 67128463.0)`: the value", float_in_64_bits, 67128464.0, 67128463.0),
+    Difference("I1", "`self.log` in a module within the module",
+               child_that_logs, "raises MisconfigurationException", ["child"]),
     Difference("I1", "the x of the values that 3 steps log", x_axis, [0, 1, 2], [1, 2, 3]),
     Difference("J1", "training's random numbers with and without validation",
                random_numbers_in_validation, "other draws", "same draws"),
     Difference("J3", "a `KeyboardInterrupt` in `training_step`",
                keyboard_interrupt, "raises SystemExit", "raises KeyboardInterrupt"),
+    Difference("K2", "data of 2, then 3, then 4 samples: batches of one that 3 epochs train", growing_data, 6, 9),
+    Difference("K3", "3 steps by a method `second_step` of the optimizer: `global_step`", steps_by_other_methods, 0, 3),
     Difference("K8", "`max_epochs=2`, `fit` twice with one trainer, 3 batches: batches trained", second_fit, [6, 0], [6, 6]),
     Difference("K8", "a checkpoint after 2 of 4 batches: batches that the resumed epoch trains",
                resumed_batches, [1.0, 2.0], [3.0, 4.0]),

@@ -91,11 +91,11 @@ def test_a_file_goes_to_the_store_at_checkpoints_and_now_and_then(store: str, mo
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", count)
     train(Line(on_step=True), DATA, logger(), On(take_checkpoint=save), default_root_dir=store)
-    assert sent == [2, 3]  # with the checkpoint and at the end
+    assert [count for count in sent if count] == [2, 3]  # with the checkpoint and at the end
     sent.clear()
     monkeypatch.setattr(run_files, "SEND_INTERVAL", -1.0)
     train(Line(on_step=True), DATA, logger(), default_root_dir=store)
-    assert sent == [1, 2, 3, 3]
+    assert [count for count in sent if count] == [1, 2, 3, 3]
 
 
 def test_a_store_that_fails_later_costs_a_warning_and_not_the_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from eventtrain.checks import check_option
 from eventtrain.core.interfaces import END
@@ -224,12 +224,14 @@ def as_one_loader(loaders: Any) -> Any:
     """Return the loader or loaders of a training as one loader: several are read until the longest ends.
 
     Args:
-        loaders: As for :func:`as_loaders`. A list of one loader is this loader.
+        loaders: As for :func:`as_loaders`. A list of one loader is this loader. A list of objects that can be iterated, none
+            of them torch's, is one loader too, because batches may be such objects.
     """
     if not is_several(loaders):
         return loaders
-    is_one = _is_list(loaders) and len(loaders) == 1
-    return as_one_loader(loaders[0]) if is_one else CombinedLoader(loaders, "max_size_cycle")
+    if _is_list(loaders) and len(loaders) == 1:
+        return as_one_loader(loaders[0])
+    return CombinedLoader(loaders, "max_size_cycle") if _holds_loaders(loaders) else loaders
 
 
 def loaders_in(loader: Any) -> list[Any]:
@@ -265,6 +267,14 @@ def _is_loader(item: Any) -> bool:
         items = item.values() if isinstance(item, Mapping) else item
         return bool(item) and all(_is_loader(each) for each in items)
     return isinstance(item, Iterable)
+
+
+def _holds_loaders(tree: Any) -> bool:
+    if isinstance(tree, Mapping):  # a batch is one in a list, but not this one
+        return True
+    if _is_list(tree):
+        return any(map(_holds_loaders, tree))
+    return isinstance(tree, (DataLoader, IterableDataset, Iterator)) or hasattr(tree, "dataset")
 
 
 def _is_list(tree: Any) -> bool:

@@ -39,6 +39,7 @@ class DataParallel:
         self.timeout = check_timeout(timeout, type(self).__name__)
         self._processes: TorchProcesses | None = None
         self._train_loaders: list[Any] = []
+        self._seeds: list[Any] = []
 
     def on_join_processes(self, trainer: Trainer, event: JoinProcesses) -> None:
         if self._processes is None:
@@ -81,11 +82,14 @@ class DataParallel:
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        self.state_dict()  # a checkpoint of the run may still be taken
         self._train_loaders.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seeds by which the data of each training loader are shuffled."""
-        return {"seeds": [shuffling_seed(loader) for loader in self._train_loaders]}
+        if self._train_loaders:
+            self._seeds = [shuffling_seed(loader) for loader in self._train_loaders]
+        return {"seeds": self._seeds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Shuffle the training data by the seed of a checkpoint.

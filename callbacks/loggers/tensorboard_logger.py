@@ -27,7 +27,7 @@ from eventtrain.events import (
     Teardown,
     TrainBatchStart,
 )
-from eventtrain.metrics.batch_size import batch_sizes
+from eventtrain.metrics.batch_size import batch_sizes, unknown_size
 from eventtrain.paths import AnyPath, check_path
 from eventtrain.trainer import Trainer
 
@@ -213,7 +213,8 @@ class TensorBoardLogger(Callback):
 
     @on_demand
     def on_train_batch_start(self, trainer: Trainer, event: TrainBatchStart) -> None:
-        sizes = batch_sizes(event.batch, 'Give TensorBoardLogger(x_axis="batches").')
+        if not (sizes := batch_sizes(event.batch)):
+            raise unknown_size(event.batch, 'Give TensorBoardLogger(x_axis="batches").')
         self._samples += sizes[0] * trainer.world_size
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:

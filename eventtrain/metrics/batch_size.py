@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from eventtrain.errors import MisconfigurationError
 
 
-def batch_sizes(batch: Any, remedy: str) -> list[int]:
-    """Return the sizes that the parts of a batch show; the first one is the batch's.
+def batch_sizes(batch: Any) -> list[int]:
+    """Return the sizes that the parts of a batch show; the first one is the batch's. Return nothing if it is unknown.
 
     Each tensor and array shows its first dimension, at any depth of mappings, lists, tuples and dataclasses. Only if there is
     none, lists show their lengths, and other objects the sizes of their items, or their own length. A batch of nothing but
@@ -21,19 +21,22 @@ def batch_sizes(batch: Any, remedy: str) -> list[int]:
 
     Args:
         batch: The batch.
-        remedy: What to write if the batch shows no size.
-
-    Raises:
-        MisconfigurationError: If the batch shows no size.
 
     Example:
-        >>> batch_sizes((["a", "b", "c"], torch.zeros(3, 5)), "")
+        >>> batch_sizes((["a", "b", "c"], torch.zeros(3, 5)))
         [3]
     """
-    sizes = list(_dimensions(batch)) or list(_lengths(batch)) or [1] * (batch is None or _has_scalar(batch))
-    if not sizes:
-        raise MisconfigurationError(f"The batch is a {type(batch).__name__}, whose number of samples is unknown. {remedy}")
-    return sizes
+    return list(_dimensions(batch)) or list(_lengths(batch)) or [1] * (batch is None or _has_scalar(batch))
+
+
+def unknown_size(batch: Any, remedy: str) -> MisconfigurationError:
+    """Return the error for a batch that shows no size.
+
+    Args:
+        batch: The batch.
+        remedy: What to write instead.
+    """
+    return MisconfigurationError(f"The batch is a {type(batch).__name__}, whose number of samples is unknown. {remedy}")
 
 
 def _dimensions(part: Any) -> Iterator[int]:

@@ -17,7 +17,7 @@ from eventtrain._torch import is_view, value_on_batch
 from eventtrain.distributed import Processes
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
-from eventtrain.metrics.batch_size import batch_sizes
+from eventtrain.metrics.batch_size import batch_sizes, unknown_size
 from eventtrain.metrics.entry import COMBINE, SCOPES, Entry, Scope, on_device, plain, reduction_name
 from eventtrain.metrics.torchmetrics import NamedValues, is_loggable_metric, load_metric_states, metric_states, unnamed
 
@@ -351,10 +351,13 @@ class Metrics:
         if entry.scope != "batch" or entry.reduction != "mean":
             return 1
         if self.batch_size is None:
-            remedy = f"Give it in {calling_hook()}: self.log({entry.name!r}, ..., batch_size=...)."
-            self.batch_size, *others = sizes = batch_sizes(self.batch, remedy)
-            if any(size != self.batch_size for size in others):
+            sizes = batch_sizes(self.batch)
+            if not sizes or sizes.count(sizes[0]) != len(sizes):
+                remedy = f"Give it in {calling_hook()}: self.log({entry.name!r}, ..., batch_size=...)."
+                if not sizes:
+                    raise unknown_size(self.batch, remedy)
                 self._warn_once("batch_size", f"Parts of the batch have the sizes {sizes[:5]}: means take the first. {remedy}")
+            self.batch_size = sizes[0]
         return self.batch_size
 
     def _log_metric(self, entry: Entry, metric: Any) -> Tensor | None:
@@ -445,13 +448,12 @@ class Metrics:
 
 def calling_hook() -> str:
     """Return the name of the module's method that is being executed, for messages."""
-    frame = inspect.currentframe()
+    current = inspect.currentframe()
+    frame = current and current.f_back  # the locals of this frame would hold it, and so every frame below it
     while frame is not None:
         owner = frame.f_locals.get("self")
         name = frame.f_code.co_name
         if isinstance(owner, torch.nn.Module) and name not in ("log", "log_dict"):
             return f"{type(owner).__name__}.{name}"
-        if frame.f_back is None:
-            break
         frame = frame.f_back
     return "a function that is no method of the module"

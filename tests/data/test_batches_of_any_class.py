@@ -326,7 +326,9 @@ class Rows(Sequence[Tensor]):
 
 
 @pytest.mark.parametrize(
-    "batch", [Columns({"x": X}), Rows([X, X]), types.MappingProxyType({"x": X}), ChainMap({"x": X}, {"y": X})], ids=repr
+    "batch",
+    [Columns({"x": X}), Rows([X, X]), types.MappingProxyType({"x": X}), ChainMap({"x": X}, {"y": X})],
+    ids=lambda batch: type(batch).__name__,
 )
 def test_a_collection_of_ones_own_is_built_from_its_items(batch: Any) -> None:
     moved = move_to_device(batch, META)

@@ -136,25 +136,25 @@ def test_epoch_means_are_weighted_by_the_number_of_samples(form: str) -> None:
     [torch.tensor(1.0), (torch.tensor(1.0), torch.tensor(2.0)), {"x": torch.tensor(1.0)}, 3, ("name", 3), np.float32(2), None],
 )
 def test_a_batch_of_scalars_or_of_nothing_is_one_sample(batch: Any) -> None:
-    assert batch_sizes(batch, "") == [1]
+    assert batch_sizes(batch) == [1]
 
 
 def test_an_empty_batch_weighs_nothing() -> None:
-    assert batch_sizes(torch.zeros(0, 3), "") == [0]
+    assert batch_sizes(torch.zeros(0, 3)) == [0]
     trainer = train(Logs(), [torch.ones(2), torch.ones(2), torch.ones(0)])
     assert numbers(trainer.callback_metrics) == {"train": 2.5}
 
 
 def test_ragged_tensors_have_as_many_samples_as_sequences() -> None:
     jagged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged)
-    assert batch_sizes(("name", jagged), "") == [2]
+    assert batch_sizes(("name", jagged)) == [2]
 
 
 @pytest.mark.parametrize("batch", [Opaque(), (None, Opaque()), {}, {"x": None}, iter([torch.ones(2)])])
 def test_an_unknown_size_is_an_error_that_says_how_to_give_it(batch: Any) -> None:
     match = r"The batch is a \w+, whose number of samples is unknown.*Logs\.training_step.*'train'.*batch_size="
     with pytest.raises(MisconfigurationError, match=match):
-        train(Logs(), [batch])
+        train(Logs(), NoLength([batch]))
 
 
 def test_an_unknown_size_is_no_error_if_it_is_not_needed() -> None:
@@ -231,7 +231,7 @@ def test_the_size_is_found_once_a_batch() -> None:
         def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
             return batch
 
-    train(Module(), [Counted(x=torch.ones(2)) for _ in range(3)])
+    train(Module(), NoLength([Counted(x=torch.ones(2)) for _ in range(3)]))
     assert Counted.reads == 3
 
 

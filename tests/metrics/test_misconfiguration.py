@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 
-from tests.kit import ModuleOf
+from tests.kit import ModuleOf, NoLength
 from tests.misconfigurations import Case, Log, check_refusal, check_remedy, fit, hooked
 
 
@@ -113,9 +113,9 @@ CASES: dict[str, Case] = {
     ),
     **{
         f"a batch of unknown size: {case}": Case(
-            lambda batch=batch: fit(Averages(), data=[batch]),  # type: ignore[misc]
+            lambda batch=batch: fit(Averages(), data=NoLength([batch])),  # type: ignore[misc]
             (kind, "samples is unknown", r"self\.log\('value', \.\.\., batch_size="),
-            lambda batch=batch: fit(Averages(batch_size=1), data=[batch]),  # type: ignore[misc]
+            lambda batch=batch: fit(Averages(batch_size=1), data=NoLength([batch])),  # type: ignore[misc]
         )
         for case, kind, batch in (
             ("a dict of nothing", "dict", {}),

@@ -197,7 +197,7 @@ def test_h5_the_scalers_state_is_in_the_checkpoint(tmp_path: Any) -> None:
     batches_ = data(5, bad=(1,))
     module = Net()
     whole = train(module, batches_, MixedPrecision("fp16", scaler=scaler), save, look, max_epochs=3)
-    callbacks, at_the_time = kept[0]
+    callbacks, at_the_time = kept[-1]  # not the trial before training
     assert at_the_time["scale"] == 64.0
     assert at_the_time["_growth_tracker"] == 1
     assert callbacks["MixedPrecision"]["scaler"] == at_the_time

@@ -226,7 +226,7 @@ class Measured(Model):
         self.log("mean", self.mean, on_step=True, on_epoch=True)
         output = self.net(batch).squeeze(1).sigmoid().detach()
         self.scores.update(output, (batch[:, 0] > 0).int())
-        self.log_dict(self.scores, on_step=False, on_epoch=True)  # type: ignore[arg-type]
+        self.log_dict(self.scores, on_step=False, on_epoch=True)
         return loss
 
 

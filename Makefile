@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Each test sets torch to one thread, so two processes keep two cores busy.
-WORKERS := -n 2 --dist worksteal
+# Each test sets torch to one thread, so two processes keep two cores busy. Fixtures of a file are made once.
+WORKERS := -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test lint examples slow chaos bench floor clean

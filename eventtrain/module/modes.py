@@ -60,8 +60,8 @@ def warn_of_evaluation_mode(module: nn.Module) -> None:
         if part.training or any(not outer or name.startswith(f"{outer}.") for outer in outermost):
             continue
         outermost.append(name)
-        is_frozen = {parameter.requires_grad for parameter in part.parameters()} == {False}
-        if not is_frozen and not hasattr(part, "running_mean"):
+        is_trained = any(parameter.requires_grad for parameter in part.parameters())
+        if not name or (is_trained and not hasattr(part, "running_mean")):
             names.append(name)
     if names:
         which = "The module" if names == [""] else f"A part of the module ({', '.join(names)})"

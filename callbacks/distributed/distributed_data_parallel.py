@@ -26,15 +26,18 @@ class Step(nn.Module):
 
     Args:
         module: The module whose steps are called.
+        expect_nothing: Called if a step returned nothing, so that the wrapper has no backward to wait for.
     """
 
-    def __init__(self, module: LightningModule) -> None:
+    def __init__(self, module: LightningModule, expect_nothing: Callable[[], None]) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.expect_nothing = module, expect_nothing
 
     def forward(self, step: Callable[..., Any], *args: Any) -> Any:
         """Call the step."""
-        return step(*args)
+        if (outputs := step(*args)) is None:
+            self.expect_nothing()
+        return outputs
 
 
 class DistributedDataParallel(DataParallel, Callback):
@@ -133,6 +136,7 @@ class DistributedDataParallel(DataParallel, Callback):
         self._window_open = not event.closes_window
         if self._wrapper is not None:
             event.call = self._wrapper
+            self._wrapper.require_backward_grad_sync = True
             if not event.closes_window:
                 event.enter(self._wrapper.no_sync())
 
@@ -178,7 +182,12 @@ class DistributedDataParallel(DataParallel, Callback):
     def _wrap(self, module: LightningModule) -> None:
         """Make torch's wrapper for the parameters that are trained now."""
         self._wrapped = [parameter for parameter in self._parameters if parameter.requires_grad]
-        self._wrapper = self.wrap(Step(module)) if self._wrapped else None
+        self._wrapper = self.wrap(Step(module, self._expect_nothing)) if self._wrapped else None
+
+    def _expect_nothing(self) -> None:
+        """Have the wrapper wait for no backward: the module has stepped by itself, or had nothing to train in this batch."""
+        assert self._wrapper is not None
+        self._wrapper.require_backward_grad_sync = False
 
     def _trains_others(self) -> bool:
         """Return whether other parameters are trained than when the wrapper was made, which only knows those."""

@@ -44,6 +44,7 @@ from tests.callbacks.distributed.parts import (
     new_trainer,
     resumable,
     state,
+    train_own_steps,
     weighted_batches,
 )
 
@@ -477,6 +478,13 @@ def changed(folder: Path) -> Any:
                 optimizer.zero_grad()
         results.append([nn.utils.parameters_to_vector(each.parameters()).detach() for each in (module, by_hand)])
     return results
+
+
+@check
+def own_steps(folder: Path) -> Any:
+    """Step in ``training_step``; return the weights and those by hand."""
+    trained = train_own_steps(DistributedDataParallel(shares_data=False, timeout=TIMEOUT))
+    return [[nn.utils.parameters_to_vector(each.parameters()).detach() for each in pair] for pair in trained]
 
 
 @check

@@ -182,11 +182,9 @@ class Trainer:
             train_dataloaders: The training loader; if None, the module's or datamodule's. A dict or list of loaders, nested in
                 any way, gives batches of this form, until the longest ends; a :class:`~eventtrain.CombinedLoader` combines
                 them in other ways. A list of batches is one loader, and so is a list of one loader.
+                A datamodule may stand here too.
             val_dataloaders: A validation loader, or a dict or list of them, which are read one after the other; if None, the
                 module's or datamodule's.
-            datamodule: An object that has the loaders.
-            train_dataloaders: The training loader; if None, the module's or datamodule's. A datamodule may stand here too.
-            val_dataloaders: A validation loader, or a list of them; if None, the module's or datamodule's.
             datamodule: An object that has the loaders: a ``LightningDataModule``, or any other with their methods.
             ckpt_path: A checkpoint to resume, exactly from the safe point at which it was written: its path; ``"last"``, the
                 newest whole one that an attached callback keeps, or a fresh start if there is none yet; ``"best"``, the best by
@@ -216,12 +214,9 @@ class Trainer:
         """Validate a module.
 
         Args:
-            model: The module, compiled or not; if None, the one of the last run.
-            dataloaders: A loader, or a dict or list of them; if None, the module's or datamodule's.
-            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`.
             model: The module, compiled or not, whose weights are used as they are. If None, the one of the last run; if that
                 was a fit that kept the best checkpoint by a metric, its weights are loaded first, as in Lightning.
-            dataloaders: A loader or a list of them, or a datamodule; if None, the module's or datamodule's.
+            dataloaders: A loader, or a dict or list of them, or a datamodule; if None, the module's or datamodule's.
             ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`; None for none, but see ``model``.
             datamodule: An object that has the loaders.
 

@@ -181,8 +181,13 @@ class Trainer:
             model: The module; or ``torch.compile(module)``, whose steps are then called compiled.
             train_dataloaders: The training loader; if None, the module's or datamodule's. A dict or list of loaders, nested in
                 any way, gives batches of this form, until the longest ends; a :class:`~eventtrain.CombinedLoader` combines
+<<<<<<< HEAD
                 them in other ways. A list of batches is one loader, and so is a list of one loader. A datamodule may stand here
                 too.
+=======
+                them in other ways. A list of batches is one loader, and so is a list of one loader.
+                A datamodule may stand here too.
+>>>>>>> a2
             val_dataloaders: A validation loader, or a dict or list of them, which are read one after the other; if None, the
                 module's or datamodule's.
             datamodule: An object that has the loaders: a ``LightningDataModule``, or any other with their methods.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventtrain import events
-from eventtrain.callback import AttachedCallbacks, is_on_demand
+from eventtrain.callback import AttachedCallbacks, is_on_demand, listed
 from eventtrain.checkpoint import contents, storage
 from eventtrain.checkpoint.find import interrupted_path
 from eventtrain.core.optimizer import LightningOptimizer
@@ -155,7 +155,7 @@ class Trainer:
             raise MissingAttribute(name=name, obj=self)
 
     def _attach(self, callbacks: Any, default_callbacks: bool) -> None:
-        chosen = list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
+        chosen = listed(callbacks)
         if default_callbacks:
             # The one place at which the library knows callbacks, and late, because they import the library.
             from eventtrain.callbacks import LRSchedulerStepping, ProgressBar

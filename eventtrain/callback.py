@@ -152,7 +152,9 @@ def check_class(callback: Any) -> None:
             raise MisconfigurationError(f"{kind.__name__}: {library}'s {base.__name__} does not work here. {remedy}")
     for event_name in EVENTS:
         method = getattr(kind, event_name, None)
-        if inspect.isfunction(method) and {"stage", "pl_module", "event"} & inspect.signature(method).parameters.keys():
+        arguments = inspect.signature(method).parameters if inspect.isfunction(method) else {}
+        takes_any = any(each.kind is each.VAR_POSITIONAL for each in arguments.values())
+        if takes_any or {"stage", "pl_module", "event"} & arguments.keys():
             raise MisconfigurationError(
                 f"{kind.__name__}.{event_name}{inspect.signature(method)} is never called. "
                 f"Write `def on_{event_name}(self, trainer, event)`; the module is `trainer.module`."

@@ -189,6 +189,13 @@ def test_a_callback_may_have_helpers_that_are_named_like_events() -> None:
     assert saves.done == 2
 
 
+@pytest.mark.parametrize("name", ["setup", "teardown"])
+def test_a_callbacks_setup_that_takes_any_arguments_is_refused_too(name: str) -> None:
+    callback: Any = type("TakesAny", (Callback,), {name: lambda self, *args, **kwargs: None})()
+    with pytest.raises(MisconfigurationError, match=rf"TakesAny\.{name}\(.*never called\. Write `def on_{name}\("):
+        new_trainer(callback)
+
+
 class Quiet(Callback):
     """Sets an attribute of another object in its constructor, and none of its own."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
 import dis
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, SupportsIndex, TypeVar
 
 from eventtrain.core.signals import EventSignal, Signals, check_listener
 from eventtrain.errors import MisconfigurationError
@@ -150,14 +152,21 @@ def check_class(callback: Any) -> None:
             raise MisconfigurationError(f"{kind.__name__}: {library}'s {base.__name__} does not work here. {remedy}")
     for event_name in EVENTS:
         method = getattr(kind, event_name, None)
-        if inspect.isfunction(method) and {"stage", "pl_module", "event"} & inspect.signature(method).parameters.keys():
+        arguments = inspect.signature(method).parameters if inspect.isfunction(method) else {}
+        takes_any = any(each.kind is each.VAR_POSITIONAL for each in arguments.values())
+        if takes_any or {"stage", "pl_module", "event"} & arguments.keys():
             raise MisconfigurationError(
                 f"{kind.__name__}.{event_name}{inspect.signature(method)} is never called. "
                 f"Write `def on_{event_name}(self, trainer, event)`; the module is `trainer.module`."
             )
     for base in kind.__mro__[1:]:
         code = getattr(inspect.unwrap(vars(base).get("__init__", object.__init__)), "__code__", None)
-        attributes = [step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"] if code else []
+        steps = list(dis.get_instructions(code)) if code else []
+        attributes = [
+            step.argval
+            for loaded, step in pairwise(steps)
+            if step.opname == "STORE_ATTR" and loaded.argrepr.split(", ")[-1] == "self"
+        ]
         if attributes and not any(hasattr(callback, attribute) for attribute in attributes):
             raise MisconfigurationError(
                 f"{kind.__name__}.__init__ does not call `super().__init__(...)`, which sets the attributes of {base.__name__}."
@@ -195,6 +204,13 @@ def _claims_key(callback: Any) -> bool:
     return is_named or has_state(callback)
 
 
+def listed(callbacks: Any) -> list[Any]:
+    """Return callbacks as a list: those of an iterable, one alone, or none for None."""
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
+
+
 class AttachedCallbacks(list[Any]):
     """The callbacks of a trainer, in the order in which they are called: to add one attaches it, to remove one detaches it.
 
@@ -218,16 +234,25 @@ class AttachedCallbacks(list[Any]):
         super().__init__()
         self.signals = signals
 
-    def become(self, callbacks: Iterable[Any]) -> None:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # Not by append, as other lists: the signals' own copies are connected to the callbacks already.
+        return copyreg.__newobj__, (type(self),), (self.signals, list(self))  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: tuple[Signals, list[Any]]) -> None:
+        self.signals, callbacks = state
+        super().extend(callbacks)
+
+    def become(self, callbacks: Any) -> None:
         """Detach the callbacks that are not among these, and attach those that are new.
 
         Args:
-            callbacks: The callbacks of before, in their order, as far as they stay, and then new ones.
+            callbacks: The callbacks of before, in their order, as far as they stay, and then new ones. One alone may be given
+                without a list; None for none.
 
         Raises:
             MisconfigurationError: If they have another order, or if one cannot be attached.
         """
-        wanted = list(callbacks)
+        wanted = listed(callbacks)
         staying = [each for each in self if any(each is other for other in wanted)]
         if any(one is not other for one, other in zip(staying, wanted, strict=False)):
             raise MisconfigurationError(

@@ -22,7 +22,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsFloat, TypeVar, dataclass_transform
 
 from eventtrain.errors import MisconfigurationError
-from eventtrain.hints import hint
+from eventtrain.hints import tables
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def refuse(event: Event, value: Any, *, name: str) -> None:
     """
     raise MisconfigurationError(
         f"event.{name} = {reprlib.repr(value)} at {signal_name(type(event))} would change nothing: a listener only reads "
-        f"this field. {hint('event', name, value=value)}".rstrip()
+        f"this field. {tables()['event'].get(name, '')}".rstrip()
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventtrain import events
-from eventtrain.callback import AttachedCallbacks
+from eventtrain.callback import AttachedCallbacks, listed
 from eventtrain.checkpoint import contents, storage
 from eventtrain.checkpoint.find import interrupted_path
 from eventtrain.core.optimizer import LightningOptimizer
@@ -155,7 +155,7 @@ class Trainer:
             raise MissingAttribute(name=name, obj=self)
 
     def _attach(self, callbacks: Any, default_callbacks: bool) -> None:
-        chosen = list(callbacks) if isinstance(callbacks, Iterable) and not isinstance(callbacks, str) else [callbacks]
+        chosen = listed(callbacks)
         if default_callbacks:
             # The one place at which the library knows callbacks, and late, because they import the library.
             from eventtrain.callbacks import LRSchedulerStepping, ProgressBar
@@ -181,13 +181,8 @@ class Trainer:
             model: The module; or ``torch.compile(module)``, whose steps are then called compiled.
             train_dataloaders: The training loader; if None, the module's or datamodule's. A dict or list of loaders, nested in
                 any way, gives batches of this form, until the longest ends; a :class:`~eventtrain.CombinedLoader` combines
-<<<<<<< HEAD
                 them in other ways. A list of batches is one loader, and so is a list of one loader. A datamodule may stand here
                 too.
-=======
-                them in other ways. A list of batches is one loader, and so is a list of one loader.
-                A datamodule may stand here too.
->>>>>>> a2
             val_dataloaders: A validation loader, or a dict or list of them, which are read one after the other; if None, the
                 module's or datamodule's.
             datamodule: An object that has the loaders: a ``LightningDataModule``, or any other with their methods.

@@ -99,7 +99,7 @@ def test_hints_define_methods_that_are_called_with_these_arguments() -> None:
                 right = node.name.removeprefix("on_") in EVENTS
             elif node.name in hooks:
                 fields = hooks[node.name]
-                right = arguments == (("event",) if fields is None or node.name == "on_exception" else fields)
+                right = arguments == (("event",) if fields is None else fields)
             elif node.name.endswith("_step") and not node.name.startswith("lr_"):
                 right = arguments == ("batch", "batch_idx") and hasattr(LightningModule, node.name)
             else:

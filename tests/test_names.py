@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import types
 import warnings
 from typing import Any
 
 import pytest
 import torch
 
-from eventtrain import MisconfigurationError, Trainer
+from eventtrain import Callback, MisconfigurationError, Trainer
 from eventtrain.callbacks import EarlyStopping
 from eventtrain.hints import tables
 from tests.conformance.frameworks import lightning
@@ -186,6 +187,29 @@ def test_a_callback_may_have_helpers_that_are_named_like_events() -> None:
     saves = Saves()
     fit(None, saves)
     assert saves.done == 2
+
+
+@pytest.mark.parametrize("name", ["setup", "teardown"])
+def test_a_callbacks_setup_that_takes_any_arguments_is_refused_too(name: str) -> None:
+    callback: Any = type("TakesAny", (Callback,), {name: lambda self, *args, **kwargs: None})()
+    with pytest.raises(MisconfigurationError, match=rf"TakesAny\.{name}\(.*never called\. Write `def on_{name}\("):
+        new_trainer(callback)
+
+
+class Quiet(Callback):
+    """Sets an attribute of another object in its constructor, and none of its own."""
+
+    def __init__(self, options: Any) -> None:
+        options.verbose = False
+
+
+class Silent(Quiet):
+    def __init__(self) -> None:
+        super().__init__(types.SimpleNamespace())
+
+
+def test_a_base_class_may_set_attributes_of_other_objects_only() -> None:
+    new_trainer(Silent()).fit(ModuleOf(), BATCHES)
 
 
 def test_a_builtin_without_a_signature_may_stand_for_a_method() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -21,7 +22,7 @@ PLAIN = (str, bytes, bytearray, memoryview, range, int, float, type, type(None))
 BUILT_IN = (OrderedDict, dict, list, deque, tuple)
 """The collections whose subclasses are rebuilt without their own ``__init__``."""
 
-RECORDS = (UserDict, UserList, SimpleNamespace)
+RECORDS = (UserDict, UserList, SimpleNamespace, Namespace)
 """The classes, besides dataclasses and those of attrs, whose objects consist of their attributes."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -36,10 +37,10 @@ def evaluation_mode(module: Any, stage: Literal["validation", "test", "predict"]
     outer = attributes.get(BEFORE)
     attributes[BEFORE] = modes(module)
     try:
-        getattr(module, f"on_{stage}_model_eval")()
+        (getattr(module, f"on_{stage}_model_eval") or module.eval)()
         yield
     finally:
-        getattr(module, f"on_{stage}_model_train")()
+        (getattr(module, f"on_{stage}_model_train") or partial(leave_evaluation, module))()
         attributes[BEFORE] = outer
 
 

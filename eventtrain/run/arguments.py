@@ -9,6 +9,7 @@ from typing import Any
 
 from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.state import RunLimits
+from eventtrain.data.device import resolve_device
 from eventtrain.data.limits import Limit, check_limit, limit_name
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import Stage
@@ -162,6 +163,8 @@ def checked_attribute(trainer: Any, name: str, value: Any) -> Any:
         return trainer.callbacks
     if "_run" not in attributes:  # the trainer is being made
         return value
+    if name == "device":
+        return resolve_device(value)
     member = getattr(kind, name, None)
     arguments = inspect.signature(kind.__mro__[-2]).parameters
     read_only = isinstance(member, property) and member.fset is None

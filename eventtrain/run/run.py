@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eventtrain.callback import Callback, make_idle
+from eventtrain.callback import Callback, listed, make_idle
 from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage
 from eventtrain.core.state import RunStage
@@ -108,9 +108,9 @@ class Run(ABC):
         trainer, module, datamodule = self.trainer, self.module, self.state.datamodule
         module.attach_trainer(trainer)
         if datamodule is not None:
-            datamodule.trainer = trainer
-        callbacks = method_of(module, "configure_callbacks", LightningModule)()
-        self._attach_callbacks(list(callbacks) if isinstance(callbacks, Iterable) else [callbacks])
+            with suppress(AttributeError):  # an object with slots, or a frozen one, does without it
+                datamodule.trainer = trainer
+        self._attach_callbacks(listed(method_of(module, "configure_callbacks", LightningModule)()))
         for part in (datamodule, module):
             if part is not None:
                 self._hooks.append(ConnectedHooks(part, trainer.signals))

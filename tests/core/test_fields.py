@@ -53,6 +53,8 @@ def test_a_field_with_an_asterisk_is_written(name: str, field: str) -> None:
         ("before_backward", lambda event: setattr(event, "raw_loss", 0), "`event.loss` at `before_backward`"),
         ("before_forward", lambda event: setattr(event, "batch", 0), "`event.batch` at `after_batch_fetch`"),
         ("train_batch_start", lambda event: setattr(event, "skipped", True), r"`event\.skip_batch\(\)`"),
+        ("train_epoch_start", lambda event: setattr(event, "epoch", 3), r"The loop counts it.*trainer\.end_epoch"),
+        ("train_epoch_start", lambda event: setattr(event, "batches_done", 3), r"only reads this field\.\n"),
         ("train_batch_start", lambda event: setattr(event, "ends_epoch", True), r"`event\.end_epoch\(\)`"),
         ("before_optimizer_step", lambda event: setattr(event, "skip_reason", "bad"), r"`event\.skip\('reason'\)`"),
         ("clipping_decided", lambda event: setattr(event, "norm_type", 1.0), "at `before_gradient_clipping`"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import types
 from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -226,6 +227,7 @@ BATCHES: dict[str, Any] = {
     "attrs": lambda: Attrs(X, ys=[X]),
     "attrs without slots": lambda: AttrsWithDict(X),
     "namespace": lambda: types.SimpleNamespace(x=X, name="namespace"),
+    "argparse": lambda: argparse.Namespace(x=X, name="namespace"),
     "encoding": lambda: Encoding({"ids": X, "text": "words"}, 1),
     "to(dtype, device)": lambda: ByName(X),
     "to(*, device)": lambda: ByKeywordOnly(X),

@@ -156,6 +156,27 @@ def test_a_hook_that_is_none_is_no_hook(in_class: bool) -> None:
     assert emptied.on_train_start is None
 
 
+@pytest.mark.parametrize("stage", ["validation", "test", "predict"])
+def test_mode_hooks_that_are_none_leave_the_work_to_the_trainer(stage: str) -> None:
+    seen: list[bool] = []
+
+    class Module(Line):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            seen.append(self.training)
+            return batch
+
+        test_step = predict_step = validation_step
+
+    module = Module()
+    for name in ("eval", "train"):
+        setattr(module, f"on_{stage}_model_{name}", None)
+    if stage == "validation":
+        new_trainer(num_sanity_val_steps=0).fit(module, rows(1), rows(2))
+    else:
+        getattr(new_trainer(), stage)(module, rows(2))
+    assert seen == [False, False] and module.training
+
+
 @pytest.mark.parametrize("in_class", [True, False], ids=["in the class", "on the object"])
 def test_a_loader_that_is_none_is_no_loader(in_class: bool) -> None:
     module = without_hooks(in_class)

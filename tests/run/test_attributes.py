@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -239,6 +241,23 @@ def test_callbacks_removed_in_a_run_leave_it_and_the_module_may_remove_all() -> 
     assert counts.batches == 2 and trainer.callbacks == [] and connections(trainer) == {}
 
 
+@pytest.mark.parametrize(("callbacks", "number"), [(None, 0), (Counts(), 1), ((Counts(),), 1)])
+def test_callbacks_may_be_one_or_none(callbacks: Any, number: int) -> None:
+    assert len(new_trainer().callbacks) == 0
+    trainer = Trainer(callbacks=callbacks, default_callbacks=False)
+    assert len(trainer.callbacks) == number
+    trainer.callbacks = callbacks
+    assert len(trainer.callbacks) == number
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
+def test_the_callbacks_of_a_copied_trainer_are_connected_once(copied: Any) -> None:
+    trainer = train(ModuleOf(), BATCHES, Counts())
+    again = copied(trainer)
+    again.fit(ModuleOf(), BATCHES)
+    assert [trainer.callbacks[0].batches, again.callbacks[0].batches] == [4, 8]
+
+
 # ------------------------------------------------------------------ configure_callbacks
 
 
@@ -274,6 +293,13 @@ def test_the_modules_callback_replaces_the_trainers_of_the_same_class_during_the
     assert trainer.callbacks == [theirs, other] and connections(trainer) == before
     trainer.fit(ModuleOf(), BATCHES)
     assert (theirs.batches, ours.batches) == (4, 4)
+
+
+@pytest.mark.parametrize("brought", [None, [], Counts()])
+def test_configure_callbacks_may_return_one_callback_or_none(brought: Any) -> None:
+    module = ModuleOf(configure_callbacks=lambda: brought)
+    assert train(module, BATCHES).global_step == 4
+    assert getattr(brought, "batches", 4) == 4
 
 
 def test_a_base_class_replaces_no_subclass_and_a_plain_object_replaces_nothing() -> None:
@@ -352,6 +378,16 @@ def test_attributes_that_have_an_effect_are_set() -> None:
     saved.assert_called_once_with("a.ckpt")
     trainer.fit(ModuleOf(), BATCHES)
     assert (trainer.seed, trainer.default_root_dir, trainer.global_step) == (3, "elsewhere", 4)
+
+
+def test_a_device_that_is_set_is_checked_as_the_argument_is() -> None:
+    trainer = new_trainer()
+    trainer.device = "cpu"  # type: ignore[assignment]
+    assert trainer.device == torch.device("cpu")
+    trainer.fit(ModuleOf(), BATCHES)
+    assert trainer.global_step == 4
+    with pytest.raises(MisconfigurationError, match=r"device='gpu': write 'cuda'"):
+        trainer.device = "gpu"  # type: ignore[assignment]
 
 
 def test_a_subclass_has_attributes_of_its_own_before_and_after_super_and_later() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,7 +46,21 @@ def namespace() -> Any:
     return SimpleNamespace(**{name: getattr(Loaders(), name) for name in dir(Loaders) if name.endswith("_dataloader")})
 
 
-KINDS = [Ours, Loaders, namespace]
+class Slotted(Loaders):
+    """Has no place for the trainer."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(name)
+
+
+@dataclass(frozen=True)
+class Frozen(Loaders):
+    """Refuses new attributes."""
+
+
+KINDS = [Ours, Loaders, namespace, Slotted, Frozen]
 
 
 class Counts(Line):

@@ -53,7 +53,7 @@ def leave_evaluation(module: nn.Module) -> None:
 def warn_of_evaluation_mode(module: nn.Module) -> None:
     """Warn if a module is in evaluation mode at the start of a fit, or a submodule, the outermost ones by name.
 
-    Two kinds of submodules are so on purpose: norms with running statistics, and those whose parameters are all frozen.
+    Two kinds of submodules are so on purpose: norms with running statistics, and those without a parameter that is trained.
     """
     outermost: list[str] = []
     names: list[str] = []

@@ -151,12 +151,13 @@ def check_class(callback: Any) -> None:
         if library in LIBRARIES and not isinstance(callback, Callback) and (remedy := tables()["class"].get(base.__name__)):
             raise MisconfigurationError(f"{kind.__name__}: {library}'s {base.__name__} does not work here. {remedy}")
     for event_name in EVENTS:
-        method = getattr(kind, event_name, None)
-        arguments = inspect.signature(method).parameters if inspect.isfunction(method) else {}
-        takes_any = any(each.kind is each.VAR_POSITIONAL for each in arguments.values())
-        if takes_any or {"stage", "pl_module", "event"} & arguments.keys():
+        if not inspect.isfunction(method := getattr(kind, event_name, None)):
+            continue
+        signature = inspect.signature(method)
+        takes_any = any(each.kind is each.VAR_POSITIONAL for each in signature.parameters.values())
+        if takes_any or {"stage", "pl_module", "event"} & signature.parameters.keys():
             raise MisconfigurationError(
-                f"{kind.__name__}.{event_name}{inspect.signature(method)} is never called. "
+                f"{kind.__name__}.{event_name}{signature} is never called. "
                 f"Write `def on_{event_name}(self, trainer, event)`; the module is `trainer.module`."
             )
     for base in kind.__mro__[1:]:

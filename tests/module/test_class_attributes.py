@@ -161,11 +161,14 @@ def test_mode_hooks_that_are_none_leave_the_work_to_the_trainer(stage: str) -> N
     seen: list[bool] = []
 
     class Module(Line):
-        def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            seen.append(self.training)
+
+        test_step = validation_step
+
+        def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             seen.append(self.training)
             return batch
-
-        test_step = predict_step = validation_step
 
     module = Module()
     for name in ("eval", "train"):

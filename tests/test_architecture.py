@@ -255,7 +255,7 @@ def test_the_core_is_small() -> None:
 
 
 def test_the_library_is_small() -> None:
-    assert sum(code_lines(path) for path in LIBRARY) <= 4800
+    assert sum(code_lines(path) for path in LIBRARY) <= 6600
 
 
 def test_no_file_is_long() -> None:

@@ -151,7 +151,7 @@ def check_class(callback: Any) -> None:
         if library in LIBRARIES and not isinstance(callback, Callback) and (remedy := tables()["class"].get(base.__name__)):
             raise MisconfigurationError(f"{kind.__name__}: {library}'s {base.__name__} does not work here. {remedy}")
     for event_name in EVENTS:
-        method = getattr(kind, event_name, None)
+        method: Any = getattr(kind, event_name, None)
         arguments = inspect.signature(method).parameters if inspect.isfunction(method) else {}
         takes_any = any(each.kind is each.VAR_POSITIONAL for each in arguments.values())
         if takes_any or {"stage", "pl_module", "event"} & arguments.keys():

@@ -160,14 +160,10 @@ def test_a_hook_that_is_none_is_no_hook(in_class: bool) -> None:
 def test_mode_hooks_that_are_none_leave_the_work_to_the_trainer(stage: str) -> None:
     seen: list[bool] = []
 
-    class Module(Line):
-        def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            seen.append(self.training)
-            return batch
+    def record(batch: Tensor, batch_idx: int) -> None:
+        seen.append(module.training)
 
-        test_step = predict_step = validation_step
-
-    module = Module()
+    module = ModuleOf(**{f"{stage}_step": record})
     for name in ("eval", "train"):
         setattr(module, f"on_{stage}_model_{name}", None)
     if stage == "validation":

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Each test sets torch to one thread, so two processes keep two cores busy. Fixtures of a file are made once.
+WORKERS := -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test lint examples slow chaos bench floor clean
@@ -10,7 +12,7 @@ demo: $(VENV)/examples.stamp  ## install, train a real model on real data, and s
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/dev.stamp  ## run the fast tests, in a few minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 slow: $(VENV)/dev.stamp  ## the tests that `make test` leaves out: examples at full length, packaging
 	$(BIN)/python -m pytest -m slow
@@ -31,7 +33,7 @@ bench: $(VENV)/bench.stamp  ## measure the cost of a step beside the hand-writte
 	for part in overhead dispatch memory imports checkpoint; do $(BIN)/python -m benchmarks.$$part --save || exit 1; done
 
 floor: $(VENV)-floor/stamp  ## run the fast tests with the oldest versions that setup.cfg admits
-	$(VENV)-floor/bin/python -m pytest -m "not slow"
+	$(VENV)-floor/bin/python -m pytest -m "not slow" $(WORKERS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

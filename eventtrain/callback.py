@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, SupportsIndex, TypeVar
 
-from eventtrain.core.signals import Signals, check_listener
+from eventtrain.core.signals import EventSignal, Signals, check_listener
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import EVENTS
 from eventtrain.hints import explained, hint, tables
@@ -266,6 +266,23 @@ class AttachedCallbacks(list[Any]):
         super().__setitem__(slice(None), staying)
         for callback in wanted[len(staying) :]:
             self._attach(callback)
+
+    def signal_of(self, handler: Any) -> EventSignal:
+        """Return the signal that calls a handler on demand.
+
+        Args:
+            handler: A method of an attached callback.
+
+        Raises:
+            MisconfigurationError: If it is not marked :func:`on_demand`, or its callback is not attached.
+        """
+        name = getattr(handler, "__name__", repr(handler))
+        signal: EventSignal | None = getattr(self.signals.table, name.removeprefix("on_"), None)
+        if signal is None or not is_on_demand(handler) or handler not in signal.attached():
+            raise MisconfigurationError(
+                f"trainer.listen({name}): give a method on_<event> of an attached callback that is marked with @on_demand."
+            )
+        return signal
 
     def _attach(self, callback: Any) -> None:
         """Connect a callback's handlers; all of its checks come before the first connection."""

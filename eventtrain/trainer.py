@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventtrain import events
-from eventtrain.callback import AttachedCallbacks, is_on_demand, listed
+from eventtrain.callback import AttachedCallbacks, listed
 from eventtrain.checkpoint import contents, storage
 from eventtrain.checkpoint.find import interrupted_path
 from eventtrain.core.optimizer import LightningOptimizer
-from eventtrain.core.signals import EventSignal, Signals
+from eventtrain.core.signals import Signals
 from eventtrain.core.state import Progress, RunLimits, RunStage, StopRequest
 from eventtrain.data.device import resolve_device
 from eventtrain.data.limits import Limit
@@ -181,12 +181,10 @@ class Trainer:
             model: The module; or ``torch.compile(module)``, whose steps are then called compiled.
             train_dataloaders: The training loader; if None, the module's or datamodule's. A dict or list of loaders, nested in
                 any way, gives batches of this form, until the longest ends; a :class:`~eventtrain.CombinedLoader` combines
-                them in other ways. A list of batches is one loader, and so is a list of one loader.
+                them in other ways. A list of batches is one loader, and so is a list of one loader. A datamodule may stand here
+                too.
             val_dataloaders: A validation loader, or a dict or list of them, which are read one after the other; if None, the
                 module's or datamodule's.
-            datamodule: An object that has the loaders.
-            train_dataloaders: The training loader; if None, the module's or datamodule's. A datamodule may stand here too.
-            val_dataloaders: A validation loader, or a list of them; if None, the module's or datamodule's.
             datamodule: An object that has the loaders: a ``LightningDataModule``, or any other with their methods.
             ckpt_path: A checkpoint to resume, exactly from the safe point at which it was written: its path; ``"last"``, the
                 newest whole one that an attached callback keeps, or a fresh start if there is none yet; ``"best"``, the best by
@@ -216,12 +214,9 @@ class Trainer:
         """Validate a module.
 
         Args:
-            model: The module, compiled or not; if None, the one of the last run.
-            dataloaders: A loader, or a dict or list of them; if None, the module's or datamodule's.
-            ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`.
             model: The module, compiled or not, whose weights are used as they are. If None, the one of the last run; if that
                 was a fit that kept the best checkpoint by a metric, its weights are loaded first, as in Lightning.
-            dataloaders: A loader or a list of them, or a datamodule; if None, the module's or datamodule's.
+            dataloaders: A loader, or a dict or list of them, or a datamodule; if None, the module's or datamodule's.
             ckpt_path: A checkpoint whose weights are loaded first, as for :meth:`fit`; None for none, but see ``model``.
             datamodule: An object that has the loaders.
 
@@ -403,7 +398,7 @@ class Trainer:
             >>> counter.batches
             3
         """
-        self._signal_of(handler).wake(handler)
+        self.callbacks.signal_of(handler).wake(handler)
 
     def stop_listening(self, handler: Callable[..., Any]) -> None:
         """Undo :meth:`listen`.
@@ -426,16 +421,7 @@ class Trainer:
             >>> trainer.fit(Line(), [torch.ones(4, 1)] * 3)
             batch 0
         """
-        self._signal_of(handler).idle(handler)
-
-    def _signal_of(self, handler: Callable[..., Any]) -> EventSignal:
-        name = getattr(handler, "__name__", repr(handler))
-        signal: EventSignal | None = getattr(self.signals.table, name.removeprefix("on_"), None)
-        if signal is None or not is_on_demand(handler) or handler not in signal.attached():
-            raise MisconfigurationError(
-                f"trainer.listen({name}): give a method on_<event> of an attached callback that is marked with @on_demand."
-            )
-        return signal
+        self.callbacks.signal_of(handler).idle(handler)
 
     def times_logged(self, name: str) -> int:
         """Return how often a metric in :attr:`callback_metrics` got a new value in this run. A listener that acts on new values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from fsspec import filesystem  # type: ignore[import-untyped]
+
+# Fixtures of modules come before the one below.
+torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Hide the objects of all imported modules from the garbage collector, which would visit them in each full collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ batch is ``x``, so the gradient of each update shows exactly which batches were 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ from torch.optim import SGD, Optimizer
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.distributed import Reduction, SingleProcess
 from eventtrain.events import MetricsLogged
+from eventtrain.paths import AnyPath
+
+# ------------------------------------------------------------------ paths
+
+
+def local(path: AnyPath) -> Path:
+    """Return a path that has to be a local one."""
+    assert isinstance(path, Path)
+    return path
+
 
 # ------------------------------------------------------------------ batches
 

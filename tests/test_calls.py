@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -94,14 +95,11 @@ def validating(batches: int) -> Callable[[], Any]:
 
 def calls(run: Callable[[], Any]) -> dict[str, int]:
     """Return how often each function in Python is called: ``"file:name"`` for eventtrain's, ``"elsewhere"`` for all others."""
-    counts: dict[str, int] = {}
+    called: Counter[tuple[str, str]] = Counter()
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
-            code = frame.f_code
-            ours = code.co_filename.startswith(FOLDERS)
-            name = f"{Path(code.co_filename).name}:{code.co_qualname}" if ours else ELSEWHERE
-            counts[name] = counts.get(name, 0) + 1
+            called[frame.f_code.co_filename, frame.f_code.co_qualname] += 1
 
     gc.disable()  # a finalizer that happens to run is no part of a step
     previous = sys.getprofile()
@@ -111,6 +109,9 @@ def calls(run: Callable[[], Any]) -> dict[str, int]:
     finally:
         sys.setprofile(previous)
         gc.enable()
+    counts: Counter[str] = Counter()
+    for (file, function), number in called.items():
+        counts[f"{Path(file).name}:{function}" if file.startswith(FOLDERS) else ELSEWHERE] += number
     return counts
 
 

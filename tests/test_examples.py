@@ -12,8 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +37,7 @@ SHORT = {
     "monitoring": ("--epochs", "2"),
     "resume": ("--epochs", "2"),
 }
+LONG = ("char_lm", "distributed", "gan", "resume")  # even so: tests marked as slow run these
 WITHOUT_LOGS = ("custom_schedule", "lbfgs")
 
 
@@ -71,12 +71,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Run]]:
-    # Two at a time, because a short run mostly imports.
-    pool = ThreadPoolExecutor(2)
-    runs = {name: pool.submit(Run, name, tmp_path_factory.mktemp(name), *options) for name, options in SHORT.items()}
-    yield lambda name: runs[name].result()
-    pool.shutdown(cancel_futures=True)
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Return a function that runs an example once, when a test asks for it."""
+    return functools.cache(lambda name: Run(name, tmp_path_factory.mktemp(name), *SHORT[name]))
 
 
 def load(name: str) -> ModuleType:
@@ -108,7 +105,9 @@ def test_the_docstring_says_how_to_run_it(name: str) -> None:
     assert ("\n    tensorboard --logdir runs" in docstring) == (name not in WITHOUT_LOGS)
 
 
-@pytest.mark.parametrize("name", sorted(SHORT))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in sorted(SHORT)]
+)
 def test_an_example_writes_only_to_the_given_folder(name: str, short_run: Callable[[str], Run]) -> None:
     run = short_run(name)
     assert [path.name for path in run.directory.iterdir()] == ([] if name in WITHOUT_LOGS else ["logs"])
@@ -129,6 +128,7 @@ def test_digits(short_run: Callable[[str], Run]) -> None:
     assert "epoch 2/2" in run.stderr  # the default progress bar
 
 
+@pytest.mark.slow
 def test_digits_repeat_themselves(tmp_path: Path, short_run: Callable[[str], Run]) -> None:
     run, again = short_run("digits"), Run("digits", tmp_path, *SHORT["digits"])
     assert again.scalars("loss/train") == run.scalars("loss/train")
@@ -149,6 +149,7 @@ def test_digits_as_it_comes(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ gan
 
 
+@pytest.mark.slow
 def test_gan(short_run: Callable[[str], Run]) -> None:
     run = short_run("gan")
     assert 0 < number(r"final losses: discriminator (\d\.\d{3}), generator \d\.\d{3}", run.lines[-1]) < 1
@@ -216,6 +217,7 @@ def test_custom_schedule(short_run: Callable[[str], Run]) -> None:
 # ------------------------------------------------------------------ char_lm
 
 
+@pytest.mark.slow
 def test_char_lm(short_run: Callable[[str], Run]) -> None:
     run = short_run("char_lm")
     first, second = (number(r"epoch \d: perplexity (\S+)", line) for line in run.lines[:2])
@@ -268,6 +270,7 @@ def test_monitoring_shows_a_run_from_every_side(short_run: Callable[[str], Run])
 # ------------------------------------------------------------------ distributed
 
 
+@pytest.mark.slow
 def test_distributed_in_one_process(short_run: Callable[[str], Run]) -> None:
     run = short_run("distributed")
     assert run.lines[-2] == "processes 1, updates 40"
@@ -277,6 +280,7 @@ def test_distributed_in_one_process(short_run: Callable[[str], Run]) -> None:
 # ------------------------------------------------------------------ resume
 
 
+@pytest.mark.slow
 def test_resume(short_run: Callable[[str], Run]) -> None:
     run = short_run("resume")
     assert run.lines[0] == "starts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import permutations
 from pathlib import Path
 from random import Random
@@ -97,12 +98,22 @@ def trained(precision: Precision, order: tuple[str, ...]) -> tuple[list[float], 
 NAMES = tuple(callbacks("bf16"))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_every_order_of_attachment_gives_the_same_bits(precision: Precision) -> None:
+def different(precision: Precision, orders: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return the orders that give other bits than the first one."""
     # As text, because the norm of gradients that overflowed is not equal to itself; floats are written exactly.
     expected = repr(trained(precision, NAMES))
-    different = [order for order in permutations(NAMES) if repr(trained(precision, order)) != expected]
-    assert different == []
+    return [order for order in orders if repr(trained(precision, order)) != expected]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_some_orders_of_attachment_give_the_same_bits(precision: Precision) -> None:
+    assert different(precision, Random(precision).sample([*permutations(NAMES)], 40)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_every_order_of_attachment_gives_the_same_bits(precision: Precision) -> None:
+    assert different(precision, permutations(NAMES)) == []
 
 
 @pytest.mark.parametrize("left_out", ["accumulation", "precision", "clipping", "scheduler"])
@@ -150,7 +161,7 @@ def check_orders(tmp_path: Path, parallel: str, ending: str, orders: int) -> Non
 @pytest.mark.parametrize("ending", ["early stopping", "signal"])
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_some_orders_of_all_shipped_callbacks_give_the_same_run(tmp_path: Path, parallel: str, ending: str) -> None:
-    check_orders(tmp_path, parallel, ending, 10)
+    check_orders(tmp_path, parallel, ending, 4)
 
 
 @pytest.mark.slow

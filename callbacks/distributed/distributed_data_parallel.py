@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from datetime import timedelta
+from operator import is_not
 from typing import Any
 
 import torch
@@ -25,15 +26,18 @@ class Step(nn.Module):
 
     Args:
         module: The module whose steps are called.
+        expect_nothing: Called if a step returned nothing, so that the wrapper has no backward to wait for.
     """
 
-    def __init__(self, module: LightningModule) -> None:
+    def __init__(self, module: LightningModule, expect_nothing: Callable[[], None]) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.expect_nothing = module, expect_nothing
 
     def forward(self, step: Callable[..., Any], *args: Any) -> Any:
         """Call the step."""
-        return step(*args)
+        if (outputs := step(*args)) is None:
+            self.expect_nothing()
+        return outputs
 
 
 class DistributedDataParallel(DataParallel, Callback):
@@ -47,10 +51,11 @@ class DistributedDataParallel(DataParallel, Callback):
     - ``setup``: all processes get rank zero's weights; in automatic optimization torch's wrapper is put around the module;
     - ``prepare_loader``: each loader reads only this process's share;
     - ``fit_start``: refuses optimizers that decide by the loss how often they evaluate their closure;
-    - ``train_epoch_start``: makes a new wrapper in the next step if layers were frozen or thawed;
-    - ``before_forward``: training steps are called through the wrapper (only if there are other processes);
+    - ``train_epoch_start``: reads the module's parameters anew in the next step;
+    - ``before_forward``: training steps are called through the wrapper, a new one if layers were frozen or thawed (only if
+      there are other processes);
     - ``reduce_gradients``: averages the gradients that the wrapper does not average: those of manual optimization, and those
-      of a window whose last batch was skipped (only if there are other processes);
+      of a window whose last batch was skipped, or froze or thawed layers (only if there are other processes);
     - ``validation_epoch_start``, ``test_epoch_start`` and ``predict_epoch_start``: all processes get rank zero's buffers, such
       as the statistics of batch norm;
     - ``teardown``: releases the wrapper.
@@ -86,8 +91,9 @@ class DistributedDataParallel(DataParallel, Callback):
         check_arguments("DistributedDataParallel", options, ["shares_data", "timeout", *known])
         self.options = options
         self._wrapper: TorchDistributedDataParallel | None = None
-        self._wrapped: list[nn.Parameter] = []
-        self._epoch_begins = False
+        self._parameters: list[nn.Parameter] = []
+        self._wrapped: list[nn.Parameter] = []  # those of them that were trained when the wrapper was made
+        self._window_open = False
 
     def wrap(self, module: nn.Module) -> TorchDistributedDataParallel:
         """Return torch's wrapper around a module. Override it for a communication hook, for example.
@@ -109,35 +115,42 @@ class DistributedDataParallel(DataParallel, Callback):
             trainer.listen(self.on_before_forward)
             trainer.listen(self.on_reduce_gradients)
             if module.automatic_optimization:
+                self._parameters = list(module.parameters())
                 self._wrap(module)
         if self._wrapper is None:  # the wrapper overwrites them when it is made
             self._processes.overwrite([*module.parameters(), *module.buffers()])
 
     def on_train_epoch_start(self, trainer: Trainer, event: TrainEpochStart) -> None:
-        self._epoch_begins = True
+        self._parameters = []
+        self._window_open = trainer.window_open
 
     @on_demand
     def on_before_forward(self, trainer: Trainer, event: BeforeForward) -> None:
         if event.stage != "train" or not trainer.module.automatic_optimization:
             return
-        if self._epoch_begins:
-            self._epoch_begins = False
+        self._parameters = self._parameters or list(trainer.module.parameters())
+        if self._trains_others():
+            if self._window_open:  # the new wrapper does not know what the window holds for layers that are frozen now
+                self.average_gradients([parameter for parameter in self._parameters if not parameter.requires_grad])
             self._wrap(trainer.module)
+        self._window_open = not event.closes_window
         if self._wrapper is not None:
             event.call = self._wrapper
+            self._wrapper.require_backward_grad_sync = True
             if not event.closes_window:
                 event.enter(self._wrapper.no_sync())
 
     @on_demand
     def on_reduce_gradients(self, trainer: Trainer, event: ReduceGradients) -> None:
-        # The wrapper has averaged them in the backward of the batch that closes the window, unless that batch was skipped.
-        if event.skipped or not trainer.module.automatic_optimization:
+        # The wrapper has averaged them in the backward of the batch that closes the window, unless that batch was skipped, or
+        # froze or thawed layers.
+        if event.skipped or not trainer.module.automatic_optimization or self._trains_others():
             self.average_gradients(list(event.optimizer.parameters()))
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         super().on_teardown(trainer, event)
         self._wrapper = None
-        self._wrapped = []
+        self._parameters = self._wrapped = []
 
     def average_gradients(self, parameters: list[Tensor]) -> None:
         """Average gradients over all processes.
@@ -167,9 +180,16 @@ class DistributedDataParallel(DataParallel, Callback):
         self._processes.average(gradients)
 
     def _wrap(self, module: LightningModule) -> None:
-        """Make torch's wrapper, or a new one if other parameters are trained than before: a wrapper only knows parameters
-        that needed gradients when it was made."""
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if len(trained) != len(self._wrapped) or any(new is not old for new, old in zip(trained, self._wrapped, strict=True)):
-            self._wrapped = trained
-            self._wrapper = self.wrap(Step(module)) if trained else None
+        """Make torch's wrapper for the parameters that are trained now."""
+        self._wrapped = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._wrapper = self.wrap(Step(module, self._expect_nothing)) if self._wrapped else None
+
+    def _expect_nothing(self) -> None:
+        """Have the wrapper wait for no backward: the module has stepped by itself, or had nothing to train in this batch."""
+        assert self._wrapper is not None
+        self._wrapper.require_backward_grad_sync = False
+
+    def _trains_others(self) -> bool:
+        """Return whether other parameters are trained than when the wrapper was made, which only knows those."""
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        return len(trained) != len(self._wrapped) or any(map(is_not, trained, self._wrapped))

@@ -193,7 +193,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
     @on_demand
     def on_after_zero_grad(self, trainer: Trainer, event: AfterZeroGrad) -> None:
         if self._may_hold_gradients:  # from a window that was never closed
-            self._may_hold_gradients = False
+            self._may_hold_gradients = not self._syncs  # a backward may follow in this batch
             drop_gradients(trainer.module)
 
     @on_demand

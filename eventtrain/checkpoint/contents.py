@@ -14,6 +14,7 @@ from torch import Tensor
 from eventtrain._torch import mark_stepped
 from eventtrain.callback import has_state, state_key
 from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.find import say
 from eventtrain.checkpoint.flags import flags, restore_flags
 from eventtrain.checkpoint.migrations import SCHEMA_VERSION, migrated
 from eventtrain.checkpoint.optimizers import class_names, parameter_groups, restore_optimizers
@@ -111,7 +112,7 @@ def try_out(trainer: Trainer) -> None:
     """Collect a checkpoint before training, so that a value that no file can hold is found now, and not at the first save.
 
     Callbacks, datamodule and module add to it by ``on_save_checkpoint``, and no event is published. If one of them raises, the
-    additions stay unchecked, with a warning.
+    additions stay unchecked, and a log says so: it may need values of the training.
 
     Args:
         trainer: The trainer, in a fit that is about to train.
@@ -130,10 +131,9 @@ def try_out(trainer: Trainer) -> None:
                     callback.on_save_checkpoint(trainer, event=SaveCheckpoint(checkpoint))
             call_hooks(trainer, checkpoint)
         except Exception as error:
-            warnings.warn(
+            say(
                 f"on_save_checkpoint was tried before training, and raised {storage.first_line(error)}. So it is not known "
-                "whether a file can hold the values that it adds.",
-                stacklevel=2,
+                "whether a file can hold the values that it adds."
             )
             return
     # Without tensors: those of a lazy module do not exist yet, and will when they are written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class EvaluationLoop:
         context: Returns the context that the whole evaluation runs in: evaluation mode, and no gradients.
         is_interrupted: Asked before each batch: whether the evaluation is to be left. None outside a fit.
         processes: The processes that ask each other before each batch; None in a run of one, and outside a fit.
+        warns_if_empty: Whether a loader without a batch is warned about.
         keep_outputs: Whether the values that the step returns are kept, for prediction.
     """
 
@@ -46,6 +48,7 @@ class EvaluationLoop:
     context: Callable[[], AbstractContextManager[Any]]
     is_interrupted: Callable[[], bool] | None
     processes: Processes | None
+    warns_if_empty: bool
     keep_outputs: bool = False
 
     def __post_init__(self) -> None:
@@ -135,6 +138,10 @@ class EvaluationLoop:
             elif metrics.fresh:
                 self._publish_step()
             batch_idx += 1
+        if batch_idx == 0 and self.warns_if_empty and not isinstance(batches.loader, (list, tuple)):  # written as empty
+            warnings.warn(
+                f"The {self.stage} loader ({type(batches.loader).__name__}) gave no batch. {batches.why_empty()}", stacklevel=2
+            )
         batches.finish()
         metrics.suffix = ""
         return predictions

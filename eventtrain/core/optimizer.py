@@ -48,8 +48,9 @@ class LightningOptimizer(Optimizer):
 
     It *is* a ``torch.optim.Optimizer``, and an instance of the wrapped optimizer's class: ``param_groups``, ``state``,
     ``defaults`` and the wrapped optimizer's own attributes are read and written through it, and a scheduler may be built on
-    it. A step taken on :attr:`optimizer` directly is a plain torch step: no veto, no clipping. A method whose name ends with
-    ``_step``, such as SAM's ``second_step``, gets complete and clipped gradients in a run, and counts if it updates.
+    it. A step taken on :attr:`optimizer` directly is a plain torch step: no veto, no clipping. A method whose name begins
+    or ends with ``step``, such as SAM's ``second_step``, gets complete and clipped gradients in a run, and counts if it
+    updates.
 
     Args:
         optimizer: The optimizer to wrap.
@@ -191,7 +192,7 @@ class LightningOptimizer(Optimizer):
         if name in ("optimizer", "_stepper", "_num_steps"):  # the wrapper is being unpickled or copied
             raise AttributeError(name)
         value = getattr(self.optimizer, name)
-        if name.endswith("_step") and self._stepper is not None and callable(value):
+        if self._stepper is not None and (name.startswith("step") or name.endswith("step")) and callable(value):
             return partial(self._stepper.step_by, value)
         return value
 

@@ -211,7 +211,7 @@ def as_loaders(loaders: Any) -> list[Any]:
     Args:
         loaders: One loader; several in lists and dicts, see :func:`is_several`; a CombinedLoader; or None.
     """
-    if loaders is None:
+    if loaders is None or (isinstance(loaders, Mapping) and not loaders):
         return []
     if is_several(loaders):
         loaders = CombinedLoader(loaders, "sequential")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -16,8 +16,8 @@ def batch_sizes(batch: Any) -> list[int]:
     """Return the sizes that the parts of a batch show; the first one is the batch's. Return nothing if it is unknown.
 
     Each tensor and array shows its first dimension, at any depth of mappings, lists, tuples and dataclasses. Only if there is
-    none, lists show their lengths, and other objects the sizes of their items, or their own length. A batch of nothing but
-    scalars is one sample, and so is None.
+    none, lists show their lengths, and other objects the sizes of their tensors, of their items, or their own length. A batch
+    of nothing but scalars is one sample, and so is None.
 
     Args:
         batch: The batch.
@@ -59,16 +59,27 @@ def _lengths(part: Any) -> Iterator[int]:
     """Yield the length of each list and of each other object in a part of a batch that has no tensor."""
     parts = _parts(part)
     columns = [each for each in parts if isinstance(each, (Iterable, Sized)) and not isinstance(each, (Tensor, str, bytes))]
-    lengths = [[len(each)] if isinstance(each, (list, tuple)) else list(_lengths(each)) for each in columns]
+    lengths = [[len(each)] if _is_column(each) else list(_lengths(each)) for each in columns]
     if sizes := [size for each in lengths for size in each]:
         yield from sizes
     elif isinstance(part, (list, tuple)):
         if len({type(each) for each in parts}) == 1 and not isinstance(parts[0], Tensor):
             yield len(part)
-    elif isinstance(part, (Iterable, Sized)) and not isinstance(part, (Mapping, Tensor, str, bytes, Iterator)):
-        items = list(part) if isinstance(part, Iterable) else []
-        length = len(part) if isinstance(part, Sized) else len(items)
-        yield from list(_dimensions(items)) or list(_lengths(items)) or [length]
+    elif not isinstance(part, (Mapping, Tensor, str, bytes, Iterator)):
+        yield from _object_sizes(part)
+
+
+def _is_column(part: Any) -> TypeGuard[Sized]:
+    """Return whether a part holds a value of each sample. A tuple of several types is one sample."""
+    return isinstance(part, list) or (isinstance(part, tuple) and len({type(each) for each in part}) == 1)
+
+
+def _object_sizes(part: Any) -> list[int]:
+    sizes = [size for each in getattr(part, "__dict__", {}).values() if isinstance(each, Tensor) for size in each.shape[:1]]
+    if isinstance(part, Sized) and (len(part) in sizes or not isinstance(part, Iterable)):
+        return [len(part)]
+    items = list(part) if isinstance(part, Iterable) else []
+    return sizes or list(_dimensions(items)) or list(_lengths(items)) or [len(items)] * isinstance(part, Iterable)
 
 
 def _has_scalar(part: Any) -> bool:

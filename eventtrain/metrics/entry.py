@@ -30,7 +30,7 @@ class Entry:
         scope: The scope.
 
     Attributes:
-        loaders: The suffixes of the evaluation loaders that logged it; ``""`` belongs to all.
+        loader: The suffix of the evaluation loader that logged it; ``""`` belongs to all.
         options: The options; they are the same at every call.
         step_name: The name of the values of steps; None if they are not kept.
         epoch_name: The name of the value of the epoch; None if there is none.
@@ -56,7 +56,7 @@ class Entry:
         self.prog_bar, self.logger, _, _, reduction, self.sync_dist = options
         self.reduction: Any = reduction_name(reduction)
         self.on_step, self.on_epoch, self.scope = on_step, on_epoch, scope
-        self.loaders = {suffix}
+        self.loader = suffix
         both = on_step and on_epoch
         self.step_name = (f"{name}_step{suffix}" if both else self.name) if on_step else None
         self.epoch_name = (f"{name}_epoch{suffix}" if both else self.name) if on_epoch else None
@@ -80,8 +80,7 @@ class Entry:
             self.total = COMBINE[self.reduction](self.total, value)
 
     def merge(self, other: Entry) -> None:
-        """Add the reduction that another process made of the same epoch."""
-        self.loaders |= other.loaders
+        """Add the reduction that another process, or another loader, made of the same epoch."""
         if self.total is None:
             self.total, self.weight = other.total, other.weight
         elif other.total is not None:
@@ -118,7 +117,7 @@ class Entry:
 
     def _part(self, name: str) -> Entry:
         part = Entry(name, self.suffix, self.options, self.on_step, self.on_epoch, self.scope)
-        part.loaders, part.metric = self.loaders, self.metric
+        part.loader, part.metric = self.loader, self.metric
         return part
 
     def accepts(self, options: tuple[Any, ...]) -> bool:
@@ -134,8 +133,8 @@ class Entry:
         """Return the state for a checkpoint. The state of a metric object is saved with the module's, not here."""
         options = list(self.options)
         options[4] = self.reduction
-        names = ("name", "suffix", "on_step", "on_epoch", "scope", "naming", "total", "weight")
-        return {name: getattr(self, name) for name in names} | {"options": options, "loaders": sorted(self.loaders)}
+        names = ("name", "suffix", "on_step", "on_epoch", "scope", "naming", "loader", "total", "weight")
+        return {name: getattr(self, name) for name in names} | {"options": options}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Entry:
@@ -148,7 +147,7 @@ class Entry:
         name = state["name"].removesuffix(state["suffix"])
         scope = state.get("scope", "batch")  # older states have none
         entry = cls(name, state["suffix"], tuple(state["options"]), state["on_step"], state["on_epoch"], scope)
-        entry.naming, entry.loaders = state.get("naming", "own"), set(state.get("loaders", entry.loaders))
+        entry.naming, entry.loader = state.get("naming", "own"), state.get("loader", entry.loader)
         entry.total, entry.weight = on_device(state["total"], device), state["weight"]
         return entry
 

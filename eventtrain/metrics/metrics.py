@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections import defaultdict
@@ -77,7 +78,7 @@ class Metrics:
         self._entries: dict[Stage, dict[Scope, dict[str, Entry]]] = {
             stage: {scope: {} for scope in SCOPES} for stage in get_args(Stage)
         }
-        self._ended: list[Entry] = []
+        self._of_loaders: list[tuple[Entry, Tensor]] = []
         self._warned: set[str] = set()
         self.enter("train", None)
 
@@ -109,12 +110,13 @@ class Metrics:
         """Collect one value; see :meth:`eventtrain.LightningModule.log`."""
         if (scope := self.scope) is None or self.stage == "predict":
             self._refuse_scope(name)
-        suffix = self.suffix if add_dataloader_idx else ""
         options = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist)
-        entry = self._stage_entries[scope].get(name + suffix if suffix else name)
+        key = f"{name}{self.suffix}" if add_dataloader_idx else f"{self.suffix}{name}"
+        entry = self._stage_entries[scope].get(key)
         if entry is None:
-            entry = self._new_entry(name, suffix, options, scope)
-        elif entry.options != options or self.suffix not in entry.loaders:
+            entry = self._new_entry(name, self.suffix if add_dataloader_idx else "", options, scope)
+            self._stage_entries[scope][key] = entry
+        elif entry.options != options:
             self._change_options(entry, options)
         if isinstance(value, Tensor):
             # A result of the graph stays as it is; a weight, a buffer, or a view of one may be changed in place.
@@ -182,20 +184,28 @@ class Metrics:
         """Return the values that the current stage logged on epoch, each with its entry, merged over all processes.
 
         So all processes see one value, and decide alike. There is one exchange for all names, in which each process sends
-        the names that it has: a process that had no batch has none.
+        the names that it has: a process that had no batch has none. A name that several loaders share has one value for all,
+        and each loader's is there for :meth:`results`; metric objects cannot be merged, and the last loader's counts.
         """
         entries = [entry for entry in self._entries_of(self.stage) if entry.epoch_name is not None]
         if self.processes.world_size > 1:
             entries = self._merged(entries)
-        return [pair for entry in entries for pair in entry.values()]
+        self._of_loaders = [pair for entry in entries for pair in entry.values()]
+        shared: dict[tuple[Scope, str], Entry] = {}
+        for entry in entries:
+            if (other := shared.get((entry.scope, entry.name))) is not None:
+                entry = copy.copy(entry)
+                entry.merge(other)
+            shared[entry.scope, entry.name] = entry
+        return self._of_loaders if len(shared) == len(entries) else [p for entry in shared.values() for p in entry.values()]
 
     def _merged(self, entries: list[Entry]) -> list[Entry]:
         mine = [entry.state_dict() for entry in entries if entry.metric is None]
-        merged = {(entry.scope, entry.name): entry for entry in entries if entry.metric is not None}
+        merged = {(entry.scope, entry.name, entry.loader): entry for entry in entries if entry.metric is not None}
         for states in self.processes.gather_for_all(mine):
             for state in states:
                 entry = Entry.of(state, self.device)
-                if (known := merged.setdefault((entry.scope, entry.name), entry)) is not entry:
+                if (known := merged.setdefault((entry.scope, entry.name, entry.loader), entry)) is not entry:
                     known.merge(entry)
         return sorted(merged.values(), key=lambda entry: SCOPES.index(entry.scope))
 
@@ -213,7 +223,6 @@ class Metrics:
         values = self._epoch_values()
         for entry in self._entries_of(self.stage):
             entry.reset()
-        self._ended = [entry for entry, _ in values]
         for entry, value in values:
             if entry.epoch_name is None or self.silent:
                 continue
@@ -245,10 +254,9 @@ class Metrics:
             loaders: How many loaders it ran over.
         """
         results: list[dict[str, float]] = [{} for _ in range(loaders)]
-        for entry in self._ended:
-            for suffix in entry.loaders:
-                for index in [int(suffix.rpartition("_")[2])] if suffix else range(loaders):
-                    results[index][str(entry.epoch_name)] = float(self.callback_metrics[str(entry.epoch_name)])
+        for entry, value in self._of_loaders:
+            for index in [int(entry.loader.rpartition("_")[2])] if entry.loader else range(loaders):
+                results[index][str(entry.epoch_name)] = float(value)
         return results
 
     # ------------------------------------------------------------------ state
@@ -324,16 +332,17 @@ class Metrics:
                 f"self.log({name!r}, ..., on_step=True) in {calling_hook()}, which belongs to no step. Leave on_step out."
             )
         entry = Entry(name, suffix, options, resolved_step, resolved_epoch, scope)
-        entry.loaders = {self.suffix}
-        self._stage_entries[scope][entry.name] = entry
+        entry.loader = self.suffix
+        for other in self._stage_entries[scope].values():
+            if other.name == entry.name:  # of another loader
+                self._change_options(other, options)
         return entry
 
     def _change_options(self, entry: Entry, options: tuple[Any, ...]) -> None:
-        """Take options that differ from the entry's only in their form, for one more loader perhaps; refuse others."""
+        """Take options that differ from the entry's only in their form; refuse others."""
         if not entry.accepts(options):
             self._refuse_options(entry, options)
         entry.options = options
-        entry.loaders.add(self.suffix)
 
     def _weight(self, entry: Entry, batch_size: Any) -> float:
         """Return the weight of a value: the size that the user gave, else the current batch's.
@@ -385,7 +394,7 @@ class Metrics:
             entry.values_of(computed)  # raises now instead of at the epoch's end
         for stage in self._entries:
             for other in self._entries_of(stage):
-                if other.metric is metric and (stage != self.stage or other.loaders != entry.loaders):
+                if other.metric is metric and (stage != self.stage or other.loader != entry.loader):
                     self._warn_once(
                         f"object {other.name} {entry.name}",
                         f"self.log({entry.name!r}, ...) in {calling_hook()}: the same {type(metric).__name__} is "

@@ -53,7 +53,7 @@ def leave_evaluation(module: nn.Module) -> None:
 def warn_of_evaluation_mode(module: nn.Module) -> None:
     """Warn if a module is in evaluation mode at the start of a fit, or a submodule, the outermost ones by name.
 
-    Two kinds of submodules are so on purpose: norms with running statistics, and those without a parameter that is trained.
+    Two kinds of submodules are so on purpose: norms with running statistics, and those whose parameters are all frozen.
     """
     outermost: list[str] = []
     names: list[str] = []
@@ -61,8 +61,8 @@ def warn_of_evaluation_mode(module: nn.Module) -> None:
         if part.training or any(not outer or name.startswith(f"{outer}.") for outer in outermost):
             continue
         outermost.append(name)
-        is_frozen = {parameter.requires_grad for parameter in part.parameters()} == {False}
-        if not is_frozen and not hasattr(part, "running_mean"):
+        is_trained = any(parameter.requires_grad for parameter in part.parameters())
+        if not name or (is_trained and not hasattr(part, "running_mean")):
             names.append(name)
     if names:
         which = "The module" if names == [""] else f"A part of the module ({', '.join(names)})"

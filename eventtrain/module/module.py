@@ -661,7 +661,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
                 both, the values are called ``name_step`` and ``name_epoch``, and callbacks see the latest as ``name``.
             reduce_fx: ``"mean"`` (weighted by batch size), ``"min"``, ``"max"``, ``"sum"``, or torch's function of that name.
             sync_dist: Whether the value of a step is reduced over ranks; the value of an epoch always is.
-            add_dataloader_idx: Whether ``/dataloader_idx_i`` is appended if there are several evaluation loaders.
+            add_dataloader_idx: Whether ``/dataloader_idx_i`` is appended if there are several evaluation loaders. Without it,
+                callbacks and loggers get one value for all loaders, and each dict of the results has its loader's own.
             batch_size: The weight in the mean; None for the first dimension of the first tensor anywhere in the batch, or, if
                 there is none, the length of its lists.
             rank_zero_only: Whether ranks other than zero leave it out. The epoch's value is that of rank zero on all ranks.

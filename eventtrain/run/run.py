@@ -194,6 +194,7 @@ class Run(ABC):
             context=context,
             is_interrupted=is_interrupted,
             processes=self.trainer.processes if several_processes else None,
+            warns_if_empty=self.trainer.world_size == 1 and self.trainer.arguments.batch_limits[stage] != 0,
         )
 
     def misnamed_loader(self, stage: Stage) -> str:

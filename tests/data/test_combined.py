@@ -135,7 +135,7 @@ class Graph:
 def test_a_list_of_batches_is_one_loader(batch: Any, count: int) -> None:
     seen: list[Any] = []
     module = losing(seen.append)
-    module.test_step = lambda batch, batch_idx: seen.append(batch)  # type: ignore[method-assign]
+    module.test_step = lambda batch, batch_idx: seen.append(batch)  # type: ignore[method-assign, misc]
     train(module, [batch] * count)
     new_trainer().test(module, [batch] * count)
     assert len(seen) == 2 * count and all(type(each) is type(batch) for each in seen)

@@ -482,3 +482,26 @@ def test_a_data_set_may_start_empty() -> None:
     with pytest.warns(UserWarning, match="epoch 0"):
         train(module, Changing((0, 2)), max_epochs=2)
     assert module.seen == [1, 2]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_an_evaluation_without_batches_is_warned_about(stage: str) -> None:
+    used = iter(batches(2))
+    assert len(list(used)) == 2
+    name = "validation" if stage == "validate" else stage
+    for loader, advice in ((dropped(), "drop_last=False"), (used, "an iterator that is used up")):
+        with pytest.warns(UserWarning, match=f"The {name} loader .* gave no batch.*{advice}"):
+            getattr(new_trainer(), stage)(Line(), loader)
+
+
+def test_a_second_validation_of_an_iterator_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="The validation loader .* gave no batch"):
+        train(Line(), rows(1), val=iter(rows(2)), max_epochs=2)
+
+
+def test_an_evaluation_that_is_to_have_no_batches_is_no_mistake() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(Line(), rows(1), val=[]).global_step == 1
+        assert train(Line(), rows(1), val={}).global_step == 1
+        assert new_trainer(limit_test_batches=0).test(Line(), dropped()) == [{}]

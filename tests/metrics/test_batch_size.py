@@ -7,6 +7,7 @@ from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,24 @@ class Sized:
         return len(self.x)
 
 
+class Indexed(Sized):
+    """A batch that gives its samples one by one."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.x)
+
+
+class Fields(Sized):
+    """A batch that gives its fields one by one, and has as its length their number."""
+
+    def __init__(self, x: Any) -> None:
+        super().__init__((names(x), x))
+        self.tensor = x
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.x)
+
+
 class Graphs:
     """A batch of graphs, whose tensors are as long as all nodes together; iterated by names and tensors."""
 
@@ -87,6 +106,9 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
     "a named tuple": lambda x: Named(names(x), x),
     "an iterable object": Unpacked,
     "an object with a length": Sized,
+    "an object that gives its samples": lambda x: Indexed(x[:, None].expand(-1, 3)),
+    "an object that gives its fields": Fields,
+    "an object with a tensor": lambda x: SimpleNamespace(name="name", x=x),
     "an iterable object in a tuple": lambda x: ("train", Unpacked(x)),
     "an object with a length in a mapping": lambda x: {"batch": Sized(x)},
     "a scalar tensor first": lambda x: (torch.tensor(7.0), x),
@@ -105,6 +127,7 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
     "lists of lists in a mapping": lambda x: {"ids": [[1, 2, 3] for _ in x]},
     "two lists": lambda x: (names(x), [0.5] * len(x)),
     "a list of samples without a tensor": lambda x: [{"text": "name", "label": 1} for _ in x],
+    "a list of tuples": lambda x: [("name", 1) for _ in x],
     "a list of unknown objects": lambda x: [Opaque() for _ in x],
     "a range": lambda x: range(len(x)),
 }

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from eventtrain import Trainer
 from eventtrain.callbacks import EarlyStopping, GradientAccumulation, JSONLinesLogger, TensorBoardLogger
@@ -228,8 +229,9 @@ def test_each_loader_has_its_own_names_in_its_own_dict() -> None:
     class Module(Probe):
         def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int) -> None:
             self.log(f"of_{dataloader_idx}", batch, add_dataloader_idx=False)
-            self.log("all", batch, add_dataloader_idx=False)
+            self.log("shared", batch, add_dataloader_idx=False)
             self.log("each", batch)
+            self.log("each", 10 * batch, add_dataloader_idx=False, reduce_fx="max")
             if dataloader_idx:
                 self.log("later", batch, add_dataloader_idx=False)
 
@@ -237,10 +239,30 @@ def test_each_loader_has_its_own_names_in_its_own_dict() -> None:
             self.log("end", 7.0)
 
     loaders = [NoLength(batches([x])) for x in (1.0, 2.0, 6.0)]
-    first, second, third = new_trainer().test(Module(), loaders)
-    assert first == {"of_0": 1.0, "all": 3.0, "each/dataloader_idx_0": 1.0, "end": 7.0}
-    assert second == {"of_1": 2.0, "all": 3.0, "each/dataloader_idx_1": 2.0, "later": 4.0, "end": 7.0}
-    assert third == {"of_2": 6.0, "all": 3.0, "each/dataloader_idx_2": 6.0, "later": 4.0, "end": 7.0}
+    written = Logged()
+    trainer = new_trainer(written)
+    first, second, third = trainer.test(Module(), loaders)
+    assert first == {"of_0": 1.0, "shared": 1.0, "each": 10.0, "each/dataloader_idx_0": 1.0, "end": 7.0}
+    assert second == {"of_1": 2.0, "shared": 2.0, "each": 20.0, "each/dataloader_idx_1": 2.0, "later": 2.0, "end": 7.0}
+    assert third == {"of_2": 6.0, "shared": 6.0, "each": 60.0, "each/dataloader_idx_2": 6.0, "later": 6.0, "end": 7.0}
+    # There is one value of a name for loggers and callbacks.
+    for values in (numbers(trainer.callback_metrics), written.of_scope("epoch")[0]):
+        assert [values[name] for name in ("shared", "each", "later", "of_1")] == [3.0, 60.0, 4.0, 2.0]
+
+
+def test_metric_objects_of_one_name_are_each_loaders_own() -> None:
+    class Module(Probe):
+        def __init__(self) -> None:
+            super().__init__()
+            self.means = nn.ModuleList([MeanMetric(), MeanMetric()])
+
+        def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int) -> None:
+            mean: Any = self.means[dataloader_idx]
+            mean.update(batch)
+            self.log("mean", mean, add_dataloader_idx=False)
+
+    loaders = [NoLength(batches([1.0, 2.0])), NoLength(batches([5.0]))]
+    assert new_trainer().test(Module(), loaders) == [{"mean": 1.5}, {"mean": 5.0}]
 
 
 def test_a_name_that_looks_like_a_loaders_is_a_name() -> None:

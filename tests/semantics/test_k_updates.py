@@ -244,6 +244,23 @@ def test_k3_methods_of_an_optimizer_that_holds_no_other_count_if_weights_move() 
     assert trainer.global_step == 4
 
 
+@pytest.mark.parametrize("name", ["step_all", "step1", "fullstep"])
+def test_k3_a_method_counts_whose_name_begins_or_ends_with_step(name: str) -> None:
+    def update(optimizer: Any) -> None:
+        with torch.no_grad():
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.sub_(parameter.grad, alpha=0.5)
+
+    def step(model: Any, batch: Tensor) -> None:
+        model.optimizers().zero_grad()
+        model.manual_backward(model.loss(batch))
+        getattr(model.optimizers(), name)()
+
+    module = Curve(lambda parameters: type("Other", (SGD,), {name: update})(parameters), step)
+    assert train(module, XS).global_step == 4
+    assert torch.allclose(module.w, by_hand(lambda parameters: SGD(parameters, lr=0.5)))
+
+
 def test_k3_a_method_that_moves_nothing_does_not_count() -> None:
     class Telling(SGD):
         def last_step(self) -> int:

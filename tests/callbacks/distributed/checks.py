@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -43,6 +44,7 @@ from tests.callbacks.distributed.parts import (
     new_trainer,
     resumable,
     state,
+    train_own_steps,
     weighted_batches,
 )
 
@@ -421,6 +423,68 @@ def thawed(folder: Path) -> Any:
     trainer.fit(module, loader())
     wrapper = trainer.callback(DistributedDataParallel)._wrapper
     return {"weights": [each.detach() for each in module.net.parameters()], "firsts": firsts, "released": wrapper is None}
+
+
+class Changing(LightningModule):
+    """A module that freezes or thaws a layer at some place in the second batch.
+
+    Args:
+        freezes: Whether it freezes the layer.
+        place: ``"before"`` the step, in the ``"step"``, or ``"after"`` it.
+    """
+
+    def __init__(self, freezes: bool, place: str) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.changed, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.changed.requires_grad_(freezes)
+        self.freezes, self.place = freezes, place
+
+    def change(self, place: str, batch_idx: int) -> None:
+        if (place, batch_idx) == (self.place, 1):
+            self.changed.requires_grad_(not self.freezes)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.change("before", batch_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.change("step", batch_idx)
+        return self.last(self.changed(batch)).square().mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.change("after", batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@check
+def changed(folder: Path) -> Any:
+    """Freeze or thaw a layer within an epoch, with windows of one to three batches; return the weights and those by hand."""
+    xs = data(40).tensors[0].reshape(5, 2, 4, 3)  # by batch and rank
+    results = []
+    for freezes, place, size in itertools.product((False, True), ("before", "step", "after"), (1, 2, 3)):
+        module, by_hand = Changing(freezes, place), Changing(freezes, place)
+        callbacks = DistributedDataParallel(shares_data=False, timeout=TIMEOUT), GradientAccumulation(size)
+        new_trainer(*callbacks, max_epochs=1).fit(module, list(xs[:, dist.get_rank()]))
+        optimizer = by_hand.configure_optimizers()
+        for index, (first, second) in enumerate(xs):
+            by_hand.on_train_batch_start(first, index)
+            losses = by_hand.training_step(first, index) + by_hand.training_step(second, index)
+            (losses / 2 / min(size, 5 - index // size * size)).backward()
+            by_hand.on_train_batch_end(None, first, index)
+            if (index + 1) % size == 0 or index == 4:
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append([nn.utils.parameters_to_vector(each.parameters()).detach() for each in (module, by_hand)])
+    return results
+
+
+@check
+def own_steps(folder: Path) -> Any:
+    """Step in ``training_step``; return the weights and those by hand."""
+    trained = train_own_steps(DistributedDataParallel(shares_data=False, timeout=TIMEOUT))
+    return [[nn.utils.parameters_to_vector(each.parameters()).detach() for each in pair] for pair in trained]
 
 
 @check

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from eventtrain import LightningModule, Trainer
+from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping
 from eventtrain.callbacks.distributed.distributed_data_parallel import DistributedDataParallel
 
@@ -64,6 +66,69 @@ class Weighted(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class OwnSteps(LightningModule):
+    """A module that steps by itself in some batches, and returns a loss in some.
+
+    Args:
+        steps: The batches in which it steps.
+        losses: The batches in which it returns a loss.
+    """
+
+    def __init__(self, steps: Collection[int], losses: Collection[int]) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.steps, self.losses = steps, losses
+
+    def loss(self, batch: Any) -> Any:
+        return self.last(self.first(batch)).square().mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx in self.steps:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            optimizer.step()
+        return self.loss(batch) if batch_idx in self.losses else None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+OWN_STEPS: list[tuple[Collection[int], Collection[int], int]] = [
+    (range(4), (), 1),
+    (range(4), range(4), 1),
+    ((1, 2), (0, 3), 1),
+    (range(4), (), 2),
+    (range(4), range(4), 2),
+]
+"""The batches of :class:`OwnSteps` that step, and that return a loss, and the size of a window."""
+
+
+def train_own_steps(callback: Callback) -> list[tuple[Any, nn.Module]]:
+    """Train each of :data:`OWN_STEPS` in this process; return the modules, and those that one process trained by hand."""
+    xs = data(32).tensors[0].reshape(4, 2, 4, 3)  # by batch and rank
+    results: list[tuple[Any, nn.Module]] = []
+    for steps, losses, size in OWN_STEPS:
+        module, by_hand = OwnSteps(steps, losses), OwnSteps(steps, losses)
+        trainer = Trainer(max_epochs=1, device="cpu", callbacks=[callback, GradientAccumulation(size)], default_callbacks=False)
+        trainer.fit(module, list(xs[:, int(os.environ["RANK"])]))
+        optimizer = by_hand.configure_optimizers()
+        for index, both in enumerate(xs):
+            if index in steps:
+                optimizer.zero_grad()
+                (sum(map(by_hand.loss, both)) / 2).backward()
+                optimizer.step()
+            if index % size == 0 and index in losses:
+                optimizer.zero_grad()
+            if index in losses:
+                (sum(map(by_hand.loss, both)) / 2 / size).backward()
+                if index % size == size - 1:
+                    optimizer.step()
+        results.append((module, by_hand))
+    return results
 
 
 def weighted_batches() -> list[Any]:

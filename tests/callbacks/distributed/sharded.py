@@ -33,7 +33,7 @@ from eventtrain.callbacks import (
 )
 from eventtrain.callbacks.distributed.distributed_data_parallel import DistributedDataParallel
 from eventtrain.callbacks.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
-from tests.callbacks.distributed.parts import SEED, TIMEOUT, data, loader
+from tests.callbacks.distributed.parts import SEED, TIMEOUT, data, loader, train_own_steps
 
 RANK = int(os.environ.get("RANK", "0"))
 CHECKS: dict[str, Callable[[Path], Any]] = {}
@@ -500,6 +500,13 @@ def windows(folder: Path) -> Any:
             ends.append(state(module, trainer.optimizers))
         results[kind] = ends
     return results
+
+
+@check
+def own_steps(folder: Path) -> Any:
+    """Step in ``training_step``; return the weights and those by hand."""
+    pairs = train_own_steps(FullyShardedDataParallel(shares_data=False, timeout=TIMEOUT))
+    return [[whole(dict(each.named_parameters())) for each in pair] for pair in pairs]
 
 
 # ------------------------------------------------------------------ evaluation

@@ -112,6 +112,19 @@ def test_a_thawed_layer_is_averaged_and_all_ranks_begin_with_rank_zeros_weights(
     assert not torch.equal(frozen, thawed)
 
 
+def test_a_layer_that_is_frozen_or_thawed_within_an_epoch_is_averaged_as_by_hand(results: list[Any]) -> None:
+    assert len(results[0]["changed"]) == 18
+    for (first, by_hand), (second, _) in zip(*(rank["changed"] for rank in results), strict=True):
+        assert torch.equal(first, second)
+        assert torch.allclose(first, by_hand, atol=1e-6)
+
+
+def test_steps_of_ones_own_are_averaged_as_by_hand(results: list[Any]) -> None:
+    for (first, by_hand), (second, _) in zip(*(rank["own_steps"] for rank in results), strict=True):
+        assert torch.equal(first, second)
+        assert torch.allclose(first, by_hand, atol=1e-6)
+
+
 def test_the_wrapper_is_released_when_the_run_ends(results: list[Any]) -> None:
     assert all(rank["thawed"]["released"] for rank in results)
 

@@ -113,6 +113,12 @@ def test_a_window_ends_as_with_distributed_data_parallel(results: list[Any], kin
         assert equal(wrapped, sharded)
 
 
+def test_steps_of_ones_own_are_averaged_as_by_hand(results: list[Any]) -> None:
+    for rank in results:
+        for sharded, by_hand in rank["own_steps"]:
+            assert all(torch.allclose(sharded[name], value, atol=1e-6) for name, value in by_hand.items())
+
+
 def test_layers_that_share_a_weight_are_sharded_together(results: list[Any]) -> None:
     for rank in results:
         wrapped, sharded = rank["tied"]["ends"]

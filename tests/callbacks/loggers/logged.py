@@ -118,7 +118,7 @@ class Drawn(Model):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(2)
-        self.frozen = nn.Dropout().eval()
+        self.frozen = nn.BatchNorm1d(2).eval().requires_grad_(False)
         self.dropout = nn.Dropout()
         self.example_input_array = torch.rand(3, 2)
         self.training_modes: dict[str, bool] = {}

@@ -8,6 +8,7 @@ import pytest
 
 from eventtrain import LightningModule
 from eventtrain.callbacks.loggers import run_files
+from tests.kit import local
 
 
 def test_new_files_are_numbered(tmp_path: Path) -> None:
@@ -29,10 +30,10 @@ def test_a_run_file_continues_at_a_position(tmp_path: Path, position: int | None
 
 def test_a_path_below_the_root_is_kept_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_files.portable(tmp_path / "a" / "b", ".") == "a/b"
-    assert run_files.portable(Path("a/b"), "a") == "b"
-    assert run_files.portable(Path("a"), str(tmp_path / "elsewhere")) == (tmp_path / "a").as_posix()
-    assert run_files.portable(None, ".") is None
+    assert run_files.portable(tmp_path / "a" / "b", Path()) == "a/b"
+    assert run_files.portable(Path("a/b"), Path("a")) == "b"
+    assert run_files.portable(Path("a"), tmp_path / "elsewhere") == (tmp_path / "a").as_posix()
+    assert run_files.portable(None, Path()) is None
 
 
 def test_runs_that_begin_at_once_do_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +41,7 @@ def test_runs_that_begin_at_once_do_not_share_a_directory(tmp_path: Path, monkey
     looked_up = run_files.next_version
 
     def look_up(parent: Path) -> Path:
-        directory = looked_up(parent)
+        directory = local(looked_up(parent))
         if directory.name == "version_0":
             directory.mkdir()
         return directory

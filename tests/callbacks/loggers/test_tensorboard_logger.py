@@ -17,7 +17,7 @@ from eventtrain import MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, TensorBoardLogger
 from eventtrain.callbacks.loggers import tensorboard_logger
 from tests.callbacks.loggers.logged import BATCHES, Drawn, Model, fit, numbered, points, read, single
-from tests.kit import On, new_trainer
+from tests.kit import On, local, new_trainer
 
 # ------------------------------------------------------------------ scalars
 
@@ -204,7 +204,7 @@ def test_a_resumed_run_can_begin_a_new_directory(tmp_path: Path, options: dict[s
 
 def test_a_resumed_run_begins_a_new_directory_if_the_old_one_is_gone(tmp_path: Path) -> None:
     before, _, _ = fit(tmp_path, fails_at=7)
-    before.run_dir.rename(tmp_path / "moved")
+    local(before.run_dir).rename(tmp_path / "moved")
     logger, _, _ = fit(tmp_path, ckpt_path=tmp_path / "epoch_0.ckpt")
     assert [step for step, _ in points(logger, "loss")] == [5, 6, 7, 8]
 

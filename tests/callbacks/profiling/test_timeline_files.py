@@ -26,6 +26,7 @@ from tests.callbacks.profiling.timelines import (
     windows,
     written,
 )
+from tests.kit import local
 
 # ------------------------------------------------------------------ files
 
@@ -66,7 +67,7 @@ def test_write_can_be_called_in_a_run_and_the_files_are_replaced_at_its_end(tmp_
             if trainer.global_step == 1:
                 clock.now += 1 * MS
                 page, trace = timeline.write()
-                seen.extend([page, trace, json.loads(trace.read_text())])
+                seen.extend([page, trace, json.loads(local(trace).read_text())])
 
     trainer_of(tmp_path, timeline, Asks()).fit(Model(clock), BATCHES)
     page, file, early = seen

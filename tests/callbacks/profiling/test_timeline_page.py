@@ -31,6 +31,7 @@ from tests.callbacks.profiling.timelines import (
     fit,
     trainer_of,
 )
+from tests.kit import local
 
 
 @given(st.text(alphabet=st.characters() | st.sampled_from("<>&'\"/\\!-\u2028\u2029\ud800"), max_size=20))
@@ -125,7 +126,7 @@ def chart(document: Document) -> tuple[int, int]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clock = Clock()
     timeline = fit(tmp_path_factory.mktemp("run"), clock, GradientAccumulation(2), GradientClipping(1.0), Listens(clock))
-    return timeline.write()[0]
+    return local(timeline.write()[0])
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from eventtrain.callbacks import (
 )
 from eventtrain.callbacks.profiling.torch_profiler import Cycle
 from eventtrain.distributed import SingleProcess
-from tests.kit import Line, new_trainer
+from eventtrain.paths import AnyPath
+from tests.kit import Line, local, new_trainer
 
 
 class Model(Line):
@@ -57,14 +58,20 @@ def quiet(**options: Any) -> TorchProfiler:
     return TorchProfiler(**{"print_summary": False, **options})
 
 
-def ranges(trace: Path) -> Counter[str]:
+def events_of(trace: AnyPath) -> list[dict[str, Any]]:
+    """Return the events of a trace."""
+    events: list[dict[str, Any]] = json.loads(local(trace).read_text())["traceEvents"]
+    return events
+
+
+def ranges(trace: AnyPath) -> Counter[str]:
     """Return how often each named range is in a trace."""
-    events = json.loads(trace.read_text())["traceEvents"]
+    events = events_of(trace)
     names = [event["name"] for event in events if event.get("cat") == "user_annotation" and event["ph"] == "X"]
     return Counter(name for name in names if name.startswith(("eventtrain/", "ProfilerStep#")))
 
 
-def steps(trace: Path) -> int:
+def steps(trace: AnyPath) -> int:
     return sum(name.startswith("ProfilerStep#") for name in ranges(trace))
 
 
@@ -118,7 +125,7 @@ def test_the_phases_and_the_callbacks_are_named_ranges(tmp_path: Path) -> None:
 def test_operators_lie_in_their_phase(tmp_path: Path) -> None:
     profiler = quiet(wait=1, warmup=1, active=2)
     trainer_of(profiler, tmp_path).fit(Model(), batches(8))
-    events = json.loads(profiler.traces[0].read_text())["traceEvents"]
+    events = events_of(profiler.traces[0])
     forwards = [event for event in events if event["name"] == "eventtrain/forward"]
     linears = [event for event in events if event["name"] == "aten::linear"]
     assert len(forwards) == len(linears) == 2
@@ -147,7 +154,7 @@ def test_a_batch_ends_after_its_checkpoint(tmp_path: Path) -> None:
 
     profiler = quiet(wait=1, warmup=1, active=3)
     trainer_of(profiler, tmp_path, Saves()).fit(Model(), batches(8))
-    events = [event for event in json.loads(profiler.traces[0].read_text())["traceEvents"] if event["ph"] == "X"]
+    events = [event for event in events_of(profiler.traces[0]) if event["ph"] == "X"]
     forwards, checkpoints = (
         sorted(event["ts"] for event in events if event["name"] == name)
         for name in ("eventtrain/forward", "eventtrain/callback/Saves.on_take_checkpoint")
@@ -395,7 +402,7 @@ def test_an_error_ends_the_tracing_and_leaves_a_trace(at: int, recorded: int | N
         assert profiler.traces == []
     else:
         assert f"{recorded} batches were recorded" in profiler.summary()
-        assert json.loads(profiler.traces[0].read_text())["traceEvents"]
+        assert events_of(profiler.traces[0])
     # The next run begins anew.
     trainer.fit(Model(), batches(20))
     assert [steps(trace) for trace in profiler.traces] == [8]
@@ -458,7 +465,7 @@ def test_traces_lie_beside_the_scalars_of_tensorboard(tmp_path: Path) -> None:
     logger, profiler = TensorBoardLogger("runs"), quiet()
     trainer_of(profiler, tmp_path, logger).fit(Model(), batches(20))
     (trace,) = profiler.traces
-    assert trace.parent == Path(logger.run_dir)
+    assert trace.parent == logger.run_dir
     assert re.fullmatch(r".+\.\d+\.pt\.trace\.json", trace.name), "the form that its plugin reads"
 
 
@@ -506,7 +513,7 @@ def test_the_table_is_printed_and_can_be_sorted(tmp_path: Path, capsys: Any) -> 
 def test_options_reach_torch(tmp_path: Path) -> None:
     profiler = quiet(record_shapes=True, profile_memory=True, with_stack=True, with_flops=True)
     trainer_of(profiler, tmp_path).fit(Model(), batches(20))
-    trace = json.loads(profiler.traces[0].read_text())
+    trace = json.loads(local(profiler.traces[0]).read_text())
     assert (trace["record_shapes"], trace["profile_memory"], trace["with_stack"]) == (1, 1, 1)
     (linear, *_) = [event for event in trace["traceEvents"] if event["name"] == "aten::linear"]
     assert linear["args"]["Input Dims"][0] == [2, 4]

@@ -17,7 +17,7 @@ from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.callbacks import GradientAccumulation, GradientClipping, LRSchedulerStepping, MixedPrecision, TensorBoardLogger
 from tests.kit import Line, new_trainer
 
-WARM_UP = 1_000
+WARM_UP = 2_000
 
 
 class Scheduled(Line):
@@ -74,7 +74,7 @@ class Census(Callback):
             self.allocated.append(tracemalloc.get_traced_memory()[0])
 
 
-@pytest.mark.parametrize("batches", [5_000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batches", [8_000, pytest.param(16_000, marks=pytest.mark.slow)])
 def test_thousands_of_batches_of_the_standard_set_do_not_grow(tmp_path: Path, batches: int) -> None:
     census = Census(batches)
     standard = [

@@ -94,9 +94,6 @@ CASES: dict[str, Case] = {
     "a dict without loaders": Case(
         lambda: fit_any({}), ("CombinedLoader", "no loader", "at least one"), lambda: fit_any({"a": LOADER})
     ),
-    "a validation dict without loaders": Case(
-        lambda: fit(evaluates(), val={}), ("no loader", "at least one"), lambda: fit(evaluates(), val={"a": LOADER})
-    ),
     "a combination of combinations": Case(
         lambda: fit_any(CombinedLoader({"a": CombinedLoader([LOADER, LOADER]), "b": LOADER})),
         ("One of several loaders is a CombinedLoader", "dict or list of its loaders"),

@@ -401,6 +401,7 @@ def test_an_evaluation_after_a_fit_leaves_the_tables_of_the_fit() -> None:
         assert part in profiler.summary()
 
 
+@pytest.mark.filterwarnings("ignore:The test loader")
 def test_an_evaluation_without_a_batch_has_no_table() -> None:
     clock = Clock()
     profiler = Profiler(clock=clock)

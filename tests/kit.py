@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from eventtrain import Callback, LightningModule, Trainer
 from eventtrain.distributed import Reduction, SingleProcess
@@ -219,6 +220,17 @@ class ModuleOf(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return SGD([self.w], lr=0.1)
+
+
+def recording_plateau(monitor: str, seen: list[float]) -> Callable[[Optimizer], Any]:
+    """Return a ``configure`` with a ``ReduceLROnPlateau`` that appends each value of its metric to a list."""
+
+    class Plateau(ReduceLROnPlateau):
+        def step(self, metrics: Any, epoch: Any = None) -> None:  # type: ignore[override]
+            seen.append(float(metrics))
+            super().step(metrics)
+
+    return lambda sgd: ([sgd], [{"scheduler": Plateau(sgd), "monitor": monitor}])
 
 
 def gradient(parameter: Tensor) -> Tensor:

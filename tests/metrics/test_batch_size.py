@@ -16,13 +16,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from eventtrain import MisconfigurationError
 from eventtrain.callbacks import EarlyStopping, LRSchedulerStepping, TensorBoardLogger
 from eventtrain.metrics.batch_size import batch_sizes
-from tests.kit import NoLength, Probe, numbers, train
+from tests.kit import NoLength, Probe, numbers, recording_plateau, train
 
 VALUES = ([1.0, 2.0], [3.0, 4.0], [5.0])
 """Batches of 2, 2 and 1 samples, whose means are 1.5, 3.5 and 5."""
@@ -263,15 +261,7 @@ def test_the_size_is_found_once_a_batch() -> None:
 
 def test_schedulers_and_early_stopping_see_the_weighted_mean() -> None:
     seen: list[float] = []
-
-    class Plateau(ReduceLROnPlateau):
-        def step(self, metrics: Any, epoch: Any = None) -> None:  # type: ignore[override]
-            seen.append(float(metrics))
-            super().step(metrics)
-
-    def configure(sgd: Optimizer) -> Any:
-        return [sgd], [{"scheduler": Plateau(sgd), "monitor": "val"}]
-
+    configure = recording_plateau("val", seen)
     stopping = EarlyStopping("val", patience=9)
     form = "names, then a tensor"
     train(Logs(configure=configure), loader(form), stopping, LRSchedulerStepping(), val=loader(form))

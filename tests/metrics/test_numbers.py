@@ -12,12 +12,10 @@ import torch
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer  # type: ignore[import-untyped]
 from tensorboard.util import tensor_util  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from eventtrain.callbacks import EarlyStopping, JSONLinesLogger, LRSchedulerStepping, TensorBoardLogger
 from eventtrain.metrics.entry import Entry, on_device
-from tests.kit import FakeProcesses, Logged, On, Probe, batches, new_trainer, numbers, train
+from tests.kit import FakeProcesses, Logged, On, Probe, batches, new_trainer, numbers, recording_plateau, train
 
 BIG = 67128463.0
 """A whole number that has no float32: the nearest one is 67128464."""
@@ -116,15 +114,7 @@ def test_a_number_is_exact_over_several_processes() -> None:
 
 def test_callbacks_and_schedulers_see_the_number() -> None:
     seen: list[float] = []
-
-    class Plateau(ReduceLROnPlateau):
-        def step(self, metrics: Any, epoch: Any = None) -> None:  # type: ignore[override]
-            seen.append(float(metrics))
-            super().step(metrics)
-
-    def configure(sgd: Optimizer) -> Any:
-        return [sgd], [{"scheduler": Plateau(sgd), "monitor": "val"}]
-
+    configure = recording_plateau("val", seen)
     stopping = EarlyStopping("val", patience=9)
     train(Logs(0.1, configure=configure), 1, stopping, LRSchedulerStepping(), val=1)
     assert seen == [0.1]

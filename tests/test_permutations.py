@@ -161,7 +161,7 @@ def check_orders(tmp_path: Path, parallel: str, ending: str, orders: int) -> Non
 @pytest.mark.parametrize("ending", ["early stopping", "signal"])
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_some_orders_of_all_shipped_callbacks_give_the_same_run(tmp_path: Path, parallel: str, ending: str) -> None:
-    check_orders(tmp_path, parallel, ending, 4)
+    check_orders(tmp_path, parallel, ending, 10)
 
 
 @pytest.mark.slow

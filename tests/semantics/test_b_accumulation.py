@@ -568,7 +568,7 @@ class Momentum(Probe):
         return self.watch(SGD([self.w], lr=0.1, momentum=0.5))
 
 
-@settings(derandomize=True, max_examples=80, deadline=None, database=None)
+@settings(derandomize=True, max_examples=150, deadline=None, database=None)
 @given(
     schedule=schedules,
     as_function=st.booleans(),

@@ -185,7 +185,7 @@ class DistributedDataParallel(DataParallel, Callback):
         self._wrapper = self.wrap(Step(module, self._expect_nothing)) if self._wrapped else None
 
     def _expect_nothing(self) -> None:
-        """Have the wrapper wait for no backward: the module has stepped by itself, or had nothing to train in this batch."""
+        """Have the wrapper wait for no backward: the module has taken its own step, or had nothing to train in this batch."""
         assert self._wrapper is not None
         self._wrapper.require_backward_grad_sync = False
 

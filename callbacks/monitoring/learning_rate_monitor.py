@@ -85,6 +85,6 @@ class LearningRateMonitor(Callback):
 
 
 def curve(optimizer: LightningOptimizer, configs: list[LRSchedulerConfig]) -> str:
-    """Return the name of an optimizer's curve: that of a scheduler's config, or one made of the optimizer's class."""
+    """Return the name of an optimizer's curve: the name in a scheduler's config, or one made from the optimizer's class."""
     names = [each.name for each in configs if each.name and each.sets_rates_of(optimizer)]
     return names[0] if names else f"lr-{type(optimizer.optimizer).__name__}"

@@ -141,7 +141,7 @@ class ProgressBar(Callback):
         self._finish(trainer)  # if the run ended in the middle of an epoch
 
     def _show(self, trainer: Trainer) -> None:
-        # The epoch's length is known after its start, and may differ from that of the epoch before.
+        # The epoch's length is known after its start, and may differ from the previous epoch's length.
         values, total = self.metrics(trainer, self._loss), trainer.num_training_batches
         self._shown["train"].update(trainer.progress.batch_idx + 1, values, total)
 

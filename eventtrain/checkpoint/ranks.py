@@ -1,4 +1,4 @@
-"""The per-rank state of a checkpoint: the part that each process has of its own, also for another number of processes."""
+"""The per-rank state of a checkpoint: each process has one, also if another number of processes resumes the run."""
 
 from __future__ import annotations
 

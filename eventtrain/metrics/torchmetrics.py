@@ -42,7 +42,7 @@ def named_values(metric: Any) -> dict[str, NamedValues]:
 
 
 def unnamed(metric: Any) -> str:
-    """Return the name of an entry for a metric object whose values have names of their own."""
+    """Return the name of an entry for a metric object whose values have their own names."""
     return f"{type(metric).__name__}, an object at {id(metric)}"
 
 

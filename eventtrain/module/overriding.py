@@ -41,7 +41,7 @@ def overridden_method(module: LightningModule, name: str) -> Callable[..., Any] 
 
 
 def method_of(instance: Any, name: str, base: type) -> Callable[..., Any]:
-    """Return an object's method; that of a base class if the object has none, or None in its place.
+    """Return an object's method, or the base class's method if the object has none or has None in its place.
 
     Args:
         instance: The object.

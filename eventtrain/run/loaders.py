@@ -82,7 +82,7 @@ class RunLoaders:
         return self._loaders[stage]
 
     def _prepared(self, stage: Stage, loaders: list[Any]) -> list[Any]:
-        """Check a stage's loaders, and let listeners replace them; each of those that one combines."""
+        """Check a stage's loaders, each one if several are combined, and let listeners replace them."""
         prepared: list[Any] = []
         dataloader_idx = 0
         for loader in loaders:

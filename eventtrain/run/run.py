@@ -227,7 +227,7 @@ class Run(ABC):
             self.loaders.release()
 
     def _after_error(self, first: BaseException | None, action: Callable[[], None]) -> None:
-        """Do something that has to be done after an error too; an error of its own becomes a note of the first."""
+        """Do something that has to be done after an error too. If it raises, its error becomes a note of the first."""
         try:
             action()
         except BaseException as later:

@@ -503,6 +503,47 @@ def growing_data(side: Side) -> Any:
     return len(module.seen)
 
 
+def bare_optimizer(side: Side) -> Any:
+    class Bare:
+        def __init__(self, parameters: Any) -> None:
+            self.param_groups = [{"params": list(parameters)}]
+            self.defaults: dict[str, Any] = {}
+            self.state: dict[Any, Any] = {}
+
+        def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+        def step(self, closure: Any) -> Any:
+            return closure()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    module = probe(side.base, configure_optimizers=lambda self: Bare(self.parameters()))
+    return outcome(lambda: "trains" if side.fit(module, side.trainer(), 1) else "")
+
+
+def list_of_one_loader(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        self.seen.append(type(batch).__name__)
+        return self.w.sum()
+
+    module = probe(side.base, training_step=step)
+    side.trainer().fit(module, [loader(1)])
+    return module.seen[0]
+
+
+def one_name_from_two_loaders(side: Side) -> Any:
+    def step(self: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        self.log("value", batch.mean(), add_dataloader_idx=False, batch_size=1)
+
+    module = probe(side.base, validation_step=step)
+    quiet = {} if side.here else {"verbose": False}
+    results = outcome(lambda: side.trainer().validate(module, [loader(1), loader(3)], **quiet))
+    return results if isinstance(results, str) else [each["value"] for each in results]
+
+
 def child_that_logs(side: Side) -> Any:
     class Child(side.base):  # type: ignore[misc, name-defined]
         def forward(self, x: Any) -> Any:
@@ -706,6 +747,8 @@ DIFFERENCES = [
                closure_then_step_in_fp16, 0.0, 3.0),
     Difference("H5", "fp16, the batch that closes a window has the loss None: the update", none_closes_a_window, 0.0, 1.0),
     Difference("I1", "`self.log(\"n\", 67128463.0)`: the value", float_in_64_bits, 67128464.0, 67128463.0),
+    Difference("I1", "one name for two evaluation loaders with `add_dataloader_idx=False`: their results",
+               one_name_from_two_loaders, "raises MisconfigurationException", [1.0, 2.0]),
     Difference("I1", "`self.log` in a module within the module",
                child_that_logs, "raises MisconfigurationException", ["child"]),
     Difference("I1", "the x of the values that 3 steps log", x_axis, [0, 1, 2], [1, 2, 3]),
@@ -715,6 +758,9 @@ DIFFERENCES = [
                keyboard_interrupt, "raises SystemExit", "raises KeyboardInterrupt"),
     Difference("K2", "data of 2, then 3, then 4 samples: batches of one that 3 epochs train", growing_data, 6, 9),
     Difference("K3", "3 steps by a method `second_step` of the optimizer: `global_step`", steps_by_other_methods, 0, 3),
+    Difference("K3", "an object that is no `torch.optim.Optimizer`, with its methods",
+               bare_optimizer, "trains", "raises MisconfigurationError"),
+    Difference("K8", "`fit(module, [loader])`: a batch", list_of_one_loader, "list", "Tensor"),
     Difference("K8", "`max_epochs=2`, `fit` twice with one trainer, 3 batches: batches trained", second_fit, [6, 0], [6, 6]),
     Difference("K8", "a checkpoint after 2 of 4 batches: batches that the resumed epoch trains",
                resumed_batches, [1.0, 2.0], [3.0, 4.0]),

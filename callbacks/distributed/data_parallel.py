@@ -14,6 +14,7 @@ from eventtrain.callbacks.distributed.samplers import set_shuffling_seed, shuffl
 from eventtrain.core.optimizer import evaluates_often
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
+    ExceptionRaised,
     FitStart,
     JoinProcesses,
     LoadCheckpoint,
@@ -58,6 +59,7 @@ class DataParallel:
             self._processes = join(event.device, self.timeout, self.processes_type)
         self._continues = False
         if self._processes is not None:
+            self._processes.begin_run()
             event.processes = self._processes
             event.device = device_of_process(event.device, self._processes.local_rank)
 
@@ -117,7 +119,13 @@ class DataParallel:
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
+    def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
+        if self._processes is not None:
+            self._processes.end_run(event.exception)
+
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        if self._processes is not None:
+            self._processes.end_run()
         self.state_dict()  # a checkpoint of the run may still be taken
         self._train_loaders.clear()
         self._of_one_process.clear()

@@ -76,6 +76,11 @@ class TorchProcesses:
         return self._requests.pass_tick(flags, ends_batch=place == "batch_end")
 
     @property
+    def evaluates_together(self) -> bool:
+        """Whether each forward of an evaluation waits for all processes."""
+        return False
+
+    @property
     def is_called_off(self) -> bool:
         """Whether a process has left the current evaluation, as far as this one has heard."""
         return self._requests is not None and self._requests.is_called_off

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import io
 import os
 import time
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from eventtrain.callbacks.distributed.compact import Forms, from_bytes, to_bytes
 from eventtrain.callbacks.distributed.notices import Notices, open_notices
 from eventtrain.callbacks.distributed.requests import Requests
 from eventtrain.checks import check_number
@@ -23,6 +23,8 @@ from eventtrain.distributed import Place, Reduction
 from eventtrain.errors import MisconfigurationError
 
 T = TypeVar("T")
+HEAD = 1024
+"""The bytes of the first message of an exchange of values. Longer values need a second one."""
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables by which torchrun tells each process about the others."""
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -44,6 +46,7 @@ class TorchProcesses:
         self._timeout = timeout or dist.default_pg_timeout
         self.notices: Notices | None = None
         self._requests: Requests | None = None
+        self._forms = Forms()
         # None is the default group, in all of torch's calls.
         self._control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
 
@@ -118,9 +121,22 @@ class TorchProcesses:
 
     def gather_for_all(self, value: T) -> list[T]:
         """Return the values of all ranks, on every rank; tensors arrive on the CPU."""
-        received: list[Any] = [None] * self.world_size
-        dist.all_gather_object(received, to_bytes(value), self._control)
-        return [from_bytes(each) for each in received]
+        return self._forms.exchange(value, self._gather_bytes)
+
+    def _gather_bytes(self, content: bytes) -> list[bytes]:
+        """Return the contents of all ranks, by one exchange if they are short."""
+        head = len(content).to_bytes(8, "little") + content
+        contents = self._gather_padded(head[:HEAD], HEAD)
+        lengths = [int.from_bytes(each[:8], "little") for each in contents]
+        if max(lengths) > HEAD - 8:
+            return [each[:size] for each, size in zip(self._gather_padded(content, max(lengths)), lengths, strict=True)]
+        return [each[8 : 8 + size] for each, size in zip(contents, lengths, strict=True)]
+
+    def _gather_padded(self, content: bytes, size: int) -> list[bytes]:
+        sent = torch.frombuffer(bytearray(content.ljust(size, b"\0")), dtype=torch.uint8)
+        received = [torch.empty_like(sent) for _ in range(self.world_size)]
+        dist.all_gather(received, sent, self._control)
+        return [each.numpy().tobytes() for each in received]
 
     def barrier(self) -> None:
         """Wait until every process has come here, but for no GPU."""
@@ -162,21 +178,6 @@ class TorchProcesses:
 
     def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._control if tensor.device.type == "cpu" else None
-
-
-def to_bytes(value: Any) -> bytes:
-    """Return a value in torch's format, whose tensors can be read on another device."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def from_bytes(content: bytes) -> Any:
-    """Return the value that :func:`to_bytes` wrote, with its tensors on the CPU.
-
-    It may hold any object, because it comes from a process of the same run.
-    """
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
 
 
 # ------------------------------------------------------------------ joining and leaving

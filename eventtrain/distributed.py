@@ -39,9 +39,6 @@ class Processes(Protocol):
     def any(self, flag: bool) -> bool:
         """Return whether the flag holds in any process."""
 
-    def any_of(self, flags: list[bool]) -> list[bool]:
-        """Return for each flag whether it holds in any process, by one exchange."""
-
     def agree(self, flags: list[bool], place: Place) -> list[bool]:
         """Return for each flag whether all processes act on it from here on. It is true once.
 
@@ -93,10 +90,6 @@ class SingleProcess:
     def any(self, flag: bool) -> bool:
         """Return the flag."""
         return flag
-
-    def any_of(self, flags: list[bool]) -> list[bool]:
-        """Return the flags, each as :meth:`any` answers it."""
-        return [self.any(flag) for flag in flags]
 
     def agree(self, flags: list[bool], place: Place) -> list[bool]:
         """Return the flags."""

@@ -34,7 +34,7 @@ class EvaluationLoop:
         open_loaders: For each loader, a function that begins a pass over it.
         context: Returns the context that the whole evaluation runs in: evaluation mode, and no gradients.
         is_interrupted: Asked before each batch: whether the evaluation is to be left. None outside a fit.
-        processes: The processes that ask each other, once, whether one has left it; None in a run of one, and outside a fit.
+        processes: The processes that ask each other, once, whether one has left it; None outside a fit.
         warns_if_empty: Whether a loader without a batch is warned about.
         keep_outputs: Whether the values that the step returns are kept, for prediction.
     """

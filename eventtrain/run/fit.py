@@ -231,8 +231,7 @@ class Fit(Run):
         """Return whether an evaluation is to be left, because this process is asked to or has heard that another one is."""
         processes, request = self.trainer.processes, self.state.stop_request
         if processes.evaluates_together:
-            assert self.state.loop is not None
-            self.state.loop.agree("batch_end")
+            self.state.stop.take_up(request, processes, "batch_end", False)
             request = self.state.stop
         is_asked = request.at_once or request.interruption is not None
         if is_asked and not processes.is_called_off:

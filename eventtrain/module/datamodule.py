@@ -30,7 +30,7 @@ class DataHooks:
     def prepare_data(self) -> None:
         """Download the data, or prepare it in another way; called once per run, before :meth:`setup`.
 
-        Of several processes, the first on each machine calls it, and the others wait until it is done, however long it takes.
+        Of several processes, the first on each machine calls it, and the others wait until it is done.
         So do not set attributes here, which only that process would have; set them in :meth:`setup`.
 
         Example:

@@ -150,7 +150,7 @@ class BatchState:
         if weight is not None:
             self.weight = weight if self.weight is None else self.weight + weight
             if self.weight_reference is None:
-                self.weight_reference = nonzero(weight) if self.processes is None else 1.0
+                self.weight_reference = nonzero(weight)
         self.contributions += 1
 
     @property

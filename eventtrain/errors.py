@@ -58,6 +58,12 @@ def printable(text: Any, *, keep: str = "") -> str:
     return "".join(each if each.isprintable() or each in keep else ascii(each)[1:-1] for each in str(text))
 
 
+def escaped(error: Exception) -> Exception:
+    """Make an error's message printable, so that a trace can show it as the cause of another error; return the error."""
+    error.args = tuple(printable(each, keep="\n\t") if isinstance(each, str) else each for each in error.args)
+    return error
+
+
 def nearest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
     """Return a hint for an unknown name.
 

@@ -27,7 +27,7 @@ from eventtrain.callbacks.saved_state import field, whole
 from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.events import (
     CheckpointSaved,
     ExceptionRaised,
@@ -328,7 +328,7 @@ class ModelCheckpoint(Callback):
             self._top.surplus = [name for name in self._top.surplus if name not in before]
             intact = [path.name for path in self._folder.newest()]
             message = (
-                f"ModelCheckpoint could not write {failed}: {storage.first_line(error)}. Earlier files are intact: {intact}. "
+                f"ModelCheckpoint could not write {printable(failed)}: {storage.first_line(error)}. Earlier files are intact: {intact}. "
                 "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
                 "checkpoint."
             )

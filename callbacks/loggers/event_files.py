@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from eventtrain._torch import summary_writer
 from eventtrain.callbacks.loggers.run_files import RunFile
 from eventtrain.checkpoint.rng import isolated_rng
+from eventtrain.checkpoint.storage import first_line
 from eventtrain.data.device import transfer_to
 from eventtrain.module.modes import restore_modes
 from eventtrain.paths import AnyPath
@@ -223,7 +224,7 @@ def draw_graph(writer: SummaryWriter, module: LightningModule) -> None:
             example = transfer_to(module, module.device)(module.example_input_array)
             writer.add_graph(module, example)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = first_line(error)
         warnings.warn(f"No graph of {name} is logged, because its forward cannot be traced: {reason}", stacklevel=2)
     finally:
         restore_modes(training)

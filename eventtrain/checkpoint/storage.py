@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from eventtrain.checkpoint.weights import kind_of, some
-from eventtrain.errors import MisconfigurationError, printable
+from eventtrain.errors import MisconfigurationError, escaped, printable
 from eventtrain.paths import AnyPath, RemotePath, check_path
 
 LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, str, bytes, bytearray, type(None))
@@ -171,7 +171,7 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None, *,
                 )
             raise MisconfigurationError(
                 f"{path} is no checkpoint that can be read safely: {problem}. Give a file that trainer.save_checkpoint wrote."
-            ) from error
+            ) from escaped(error)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise MisconfigurationError(f"{path} is no checkpoint: {kind_of(content)}")
     return content

@@ -323,12 +323,12 @@ class ModelCheckpoint(Callback):
         try:
             written()
         except OSError as error:
-            failed, self._path, self._saved = self._path, None, None
+            failed, self._path, self._saved = printable(self._path), None, None
             self._top.scores = before
             self._top.surplus = [name for name in self._top.surplus if name not in before]
             intact = [path.name for path in self._folder.newest()]
             message = (
-                f"ModelCheckpoint could not write {printable(failed)}: {storage.first_line(error)}. Earlier files are intact: {intact}. "
+                f"ModelCheckpoint could not write {failed}: {storage.first_line(error)}. Earlier files are intact: {intact}. "
                 "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
                 "checkpoint."
             )

@@ -92,6 +92,11 @@ class EventFile:
         self._flushed = time.monotonic()
 
     @property
+    def length(self) -> dict[str, int]:
+        """The file's length in bytes as of the last flush, by its name."""
+        return {self._file.path.name: self._file.position}
+
+    @property
     def works(self) -> bool:
         """Whether there was no failure, and the file is open."""
         return self._file.works

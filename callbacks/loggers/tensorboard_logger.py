@@ -272,8 +272,11 @@ class TensorBoardLogger(Callback):
 
     def _works(self) -> bool:
         """Return whether values are written: there was no failure."""
-        writer: Any = self._writer
-        return writer is not None and writer.file_writer is not None and writer.file_writer.event_writer.works
+        return self._events() is not None and self._events().works
+
+    def _events(self) -> Any:
+        """Return the event file that is open; None if there is none."""
+        return getattr(getattr(self._writer, "file_writer", None), "event_writer", None)
 
     def _close(self) -> None:
         if self._writer is not None:
@@ -378,17 +381,19 @@ class TensorBoardLogger(Callback):
         }
 
     def _read_lengths(self, directory: AnyPath) -> dict[str, int] | None:
-        """Return the lengths of the event files; if they cannot be read, the last ones, with one warning in a run."""
+        """Return the lengths of the event files. If they cannot be read, the others have their last ones, with one warning."""
         try:
             self._lengths = event_files.lengths_of(directory)
         except OSError as error:
             if self._is_readable and self._works():  # else there was a warning
                 warnings.warn(
                     f"{OWNER} cannot read {printable(directory)}: {first_line(error)}. The run continues. A run that resumes a "
-                    "checkpoint of this time may have some values twice there.",
+                    "checkpoint of this time may have values twice there, if other programs write events there too.",
                     stacklevel=2,
                 )
             self._is_readable = False
+            if self._lengths is not None:
+                self._lengths = self._lengths | self._events().length
         return self._lengths
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -89,6 +89,10 @@ class Claim:
                 raise self._refusal(f"another trainer in this process, {os.getpid()}, since {other._since}")
             self._file = opened(self.path)
             self._lock()
+            if key(os.fstat(self._file.fileno())) != key(os.stat(self.path)):  # its owner removed it meanwhile
+                self.release()
+                self.take()
+                return
         self._write()
 
     def note(self, saved: Any) -> None:
@@ -109,8 +113,15 @@ class Claim:
                     stacklevel=2,
                 )
 
-    def release(self) -> None:
-        """Let other runs write."""
+    def release(self, *, remove: bool = False) -> None:
+        """Let other runs write.
+
+        Args:
+            remove: Whether to remove the facts. Without them the log is never shortened.
+        """
+        if remove and self._file is not None:
+            with contextlib.suppress(OSError):  # then they stay, and do no harm
+                self.path.unlink()
         if self._file is not None:
             _held.pop(key(os.fstat(self._file.fileno())), None)
             self._file.close()  # with the lock

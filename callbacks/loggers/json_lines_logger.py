@@ -24,7 +24,7 @@ from eventtrain.callbacks.loggers.run_files import (
 )
 from eventtrain.callbacks.saved_state import field, whole
 from eventtrain.checks import check_whole_number
-from eventtrain.events import CheckpointSaved, FitStart, MetricsLogged, Setup, Teardown
+from eventtrain.events import CheckpointSaved, FitEnd, FitStart, MetricsLogged, RunInterrupted, Setup, Teardown
 from eventtrain.paths import AnyPath, check_path
 from eventtrain.trainer import Trainer
 
@@ -35,18 +35,19 @@ class JSONLinesLogger(Callback):
     """Write metrics to a new file for each run, one JSON object per line: for ``tail -f``, ``jq``, and
     ``pandas.read_json(path, lines=True)``.
 
-    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``checkpoint_saved`` and ``teardown``. A line holds ``time``
-    (seconds since 1970), ``stage``, ``scope``, ``step`` and ``epoch``, then each value under its name. A value whose name is
-    one of these five is written as ``logged/<name>``. For values that a validation or test logs on step, which are all
-    written, ``step`` is the count of evaluation batches. JSON has no numbers that are not finite: they are the strings
-    ``"nan"``, ``"inf"`` and ``"-inf"``, which ``float`` accepts. A line is written as a whole, so that a reader never sees
-    half of one. Override :meth:`is_due` for another cadence.
+    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end``, ``checkpoint_saved``, ``run_interrupted`` and
+    ``teardown``. A line holds ``time`` (seconds since 1970), ``stage``, ``scope``, ``step`` and ``epoch``, then each value
+    under its name. A value whose name is one of these five is written as ``logged/<name>``. For values that a validation or
+    test logs on step, which are all written, ``step`` is the count of evaluation batches. JSON has no numbers that are not
+    finite: they are the strings ``"nan"``, ``"inf"`` and ``"-inf"``, which ``float`` accepts. A line is written as a whole, so
+    that a reader never sees half of one. Override :meth:`is_due` for another cadence.
 
     A run that resumes the newest checkpoint of a run continues in its file if it still exists, and cuts off everything that
     was written after the checkpoint, so that each step is there once. A run that begins at an older checkpoint leaves this
-    file as it is, and continues a copy of its lines up to the checkpoint. A hidden file beside it, ``.<name>.run``, says which
-    run writes there; while it does, another one gets an error. A file that cannot be written to is an error before training.
-    If it vanishes or the disk fills up later, there is one warning, and the run continues without the logger.
+    file as it is, and continues a copy of its lines up to the checkpoint. Until a run has ended as it should, a hidden file
+    beside its own, ``.<name>.run``, says which run writes there; while it does, another one gets an error. A file that cannot
+    be written to is an error before training. If it vanishes or the disk fills up later, there is one warning, and the run
+    continues without the logger.
 
     Args:
         path: The file; relative to the trainer's ``default_root_dir``. If it exists, the run's file is
@@ -76,6 +77,7 @@ class JSONLinesLogger(Callback):
         self._position = 0  # the length in bytes of this run's part of the file at run_path
         self._claim: Claim | None = None  # on the file at run_path
         self._resumed: tuple[AnyPath, Any] | None = None  # the file of the checkpoint's run, and its identity
+        self._is_complete = self._is_interrupted = False  # the run of the file has ended as it should; it was interrupted
         self._extents = Extents(self.state_key, itemgetter("position"))
         self._root: AnyPath = Path(".")
         self._file: RunFile | None = None
@@ -102,7 +104,9 @@ class JSONLinesLogger(Callback):
         if event.stage == "fit":
             self.run_path, self._position = None, 0  # a checkpoint may bring other ones before fit_start
             self._claim = self._resumed = None
+            self._is_complete = self._is_interrupted = False
         elif event.stage != "predict":
+            self._is_complete |= self.run_path is None
             self._open(trainer)  # an evaluation after a fit continues in the fit's file
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
@@ -125,12 +129,18 @@ class JSONLinesLogger(Callback):
         if self._claim is not None and self._file is not None and self._file.works and position is not None:
             self._claim.note(max(position, self._claim.saved or 0))
 
+    def on_run_interrupted(self, trainer: Trainer, event: RunInterrupted) -> None:
+        self._is_interrupted, self._is_complete = True, False
+
+    def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
+        self._is_complete = not self._is_interrupted
+
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
         if self._claim is not None:
-            self._claim.release()
+            self._claim.release(remove=self._is_complete)
 
     def _open(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:

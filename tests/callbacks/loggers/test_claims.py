@@ -116,6 +116,18 @@ def test_the_newest_checkpoint_continues_the_log_however_it_was_written(tmp_path
     assert steps(lines, board) == (list(range(1, 13)), list(range(1, 13)))
 
 
+def test_the_hidden_file_is_there_until_a_run_has_ended_as_it_should(tmp_path: Path) -> None:
+    def interrupt(trainer: Any, event: Any) -> None:
+        trainer.interrupt("to look at it")
+
+    names = []
+    for name, more, fails_at in (("whole", (), None), ("failed", (), 3), ("interrupted", (On(request_stop=interrupt),), None)):
+        lines = JSONLinesLogger(log_every_n_steps=1)
+        run(tmp_path / name, Model(), BATCHES, lines, LRSchedulerStepping(), *more, fails_at=fails_at)
+        names.append([path.name for path in (tmp_path / name).glob(".*")])
+    assert names == [[], [".metrics.jsonl.run"], [".metrics.jsonl.run"]]
+
+
 @pytest.mark.parametrize("damage", ["removed", "empty", "torn", "of another program"])
 def test_without_the_facts_a_log_is_never_shortened(tmp_path: Path, damage: str) -> None:
     """So it is for the logs of older versions."""

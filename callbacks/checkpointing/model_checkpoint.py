@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eventtrain.callback import Callback
-from eventtrain.callbacks.checkpointing.folder import LAST, CheckpointFolder, check_template, file_name
+from eventtrain.callbacks.checkpointing.folder import (
+    LAST,
+    CheckpointFolder,
+    check_template,
+    file_name,
+    kept_names,
+    kept_scores,
+)
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
+from eventtrain.callbacks.saved_state import field, whole
 from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.events import (
     CheckpointSaved,
     ExceptionRaised,
@@ -315,7 +323,7 @@ class ModelCheckpoint(Callback):
         try:
             written()
         except OSError as error:
-            failed, self._path, self._saved = self._path, None, None
+            failed, self._path, self._saved = printable(self._path), None, None
             self._top.scores = before
             self._top.surplus = [name for name in self._top.surplus if name not in before]
             intact = [path.name for path in self._folder.newest()]
@@ -337,7 +345,8 @@ class ModelCheckpoint(Callback):
     def _best(self) -> list[AnyPath]:
         """Return the kept files, best first. If this process has kept none, its newest checkpoint names them."""
         if not self.kept and (content := storage.read_first(self._folder.newest())[1]) is not None:
-            self._top.scores = dict(content["callbacks"].get(self.state_key, {}).get("kept", {}))
+            states = field(content, "callbacks", dict, default={})
+            self._top.scores = kept_scores(states[self.state_key]) if self.state_key in states else {}
         return [path for name in self._top.best() if (path := self._folder.path / name).exists()]
 
     @property
@@ -378,10 +387,11 @@ class ModelCheckpoint(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._top.scores, self._top.surplus = dict(state["kept"]), list(state["surplus"])
-        self._steps, self._validations = state["steps"], state["validations"]
+        self._top.scores = kept_scores(state)
+        self._top.surplus = kept_names(field(state, "surplus", list, tuple), "surplus")
+        self._steps, self._validations = whole(state, "steps"), whole(state, "validations")
         if self._metric is not None:
-            self._metric.seen = state["seen"]
+            self._metric.seen = whole(state, "seen")
 
 
 def current_place(trainer: Trainer) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, escaped
 
 
 def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, strict: bool | None = None) -> None:
@@ -40,7 +40,7 @@ def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, stric
             raise MisconfigurationError(
                 f"{path} is a checkpoint of another module than {type(module).__name__}. {' '.join(problems)} Give the module "
                 "that wrote it, built with the same hyperparameters, or another file."
-            ) from error
+            ) from escaped(error)
         raise
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+import tests.chaos.ranks
 from tests.chaos.kinds import fit
 
+assert tests.chaos.ranks.KINDS  # imported for the processes that are ranks
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 for name in ("the default", "manual, fp16"):

@@ -113,6 +113,19 @@ class Listening(Callback):
     def on_validation_batch_end(self, trainer: Trainer, event: Any) -> None: ...
 
 
+class Around(Callback):
+    """Leaves marks around each evaluation."""
+
+    def __init__(self, census: Census) -> None:
+        self.census = census
+
+    def on_validation_start(self, trainer: Trainer, event: Any) -> None:
+        self.census.mark("begin")
+
+    def on_validation_end(self, trainer: Trainer, event: Any) -> None:
+        self.census.mark("end")
+
+
 Mode = tuple[Callable[[], LightningModule], Callable[[Path], list[Any]]]
 
 
@@ -165,7 +178,8 @@ FSDP: dict[str, Mode] = {
 
 
 def count(name: str, folder: Path) -> dict[str, list[Counter[str]]]:
-    """Return the exchanges of batches that accumulate, of batches that close a window, and of evaluation batches."""
+    """Return the exchanges of batches that accumulate, of batches that close a window, of evaluation batches, and of all else
+    in an evaluation."""
     census = Census()
     build, callbacks = (DDP | FSDP)[name]
     engine: Any = FullyShardedDataParallel if name in FSDP else DistributedDataParallel
@@ -173,7 +187,7 @@ def count(name: str, folder: Path) -> dict[str, list[Counter[str]]]:
     world = dist.get_world_size()
     trainer = Trainer(
         max_epochs=1,
-        callbacks=[engine(timeout=60.0), *attached],
+        callbacks=[engine(timeout=60.0), *attached, Around(census)],
         default_callbacks=False,
         device="cpu",
         default_root_dir=folder,
@@ -190,7 +204,8 @@ def count(name: str, folder: Path) -> dict[str, list[Counter[str]]]:
     return {
         "accumulating": [batches[index] for index in range(FIRST, len(batches)) if (index + 1) % window],
         "closing": [batches[index] for index in range(FIRST, len(batches)) if not (index + 1) % window],
-        "evaluation": census.between("evaluation", "evaluation"),
+        "evaluation batch": census.between("evaluation", "evaluation"),
+        "evaluation": census.between("begin", "evaluation") + census.between("evaluation", "end"),
     }
 
 

@@ -7,8 +7,6 @@ wrappers begin, and the requests that the main thread makes to the store. Lower 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +26,7 @@ NORM = {"allreduce": 1}
 """The norm of gradients whose parts are in different processes."""
 
 COMMITTED: dict[str, tuple[Counts, Counts, Counts]] = {
-    **{name: (NOTHING, GRADIENTS, NOTHING) for name in DDP},
+    **dict.fromkeys(DDP, (NOTHING, GRADIENTS, NOTHING)),
     "weighted": (NOTHING, {"allreduce": 2}, NOTHING),  # gradients, and the sum of the weights of all processes
     "FSDP": (NOTHING, SHARDED, GATHER),
     "FSDP, accumulation": ({"allgather_base": 2}, SHARDED, GATHER),
@@ -39,11 +37,11 @@ COMMITTED: dict[str, tuple[Counts, Counts, Counts]] = {
 
 
 @pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+def counts(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """The counts of each process."""
     folder = tmp_path_factory.mktemp("exchanges")
     start(HERE / "exchanges.py", folder)
-    yield [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 def exchanges(batches: list[Counts]) -> list[Counts]:

@@ -258,8 +258,12 @@ class ModelCheckpoint(Callback):
         """
         self.wait(trainer)
         before = dict(self._top.scores)
-        name = file_name(self.filename, {**trainer.callback_metrics, **self.file_name_values(trainer)})
-        names = [name] if ranked and self._rank(trainer, name) else []
+        values = {**trainer.callback_metrics, **self.file_name_values(trainer)}
+        score = None if self._metric is None or not ranked else self._metric.agreed(trainer, self._is_new)
+        if score is not None:
+            values[str(self.monitor)] = score
+        name = trainer.processes.broadcast(file_name(self.filename, values))  # values of steps differ between processes
+        names = [name] if ranked and self._rank(trainer, name, score) else []
         if self.save_last or not ranked:
             names.append(LAST)
         progress = trainer.progress
@@ -280,19 +284,17 @@ class ModelCheckpoint(Callback):
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = before, self._thread.submit(write, self._staging.copy(content))
 
-    def _rank(self, trainer: Trainer, name: str) -> bool:
+    def _rank(self, trainer: Trainer, name: str, score: Any) -> bool:
         """Add the current checkpoint to the top k if it is good enough; return whether it is."""
         if self._metric is None:
             return self._top.add(name, None)
-        score = float(self._metric.value(trainer)) if self._is_new else None
         self._warn_if_missing(trainer, self._metric)
-        score = trainer.processes.broadcast(score)  # values that are logged on step differ between processes
-        return score is not None and self._top.add(name, score)
+        return score is not None and self._top.add(name, float(score))
 
     def _warn_if_missing(self, trainer: Trainer, metric: WatchedMetric) -> None:
         """Warn once if the metric was never logged, when the stages that may log it are over."""
         is_complete = trainer.is_ending and not trainer.should_stop
-        never_logged = is_complete and trainer.times_logged(metric.name) == 0
+        never_logged = is_complete and not metric.was_logged(trainer)
         if never_logged or (trainer.progress.epochs_done > 0 and metric.is_missing(trainer)):
             last = "only the last checkpoint is" if self.save_last else "no checkpoint is"
             metric.report_missing(trainer, strict=False, remedy=f"Until then {last} kept.")

@@ -50,7 +50,8 @@ class DistributedDataParallel(DataParallel, Callback):
 
     - ``join_processes``: joins the other processes over gloo, or over NCCL with the GPU of the local rank;
     - ``setup``: all processes get rank zero's weights; in automatic optimization torch's wrapper is put around the module;
-    - ``prepare_loader``: each loader reads only this process's share;
+    - ``load_checkpoint`` and ``prepare_loader``: each loader reads only this process's share, also of the rest of an epoch
+      that another number of processes began;
     - ``fit_start``: refuses optimizers that decide by the loss how often they evaluate their closure;
     - ``train_epoch_start``: reads the module's parameters anew in the next step;
     - ``before_forward``: training steps are called through the wrapper, a new one if layers were frozen or thawed; in a

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from eventtrain.callback import Callback, listed, make_idle
 from eventtrain.checkpoint.rng import seed_everything
+from eventtrain.checkpoint.storage import first_line
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage
 from eventtrain.core.state import RunStage
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import ExceptionRaised, JoinProcesses, Setup, Stage, Teardown
 from eventtrain.metrics.torchmetrics import unused_metrics
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.module import LightningModule
-from eventtrain.module.overriding import method_of
+from eventtrain.module.overriding import method_of, overridden
 from eventtrain.run.arguments import check_module
 from eventtrain.run.compiled import ModuleSteps
 from eventtrain.run.datamodules import data_of_call
@@ -152,7 +154,8 @@ class Run(ABC):
         )
         parts = [part for part in (datamodule, module) if part is not None]
         for part in parts:
-            method_of(part, "prepare_data", DataHooks)()
+            if overridden(part, "prepare_data", DataHooks):
+                self._prepare_data(part)
         for part in parts:
             method_of(part, "setup", DataHooks)(self.stage)
         method_of(module, "configure_model", LightningModule)()
@@ -162,6 +165,23 @@ class Run(ABC):
             metric.reset()
         self._unused_metrics = unused_metrics(module)
         self.signals.setup.publish(Setup(self.stage))
+
+    def _prepare_data(self, part: Any) -> None:
+        """Prepare data in one process of each machine, or in the first of all; if it raises, all end."""
+        processes = self.trainer.processes
+        per_node = getattr(part, "prepare_data_per_node", True)
+        failure: BaseException | None = None
+        if (processes.local_rank if per_node else processes.global_rank) == 0:
+            try:
+                method_of(part, "prepare_data", DataHooks)()
+            except BaseException as error:
+                failure = error
+        problems = processes.gather_for_all(None if failure is None else first_line(failure))
+        if failure is not None:
+            raise failure
+        for rank, problem in enumerate(problems):
+            if problem is not None:
+                raise MisconfigurationError(f"{type(part).__name__}.prepare_data has failed on rank {rank}: {problem}")
 
     # ------------------------------------------------------------------ evaluation
 

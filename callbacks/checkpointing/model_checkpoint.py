@@ -270,11 +270,14 @@ class ModelCheckpoint(Callback):
         self._path = self._folder.path / names[0]
         content = trainer.collect_checkpoint()
         if not trainer.is_global_zero:
+            if not self.in_background:
+                trainer.processes.barrier()  # as long as the write takes, not in an exchange with a timeout
             return
         content = storage.loadable(content)
         write = partial(self._folder.write, names=names, surplus=list(self._top.surplus))
         if not self.in_background:
             self._settle(trainer, before, partial(write, content))
+            trainer.processes.barrier()
             return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,7 @@ class DataParallel:
         if self._processes is None:
             self._processes = join(event.device, self.timeout, self.processes_type)
         if self._processes is not None:
-            self._processes.begin_run()
+            self._processes.begin_run(partial(place_of, trainer))
             event.processes = self._processes
             event.device = device_of_process(event.device, self._processes.local_rank)
 
@@ -83,8 +84,12 @@ class DataParallel:
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        if self._processes is not None:
-            self._processes.end_run(event.exception)
+        if self._processes is None:
+            return
+        explanation = self._processes.explain(event.exception)
+        self._processes.end_run(explanation or event.exception)
+        if explanation is not None:
+            raise explanation from event.exception
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         if self._processes is not None:
@@ -107,3 +112,10 @@ class DataParallel:
         seeds = state.get("seeds", [state.get("seed")])  # older checkpoints have one
         for loader, seed in zip(self._train_loaders, seeds, strict=False):
             set_shuffling_seed(loader, seed)
+
+
+def place_of(trainer: Trainer) -> str:
+    """Return the place of a run in words, for errors of exchanges."""
+    if trainer.stage != "fit" or trainer.batch_idx < 0:
+        return f"in Trainer.{trainer.stage}" if trainer.stage else ""
+    return f"epoch {trainer.current_epoch}, batch {trainer.batch_idx}"

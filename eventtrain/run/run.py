@@ -255,10 +255,11 @@ class Run(ABC):
             self.loaders.release()
 
     def _after_error(self, first: BaseException | None, action: Callable[[], None]) -> None:
-        """Do something that has to be done after an error too. If it raises, its error becomes a note of the first."""
+        """Do something that has to be done after an error too. If it raises, its error becomes a note of the first, or replaces
+        it if it was raised from it."""
         try:
             action()
         except BaseException as later:
-            if first is None:
+            if first is None or later.__cause__ is first:
                 raise
             first.add_note(f"and afterwards: {type(later).__name__}: {later}")

@@ -388,11 +388,12 @@ class TrainBatchStart(Event):
 
     def skip_batch(self) -> None:
         """Make this a batch without a loss: no forward, no backward. Its plan still holds, so a window that it closes is
-        closed."""
+        closed. Other processes train their batch."""
         self._skipped = True
 
     def end_epoch(self) -> None:
-        """End the training epoch before this batch. Nothing steps for it; validation still runs."""
+        """End the training epoch before this batch. Nothing steps for it; validation still runs. If only some of several
+        processes ask, the batch is trained, and the epoch ends after it."""
         self._ends_epoch = True
 
 

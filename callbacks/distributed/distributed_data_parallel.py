@@ -95,8 +95,9 @@ class DistributedDataParallel(DataParallel, Callback):
     - ``before_forward``: training steps are called through the wrapper, a new one if layers were frozen or thawed; in a
       resumed run of three or more processes, gradients are sent in the order of the run before (only if there are other
       processes);
-    - ``reduce_gradients``: averages the gradients that the wrapper does not average: those of manual optimization, and those
-      of a window whose last batch was skipped, or froze or thawed layers (only if there are other processes);
+    - ``reduce_gradients``: averages the gradients that the wrapper does not average: those of manual optimization and of steps
+      of the module's own, and those of a batch that froze or thawed layers. A process whose closing batch has no loss takes
+      part in the reduction of the others with zeros (only if there are other processes);
     - ``validation_epoch_start``, ``test_epoch_start`` and ``predict_epoch_start``: all processes get rank zero's buffers, such
       as the statistics of batch norm;
     - ``teardown``: releases the wrapper.

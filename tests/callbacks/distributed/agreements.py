@@ -1,6 +1,6 @@
 """Ask for the end, leave out losses and count exchanges, in each of several processes; the tests compare the results.
 
-``PYTHONPATH=. torchrun --nproc-per-node 2 tests/callbacks/distributed/agreements.py FOLDER``
+``PYTHONPATH=. torchrun --nproc-per-node 2 tests/callbacks/distributed/agreements.py FOLDER [few]``
 """
 
 from __future__ import annotations
@@ -112,8 +112,11 @@ def asked_at(folder: Path, place: str, ask: str, askers: str, window: int = 1) -
     return trainer.total_batch_idx, trainer.current_epoch, trainer.global_step, trainer.stop_reason is not None
 
 
-def requests(folder: Path, askers: str) -> Any:
-    cases = [*REQUESTS, ("train_batch_start", "gate"), ("train_batch_end", "interrupt"), ("safe_point", "interrupt")]
+OTHERS = (("train_batch_start", "gate"), ("train_batch_end", "interrupt"), ("safe_point", "interrupt"))
+FEW = (("train_batch_end", "stop"), ("safe_point", "stop"), ("train_epoch_start", "end_epoch"), ("train_batch_start", "gate"))
+
+
+def requests(folder: Path, askers: str, cases: Any = (*REQUESTS, *OTHERS)) -> Any:
     results: dict[Any, Any] = {case: asked_at(folder, *case, askers) for case in cases}
     results["window"] = asked_at(folder, "train_batch_end", "stop", askers, window=4)
     return results
@@ -166,9 +169,9 @@ def vector(module: Any) -> Any:
     return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
 
 
-def without_losses(folder: Path) -> Any:
+def without_losses(folder: Path, cases: Any = LOSSES) -> Any:
     results = {}
-    for name, window, weights in LOSSES:
+    for name, window, weights in cases:
         nothing = NOTHING[name]
         module = Small(nothing, weights)
         trainer = trainer_of(*([GradientAccumulation(window)] if window > 1 or weights else []))
@@ -318,10 +321,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
     trainer_of().fit(Small(), [torch.zeros(4, 3)])  # joins the others
     RANK = dist.get_rank()
-    results = {
-        "one": requests(folder, "one"), "all": requests(folder, "all"), "without losses": without_losses(folder),
-        "manual": manual(folder), "exchanges": exchanges(folder),
-    }  # fmt: skip
+    if sys.argv[2:] == ["few"]:
+        results = {"one": requests(folder, "one", FEW), "all": requests(folder, "all", FEW)}
+        results["without losses"] = without_losses(folder, [("many", 1, False), ("many", 4, True)])
+        results |= {"manual": manual(folder), "exchanges": exchanges(folder)}
+    else:
+        results = {askers: requests(folder, askers) for askers in ("one", "all")}
+        results["without losses"] = without_losses(folder)
     torch.save(results, folder / f"{RANK}.pt")
 
 

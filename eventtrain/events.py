@@ -205,9 +205,11 @@ class CheckpointRead(Event):
 
     Attributes:
         checkpoint: The checkpoint's content. A listener may change it in place.
+        path: Its file.
     """
 
     checkpoint: dict[str, Any]
+    path: AnyPath
 
 
 class LoadCheckpoint(Event):
@@ -386,11 +388,12 @@ class TrainBatchStart(Event):
 
     def skip_batch(self) -> None:
         """Make this a batch without a loss: no forward, no backward. Its plan still holds, so a window that it closes is
-        closed."""
+        closed. Other processes train their batch."""
         self._skipped = True
 
     def end_epoch(self) -> None:
-        """End the training epoch before this batch. Nothing steps for it; validation still runs."""
+        """End the training epoch before this batch. Nothing steps for it; validation still runs. If only some of several
+        processes ask, the batch is trained, and the epoch ends after it."""
         self._ends_epoch = True
 
 
@@ -518,11 +521,15 @@ class ReduceGradients(Event):
 
     Attributes:
         optimizer: The optimizer.
-        skipped: Backward has not averaged them: the batch that closes the window was skipped, or the user's own code steps.
+        skipped: Backward has not averaged them: the batch that closes the window has no loss in this process, or the user's own
+            code steps.
+        own_step: The user's own code steps, so that all processes average now. Else other processes may average in their
+            backward.
     """
 
     optimizer: LightningOptimizer
     skipped: bool = False
+    own_step: bool = False
 
 
 class UnscaleGradients(Event):
@@ -546,13 +553,13 @@ class GradientsReady(Event):
 
     Attributes:
         optimizer: The optimizer.
-        batches: The window's batches that had a loss; None in manual optimization.
-        weight: The sum of their weights; None if they have none.
-        weight_reference: The run's first weight, the unit that backward measured weights in.
+        batches: The window's batches that had a loss, a mean over the processes; None in manual optimization.
+        weight: The sum of their weights, a mean over the processes; None if they have none.
+        weight_reference: The unit that backward measured weights in: the run's first weight, or 1 with several processes.
     """
 
     optimizer: LightningOptimizer
-    batches: int | None
+    batches: Tensor | float | None
     weight: Tensor | float | None
     weight_reference: Tensor | float | None
 
@@ -572,6 +579,9 @@ class GradientsFinal(Event):
 class BeforeOptimizerStep(Event):
     """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones,
     unclipped. A listener may veto the step.
+
+    Several processes agree on a veto by one exchange for each step, unless all listeners decide alike in all processes: mark
+    such a listener with :func:`~eventtrain.decides_alike`.
 
     Attributes:
         optimizer: The optimizer.

@@ -299,14 +299,15 @@ class Trainer:
     # ------------------------------------------------------------------ verbs
 
     def stop(self, reason: str, *, force: bool = False, at_once: bool = False, by_all: bool = False) -> None:
-        """End the run after the current batch. If one of several processes asks, all end, at the latest after the next batch.
+        """End the run after the current batch. If only some of several processes ask, all end after the next batch; within an
+        accumulation window, at the latest after the batch that closes it.
 
         Args:
             reason: Why, in a few words; :attr:`stop_reason` tells it.
             force: Stop before ``min_epochs`` and ``min_steps`` too, which hold off other requests.
             at_once: Leave an evaluation at its next batch too, as if it had not begun: a run that is resumed from the safe
                 point after it evaluates anew. Implies ``force``. A signal handler may ask for it.
-            by_all: All processes ask at this place, having agreed on it: they end here.
+            by_all: All processes ask at this place, having agreed on it, so they need not agree again.
 
         Example:
             >>> class StopAfterThree(Callback):
@@ -331,7 +332,8 @@ class Trainer:
         ``fit(ckpt_path="last")`` resumes the run.
 
         A validation is left at its next batch, and repeated by the resumed run. The request does not wait for ``min_epochs``
-        and ``min_steps``. If one of several processes asks, all are interrupted. A signal handler may call it.
+        and ``min_steps``. If one of several processes asks, all are interrupted, as late as by :meth:`stop`. A signal handler
+        may call it.
 
         Args:
             reason: Why, in a few words. None withdraws the request, unless other processes know of it already.
@@ -350,7 +352,8 @@ class Trainer:
         request.interruption = reason
 
     def end_epoch(self, reason: str) -> None:
-        """End the training epoch after the current batch. Validation still runs; nothing that counts epochs steps for it.
+        """End the training epoch after the current batch. Validation still runs; nothing that counts epochs steps for it. If
+        only some of several processes ask, it ends as late as by :meth:`stop`.
 
         Args:
             reason: Why, in a few words.
@@ -535,10 +538,10 @@ class Trainer:
             ['layer.bias', 'layer.weight']
         """
         target = check_path(path, "Trainer.save_checkpoint", "path")
-        checkpoint = self.collect_checkpoint()
+        storage.write(self.collect_checkpoint(), target if self.is_global_zero else None)
         if self.is_global_zero:
-            storage.write(checkpoint, target)
             self.signals.checkpoint_saved.publish(events.CheckpointSaved(str(target)))
+        self.processes.barrier()  # the others wait here, as long as it takes
 
     def keep_checkpoint(self, reason: str) -> str | None:
         """Have a checkpoint written because the run is about to end early: by the listeners of ``take_checkpoint``, or, if none
@@ -560,14 +563,12 @@ class Trainer:
         if self.fast_dev_run:
             return None
         event = events.TakeCheckpoint(self.progress.epoch_is_over, self.window_open, reason)
-        try:
-            self.signals.take_checkpoint.publish(event)
-            if event.path is None:
-                event.path = str(interrupted_path(self))
-                self.save_checkpoint(event.path)
-        finally:
-            # The first process that ends has its launcher end the others: not before all have written.
-            self.processes.barrier()
+        self.signals.take_checkpoint.publish(event)
+        if event.path is None:
+            event.path = str(interrupted_path(self))
+            self.save_checkpoint(event.path)
+        # The first process that ends has its launcher end the others: not before all have written.
+        self.processes.barrier()
         return event.path
 
     def describe(self, *, all_events: bool = True) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -59,7 +60,7 @@ class DataParallel:
             self._processes = join(event.device, self.timeout, self.processes_type)
         self._continues = False
         if self._processes is not None:
-            self._processes.begin_run()
+            self._processes.begin_run(partial(place_of, trainer))
             event.processes = self._processes
             event.device = device_of_process(event.device, self._processes.local_rank)
 
@@ -120,8 +121,12 @@ class DataParallel:
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        if self._processes is not None:
-            self._processes.end_run(event.exception)
+        if self._processes is None:
+            return
+        explanation = self._processes.explain(event.exception)
+        self._processes.end_run(explanation or event.exception)
+        if explanation is not None:
+            raise explanation from event.exception
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         if self._processes is not None:
@@ -149,3 +154,10 @@ class DataParallel:
         for loader, written in zip(self._train_loaders, state.get("samplers", ()), strict=False):
             if "continues" in written and (sampler := innermost_sampler(loader)).continues is None:
                 sampler.continues = written["continues"]
+
+
+def place_of(trainer: Trainer) -> str:
+    """Return the place of a run in words, for errors of exchanges."""
+    if trainer.stage != "fit" or trainer.batch_idx < 0:
+        return f"in Trainer.{trainer.stage}" if trainer.stage else ""
+    return f"epoch {trainer.current_epoch}, batch {trainer.batch_idx}"

@@ -59,7 +59,7 @@ class CallbackHooks:
     def on_gradients_final(self, trainer: Trainer, event: events.GradientsFinal) -> None:
         """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now."""
     def on_before_optimizer_step(self, trainer: Trainer, event: events.BeforeOptimizerStep) -> None:
-        """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step."""
+        """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step. Several processes agree on a veto by one exchange for each step, unless all listeners decide alike in all processes: mark such a listener with :func:`~eventtrain.decides_alike`."""
     def on_before_gradient_clipping(self, trainer: Trainer, event: events.BeforeGradientClipping) -> None:
         """Gradients may be clipped now: policies write the three fields."""
     def on_clipping_decided(self, trainer: Trainer, event: events.ClippingDecided) -> None:
@@ -193,7 +193,7 @@ class ModuleHooks:
     def on_gradients_final(self, event: events.GradientsFinal) -> None:
         """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now."""
     def on_before_optimizer_step(self, optimizer: LightningOptimizer) -> None:
-        """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step."""
+        """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step. Several processes agree on a veto by one exchange for each step, unless all listeners decide alike in all processes: mark such a listener with :func:`~eventtrain.decides_alike`."""
     def on_before_gradient_clipping(self, event: events.BeforeGradientClipping) -> None:
         """Gradients may be clipped now: policies write the three fields."""
     def on_clipping_decided(self, event: events.ClippingDecided) -> None:

@@ -172,7 +172,7 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None, *,
             raise MisconfigurationError(
                 f"{path} is no checkpoint that can be read safely: {problem}. Give a file that trainer.save_checkpoint wrote."
             ) from escaped(error)
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise MisconfigurationError(f"{path} is no checkpoint: {kind_of(content)}")
     return content
 

@@ -62,10 +62,10 @@ def steps(lines: JSONLinesLogger, board: TensorBoardLogger) -> tuple[list[int], 
 def test_a_run_that_begins_at_an_older_checkpoint_leaves_the_log_as_it_is(tmp_path: Path, fails_at: int | None) -> None:
     first = fit(tmp_path, fails_at=fails_at, max_epochs=3)
     before = content_of(tmp_path)
-    lines, board = fit(tmp_path, max_epochs=4, ckpt_path=tmp_path / "epoch_0.ckpt")
+    lines, board = fit(tmp_path, max_epochs=5, ckpt_path=tmp_path / "epoch_0.ckpt", fails_at=18)
     assert {name: data for name, data in content_of(tmp_path).items() if name in before} == before
     assert local(lines.run_path).name == "metrics-1.jsonl" and board.run_dir.name == "version_1"
-    assert steps(lines, board) == (list(range(1, 17)), list(range(1, 17)))
+    assert steps(lines, board) == (list(range(1, 18)), list(range(1, 18)))
     assert len(steps(*first)[0]) == len(steps(*first)[1]) == (12 if fails_at is None else 10)
     # The new run can be resumed in its own log, and the old one in its own.
     again = fit(tmp_path, max_epochs=5, ckpt_path=tmp_path / "epoch_3.ckpt")

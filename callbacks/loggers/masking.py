@@ -40,8 +40,8 @@ HARMLESS = frozenset(
         # The data to which a key may belong, and the tokens of a tokenizer.
         "sort group primary foreign public dict batch image label input output target feature data metric monitor loss sample "
         "state index query value lookup map join partition column field json name num max min n k v q x y self cross attention "
-        "rng prng random seed hot text audio video cache registry module layer param pad eos bos cls sep unk mask special start "
-        "end begin first last next per each class patch prompt vocab word byte extra additional",
+        "rng prng random seed hot text audio video cache registry module layer param pad eos bos cls sep unk mask special "
+        "start end begin first last next per each class patch prompt vocab word byte extra additional",
     )
 )
 """Words before ``key`` and ``token`` with which a name is no secret, such as ``sort_key`` and ``pad_token``."""

@@ -39,7 +39,7 @@ def attached() -> list[Any]:
         callbacks.GradientAccumulation(2),
         callbacks.JSONLinesLogger(log_every_n_steps=1),
         callbacks.LRSchedulerStepping(),
-        callbacks.MixedPrecision("fp16", scaler=torch.amp.GradScaler("cpu", init_scale=2.0)),  # type: ignore[attr-defined]
+        callbacks.MixedPrecision("fp16", scaler=torch.amp.GradScaler("cpu", init_scale=2.0)),
         callbacks.ModelCheckpoint("kept", monitor="val_loss"),
         callbacks.TensorBoardLogger(log_every_n_steps=1),
         callbacks.Timer(3600),

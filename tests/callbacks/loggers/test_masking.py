@@ -17,7 +17,8 @@ SECRET = "hunter2-0123456789"
 
 SECRET_NAMES = """token key secret password api_key api-key apiKey APIKEY API_KEY hf_token HF_TOKEN accessToken auth_token
 wandb_key AWS_SECRET_ACCESS_KEY aws_access_key_id db_password DB_PASSWD passphrase client_secret credentials private_key
-authorization Authorization X-Api-Key user.password refresh_token openai_key secretKey cookie jwt bearer_token service_account_key""".split()
+authorization Authorization X-Api-Key user.password refresh_token openai_key secretKey cookie jwt bearer_token
+service_account_key""".split()
 HARMLESS_NAMES = """monkey keys_per_head num_tokens tokenizer max_tokens tokens keyboard key_dim turkey pad_token
 eos_token sort_key batch_key label_key tokens_per_batch num_keys key_padding_mask secretary donkey_count passes
 forward_pass author authored
@@ -111,12 +112,8 @@ def test_a_board_shows_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "| command | train.py --api-key *** --url=ftp://***@b --num-tokens 8 |" in environment
     assert "Uploads(url='https://***@host', api_token='***', monkey='banana', path=PosixPath('a'))" in configuration
     assert "Speaks(password='***', n=1)" in configuration
-    (start,) = [
-        value.metadata.plugin_data.content
-        for event in read(logger).summary_metadata.values()
-        for value in [type("V", (), {"metadata": event})]
-        if event.plugin_data.plugin_name == "hparams" and b"hf_token" in event.plugin_data.content
-    ]
+    contents = [metadata.plugin_data.content for metadata in read(logger).summary_metadata.values()]
+    (start,) = [content for content in contents if b"hf_token" in content]
     assert b"num_tokens" in start and b"store/url" in start
     for path in Path(str(logger.run_dir)).iterdir():
         assert SECRET.encode() not in path.read_bytes()

@@ -54,7 +54,9 @@ METRICS = Fields(
     fresh=VALUES,
     renewals=By(int),
 )
-POSITION = Fields(batches=int, length=(None, int), has_ended=bool)
+RNG = Fields(python=(list, tuple), torch=torch.Tensor)
+MARK = (None, Fields(rng=RNG, generators=(list, dict)))
+POSITION = Fields(batches=int, length=(None, int), has_ended=bool, began=MARK, before_ahead=MARK, state=object)
 DATA = Fields(
     {"first_epoch_batches": (None, int)},
     seed=(None, int),
@@ -63,8 +65,7 @@ DATA = Fields(
     generators=By(list),
     position=(None, POSITION),
 )
-RNG = Fields(python=(list, tuple), torch=torch.Tensor)
-OF_A_RANK = {"window": WINDOW, "metrics": (None, METRICS), "rng": (None, RNG), "data": (None, DATA)}
+OF_A_RANK: dict[str, Any] = {"window": WINDOW, "metrics": (None, METRICS), "rng": (None, RNG), "data": (None, DATA)}
 PROGRESS = Fields(
     {"epoch_is_over": bool},
     **dict.fromkeys(("current_epoch", "global_step", "batch_idx", "total_batch_idx", "validations", "validated_at"), int),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-MASK = "***"
+MASK = "[masked]"  # the page reads Markdown, in which asterisks vanish
 ALWAYS = frozenset(
     re.findall(
         r"\w+",
@@ -88,7 +88,7 @@ def masked(value: Any, name: Any = "") -> Any:
 
     Example:
         >>> masked({"lr": 0.1, "storage": {"token": "abc", "url": "s3://me:pass@host/run"}})
-        {'lr': 0.1, 'storage': {'token': '***', 'url': 's3://***@host/run'}}
+        {'lr': 0.1, 'storage': {'token': '[masked]', 'url': 's3://[masked]@host/run'}}
     """
     if isinstance(value, Mapping):
         return {key: masked(each, key if not is_secret(name) else name) for key, each in value.items()}
@@ -107,7 +107,7 @@ def masked_text(text: str) -> str:
 
     Example:
         >>> masked_text("Store(url='https://me:pass@host', api_key='abc', keys_per_head=8)")
-        "Store(url='https://***@host', api_key='***', keys_per_head=8)"
+        "Store(url='https://[masked]@host', api_key='[masked]', keys_per_head=8)"
     """
     text = URL.sub(rf"\1{MASK}@", text)
     text = ASSIGNED.sub(_assigned, text)
@@ -134,7 +134,7 @@ def masked_command(arguments: Sequence[str]) -> str:
 
     Example:
         >>> masked_command(["train.py", "--api-key", "abc", "--num-tokens", "8", "model.token=abc"])
-        'train.py --api-key *** --num-tokens 8 model.token=***'
+        'train.py --api-key [masked] --num-tokens 8 model.token=[masked]'
     """
     shown: list[str] = []
     is_value = False

@@ -164,11 +164,11 @@ def announce(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> dict[st
     """
     trainer.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
     trainer.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
-    from eventtrain.callbacks import checkpoint_shape  # imported late, because it is in the room of the callbacks
+    from eventtrain.callbacks.checkpoint_shape import believing, check_shape  # imported late: it is in the callbacks' room
 
-    with checkpoint_shape.believing(path, f"the schema version {checkpoint.get('schema_version')!r}"):
+    with believing(path, f"the schema version {checkpoint.get('schema_version')!r}"):
         checkpoint = migrated(checkpoint, path)
-    checkpoint_shape.check_shape(checkpoint, path)
+    check_shape(checkpoint, path)
     if hasattr(trainer.datamodule, "load_state_dict"):
         trainer.datamodule.load_state_dict(checkpoint["datamodule"])
     return checkpoint

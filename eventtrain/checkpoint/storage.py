@@ -6,14 +6,13 @@ import os
 import re
 import tempfile
 import warnings
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -25,7 +24,6 @@ LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, st
 """The types that ``torch.load(weights_only=True)`` reads, besides tensors, and lists, tuples, sets and dicts of them."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
-TWICE = "two of its entries have one name"
 
 
 def write(content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath, *, previous: AnyPath | None = None) -> None:
@@ -151,6 +149,8 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None, *,
         OSError: If there is no such file, or if it cannot be opened.
         MisconfigurationError: If the file is not a checkpoint, is damaged, or holds code.
     """
+    from eventtrain.callbacks.checkpoint_archive import verify_checksums  # imported late: it is in the room of the callbacks
+
     path = check_path(path, "storage.read", "path")
     if path.is_dir():
         files = sorted(each.name for each in path.glob("*") if each.is_file())
@@ -175,24 +175,6 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None, *,
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise MisconfigurationError(f"{path} is no checkpoint: {kind_of(content)}")
     return content
-
-
-def verify_checksums(file: BinaryIO) -> None:
-    """Read a file and compare the checksum of each of its parts; :func:`torch.load` does not do it for tensors.
-
-    Raises:
-        ValueError: If a part is damaged.
-    """
-    if file.read(4) == b"PK\3\4":  # else it is in an older format, or no checkpoint: torch.load will tell
-        with zipfile.ZipFile(file) as parts:
-            entries, damaged = parts.infolist(), parts.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} has another checksum than when it was written")
-        # torch reads nothing for an entry that is marked as a folder, and the memory of its tensor stays as it was.
-        marked = [each.filename for each in entries if each.flag_bits & ~0x808 or each.external_attr & 0xFFFF]
-        if marked or len({each.filename.lower() for each in entries}) < len(entries):
-            raise ValueError(f"the entries {some(marked)} have attributes that torch does not write" if marked else TWICE)
-    file.seek(0)
 
 
 def first_line(error: BaseException) -> str:

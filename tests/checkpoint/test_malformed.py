@@ -104,13 +104,16 @@ def outcome(content: dict[str, Any], folder: Path) -> str:
 
 @pytest.mark.parametrize(
     ("depth", "kinds"),
-    [(1, list(VALUES)), pytest.param(2, list(VALUES), marks=pytest.mark.slow), pytest.param(4, FAST, marks=pytest.mark.slow)],
+    [
+        (1, ["None", "a text"]),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, list(VALUES)), (2, list(VALUES)), (4, FAST))),
+    ],
 )
 def test_a_part_that_does_not_fit_is_named_with_its_file(tmp_path: Path, depth: int, kinds: list[str]) -> None:
     content, outcomes, wrong = written(tmp_path), Counter[str](), []
     for place in places({key: value for key, value in content.items() if key != "state_dict"}, depth):
         for kind in kinds:
-            if place[0] == "versions" or place[:2] == ("hyper_parameters", "depth"):
+            if place[0] == "versions" or place[:2] in (("hyper_parameters", "depth"), ("window", "weight")):
                 continue
             result = outcome(changed(content, place, VALUES[kind]), tmp_path)
             outcomes[result] += 1

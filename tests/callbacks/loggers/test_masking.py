@@ -33,8 +33,8 @@ def test_a_secret_is_masked_by_its_name_in_every_form(name: str) -> None:
         *(f"https://host/a?{name}={SECRET}&b=1", f"export {name.upper()}={SECRET}; run", f"Store(a=1, {name}={SECRET!r}, b=2)"),
     ]
     for form in forms:
-        assert SECRET not in masked_text(form) and "***" in masked_text(form), form
-    assert masked_text(forms[-1]) == f"Store(a=1, {name}='***', b=2)"
+        assert SECRET not in masked_text(form) and "[masked]" in masked_text(form), form
+    assert masked_text(forms[-1]) == f"Store(a=1, {name}='[masked]', b=2)"
     for command in (
         [f"--{name}", SECRET],
         [f"--{name}={SECRET}"],
@@ -67,7 +67,7 @@ def test_a_harmless_name_is_not_masked(name: str) -> None:
     ],
 )
 def test_a_secret_is_masked_by_its_form(text: str) -> None:
-    assert "***" in masked_text(text)
+    assert "[masked]" in masked_text(text)
     for secret in (SECRET, SECRET.replace("-", ""), "a" * 34, "b" * 40, "C" * 16):
         assert secret not in masked_text(text)
 
@@ -109,9 +109,9 @@ def test_a_board_shows_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     logger, _, _ = fit(tmp_path, Uploads(), Speaks(), model=module, max_epochs=1)
     environment, configuration = (texts(logger, f"run/{name}")[0] for name in ("environment", "configuration"))
-    assert "| command | train.py --api-key *** --url=ftp://***@b --num-tokens 8 |" in environment
-    assert "Uploads(url='https://***@host', api_token='***', monkey='banana', path=PosixPath('a'))" in configuration
-    assert "Speaks(password='***', n=1)" in configuration
+    assert "| command | train.py --api-key [masked] --url=ftp://[masked]@b --num-tokens 8 |" in environment
+    assert "Uploads(url='https://[masked]@host', api_token='[masked]', monkey='banana', path=PosixPath('a'))" in configuration
+    assert "Speaks(password='[masked]', n=1)" in configuration
     contents = [metadata.plugin_data.content for metadata in read(logger).summary_metadata.values()]
     (start,) = [content for content in contents if b"hf_token" in content]
     assert b"num_tokens" in start and b"store/url" in start
@@ -129,4 +129,4 @@ def test_the_description_can_be_switched_off(tmp_path: Path) -> None:
 
 def test_a_remote_directory_is_described_without_its_credentials() -> None:
     logger = TensorBoardLogger(f"memory://me:{SECRET}@runs")
-    assert SECRET not in run_files.described(logger) and "memory://***@runs" in run_files.described(logger)
+    assert SECRET not in run_files.described(logger) and "memory://[masked]@runs" in run_files.described(logger)

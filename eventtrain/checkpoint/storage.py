@@ -117,7 +117,8 @@ def writing(path: AnyPath) -> Generator[Any, None, None]:
     Raises:
         OSError: If the file cannot be opened, or a symbolic link has its name.
     """
-    with open(path, "wb", opener=without_following) if isinstance(path, Path) else tempfile.NamedTemporaryFile() as file:
+    mode = "xb" if path.name.endswith(TEMPORARY) else "wb"
+    with open(path, mode, opener=without_following) if isinstance(path, Path) else tempfile.NamedTemporaryFile() as file:
         yield file
         file.flush()
         if isinstance(path, Path):

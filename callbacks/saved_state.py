@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from eventtrain.checkpoint.shape import article, is_of, short
 from eventtrain.errors import MisconfigurationError
 
 REQUIRED: Any = object()
@@ -43,18 +44,6 @@ def field(state: Any, name: str, *kinds: Any, default: Any = REQUIRED) -> Any:
     raise MisconfigurationError(f"{name!r} is {article(value)}, and has to be a {wanted}.")
 
 
-def is_of(value: Any, kind: Any) -> bool:
-    """Return whether a value is of a type, see :func:`field`."""
-    if kind is None or isinstance(value, bool):
-        return value is None if kind is None else kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def article(value: Any) -> str:
-    """Return a value's type for an error."""
-    return "None" if value is None else f"a {type(value).__name__}"
-
-
 def items(state: Any, name: str, check: Callable[[Any, Any], bool], wanted: str, default: Any = REQUIRED) -> dict[Any, Any]:
     """Return a dict of a callback's state whose keys and values are right.
 
@@ -85,12 +74,6 @@ def whole(state: Any, name: str, *, least: int = 0, default: Any = REQUIRED) -> 
     if value < least:
         raise MisconfigurationError(f"{name!r} is {value}, and has to be a whole number from {least}.")
     return value
-
-
-def short(value: Any) -> str:
-    """Return the beginning of a value's ``repr``."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def is_name(value: Any) -> bool:

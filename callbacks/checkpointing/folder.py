@@ -9,8 +9,9 @@ import string
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from eventtrain.callbacks.saved_state import file_names, is_of, items
+from eventtrain.callbacks.saved_state import file_names, items
 from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.shape import is_of
 from eventtrain.errors import MisconfigurationError
 from eventtrain.paths import AnyPath, RemotePath
 

@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 from eventtrain.callbacks.distributed.processes import TorchProcesses, check_timeout, device_of_process, join
 from eventtrain.callbacks.distributed.resizing import continuable, divide_anew, innermost_sampler, must_continue, sampling
 from eventtrain.callbacks.distributed.samplers import set_shuffling_seed, shuffling_seed, with_share
+from eventtrain.callbacks.saved_state import field
+from eventtrain.checkpoint.shape import is_of
 from eventtrain.core.optimizer import evaluates_often
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
@@ -148,7 +150,9 @@ class DataParallel:
         Args:
             state: The result of :meth:`state_dict`.
         """
-        seeds = state.get("seeds", [state.get("seed")])  # older checkpoints have one
+        seeds = field(state, "seeds", list, default=[field(state, "seed", int, None, default=None)])  # older ones have one
+        if not all(seed is None or is_of(seed, int) for seed in seeds):
+            raise MisconfigurationError(f"'seeds' is {seeds!r}, and has to hold a whole number or None for each loader.")
         for loader, seed in zip(self._train_loaders, seeds, strict=False):
             set_shuffling_seed(loader, seed)
         for loader, written in zip(self._train_loaders, state.get("samplers", ()), strict=False):

@@ -37,6 +37,7 @@ from eventtrain.callbacks.distributed.sharded_tensors import (
 )
 from eventtrain.callbacks.distributed.shared_writing import Writers
 from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.archive import SHARDS
 from eventtrain.errors import MisconfigurationError
 from eventtrain.paths import AnyPath, RemotePath
 from eventtrain.trainer import Trainer
@@ -108,7 +109,7 @@ class ShardedPart(storage.Part):
                 archive.filelist.append(info)
                 archive.NameToInfo[info.filename] = info
             archive.start_dir = end
-            archive.writestr(f"{root}{storage.SHARDS}complete", b"")  # with this, the list of entries is written anew
+            archive.writestr(f"{root}{SHARDS}complete", b"")  # with this, the list of entries is written anew
 
     def _write_together(self, path: str | None, starts: list[int]) -> list[int]:
         """Write this process's tensors; return the checksums of all processes."""
@@ -165,7 +166,7 @@ def layout(root: str, sizes: list[int], end: int) -> tuple[list[tuple[zipfile.Zi
     """
     headers = []
     for rank, size in enumerate(sizes):
-        info = zipfile.ZipInfo(f"{root}{storage.SHARDS}{rank}")
+        info = zipfile.ZipInfo(f"{root}{SHARDS}{rank}")
         info.file_size = info.compress_size = size
         info.CRC = 0  # until it is known
         start = aligned(end, PAGE) + PAGE
@@ -331,7 +332,7 @@ def starts_of_entries(file: BinaryIO, sizes: list[int]) -> list[int]:
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     starts, end = [], file.seek(0, os.SEEK_END)
     for rank, size in enumerate(sizes):
-        info = entries.get(f"{storage.SHARDS}{rank}".removeprefix("/"))
+        info = entries.get(f"{SHARDS}{rank}".removeprefix("/"))
         check(info is not None and info.compress_type == zipfile.ZIP_STORED, f"the bytes of rank {rank} are missing")
         assert info is not None
         file.seek(info.header_offset + 26)

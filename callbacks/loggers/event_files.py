@@ -19,6 +19,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from eventtrain._torch import summary_writer
+from eventtrain.callbacks.loggers.masking import masked_text
 from eventtrain.callbacks.loggers.run_files import RunFile, copy_beginning
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.checkpoint.storage import first_line
@@ -206,7 +207,7 @@ def session_start(hparams: Mapping[str, Any]) -> Any:
         elif isinstance(value, (int, float)) and math.isfinite(value):  # the page's JSON has no other numbers
             info.hparams[name].number_value = value
         else:
-            info.hparams[name].string_value = value if isinstance(value, str) else repr(value)
+            info.hparams[name].string_value = value if isinstance(value, str) else masked_text(repr(value))
     return _hparams_summary(SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=info))
 
 

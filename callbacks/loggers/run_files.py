@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from eventtrain.callbacks.loggers.masking import masked, masked_command, masked_text
 from eventtrain.callbacks.saved_state import is_name
 from eventtrain.checkpoint import storage
 from eventtrain.errors import MisconfigurationError, printable
@@ -257,7 +258,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "command": " ".join(sys.argv),
+        "command": masked_command(sys.argv),
         "working directory": os.getcwd(),
         "device": trainer.device,
         "processes": trainer.world_size,
@@ -300,18 +301,21 @@ def logged_hparams(trainer: Trainer) -> dict[Any, Any]:
 
 
 def described(part: Any) -> str:
-    """Describe an object in a line: by its class's ``repr``, or by its class and its public attributes of plain types."""
+    """Describe an object in a line: by its class's ``repr``, or by its class and its public attributes of plain types. What
+    looks like a secret is masked."""
     kind: Any = type(part)
     if kind.__repr__ is not object.__repr__:
-        return repr(part)
-    plain = (bool, int, float, str, os.PathLike, type(None))
-    attributes = [f"{name}={v!r}" for name, v in vars(part).items() if not name.startswith("_") and isinstance(v, plain)]
+        return masked_text(repr(part))
+    plain = (bool, int, float, str, os.PathLike, RemotePath, type(None))
+    public = {name: v for name, v in vars(part).items() if not name.startswith("_") and isinstance(v, plain)}
+    attributes = [masked_text(f"{name}={masked(v, name)!r}") for name, v in public.items()]
     return f"{kind.__name__}({', '.join(attributes)})"
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """Return facts as a table in Markdown, which TensorBoard renders."""
-    rows = [f"| {name} | {' '.join(str(value).split()).replace('|', chr(92) + '|')} |" for name, value in facts.items()]
+    """Return facts as a table in Markdown, which TensorBoard renders, with secrets masked."""
+    texts = {name: masked_text(" ".join(str(masked(value, name)).split())) for name, value in facts.items()}
+    rows = [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in texts.items()]
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
@@ -320,7 +324,7 @@ def module_text(module: LightningModule) -> str:
 
     The text is shortened if it is very long.
     """
-    text = repr(module)
+    text = masked_text(repr(module))
     if len(text) > MOST_TEXT:
         text = f"{text[:MOST_TEXT]}\n... and {len(text) - MOST_TEXT} characters more"
     parameters = [parameter for parameter in module.parameters() if not is_lazy(parameter)]

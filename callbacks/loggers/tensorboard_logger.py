@@ -19,7 +19,9 @@ from torch.nn.parameter import is_lazy
 from eventtrain.callback import Callback, decides_alike, on_demand
 from eventtrain.callbacks.loggers import event_files, run_files
 from eventtrain.callbacks.loggers.claims import Claim, Extents
-from eventtrain.callbacks.saved_state import field, is_name, is_of, items, whole
+from eventtrain.callbacks.loggers.masking import masked
+from eventtrain.callbacks.saved_state import field, is_name, items, whole
+from eventtrain.checkpoint.shape import is_of
 from eventtrain.checkpoint.storage import first_line
 from eventtrain.checks import check_option, check_whole_number
 from eventtrain.errors import MisconfigurationError, printable
@@ -30,6 +32,7 @@ from eventtrain.events import (
     FitEnd,
     FitStart,
     MetricsLogged,
+    RunInterrupted,
     Setup,
     Teardown,
     TrainBatchStart,
@@ -50,9 +53,9 @@ X_AXES: tuple[XAxis, ...] = ("global_step", "batches", "samples", "wall_time")
 class TensorBoardLogger(Callback):
     """Write metrics, hyperparameters and a description of the run for TensorBoard, to a new directory for each run.
 
-    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end``, ``checkpoint_saved`` and ``teardown``; and, only if
-    you ask for them, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and
-    ``after_update`` for histograms.
+    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end``, ``checkpoint_saved``, ``run_interrupted`` and
+    ``teardown``; and, only if you ask for them, to ``train_batch_start`` for the x-axis of samples, and to
+    ``before_optimizer_step`` and ``after_update`` for histograms.
     Writes the logged scalars under their names (values logged on step only for the updates that are due) and ``epoch``; the
     texts ``run/environment``, ``run/configuration`` and ``run/module``; and the ``hparams`` of module and datamodule for the
     HParams page, whose columns are the hyperparameters and scalars of all runs below TensorBoard's ``logdir``. Write anything
@@ -64,8 +67,9 @@ class TensorBoardLogger(Callback):
     directory of that run if it still exists. Everything that was written there after the checkpoint is cut off, so that each
     step is there once. The new event file begins with the mark of ``SummaryWriter(purge_step=...)``, so that TensorBoard drops
     these values even if it has read them. A run that begins at an older checkpoint leaves this directory as it is, and
-    continues a copy of its values up to the checkpoint in a new one. The hidden file ``.run`` in a directory says which run
-    writes there; while it does, another one gets an error.
+    continues a copy of its values up to the checkpoint in a new one; so does one that begins at a checkpoint of a run that has
+    ended. Until a run has ended as it should, the hidden file ``.run`` in its directory says which run writes there; while it
+    does, another one gets an error.
 
     Values are buffered. They are written to disk after each epoch, before a checkpoint, after an error, at the end of the
     run, and every few seconds. A directory that cannot be written to is an error before training. If it vanishes or the disk
@@ -83,6 +87,9 @@ class TensorBoardLogger(Callback):
             one, unclipped), as ``parameters/<name>`` and ``gradients/<name>``; None for no histograms. Values that are not
             finite are left out.
         resume: Whether a resumed run continues in the ``"same"`` directory or begins a ``"new"`` one.
+        describe_run: Whether to write the three texts about the run. They hold the command line, and the public attributes of
+            the callbacks. In them, and in hyperparameters, values that look like secrets are masked: by their names, such as
+            ``api_key``, ``hf_token`` and ``password``, and in URLs.
 
     Raises:
         MisconfigurationError: If the x-axis or the way to resume is unknown, or a cadence is below 1; at ``fit_start``, if
@@ -107,6 +114,7 @@ class TensorBoardLogger(Callback):
         log_graph: bool = False,
         histograms: int | None = None,
         resume: Literal["same", "new"] = "same",
+        describe_run: bool = True,
     ) -> None:
         self.log_dir = check_path(log_dir, OWNER, "log_dir")
         self.name = name
@@ -115,6 +123,7 @@ class TensorBoardLogger(Callback):
         self.log_graph = log_graph
         self.histograms = None if histograms is None else check_whole_number(histograms, OWNER, "histograms", least=1)
         self.resume = check_option(resume, OWNER, "resume", ("same", "new"))
+        self.describe_run = describe_run
         self._trainer: Trainer | None = None
         self._writer: SummaryWriter | None = None
         self._event_files: dict[str, int] | None = None  # of the checkpoint's run, with their lengths at the checkpoint
@@ -123,6 +132,7 @@ class TensorBoardLogger(Callback):
         self._claim: Claim | None = None  # on the directory
         self._lengths: dict[str, int] | None = None  # of the event files, when they could be read last
         self._is_readable = True
+        self._is_complete = self._is_interrupted = False  # the run of the directory has ended as it should; was interrupted
         self._extents = Extents(self.state_key, itemgetter("event_files"))
         self._gradients: dict[str, Tensor] = {}
         self._last_x = 0
@@ -209,9 +219,11 @@ class TensorBoardLogger(Callback):
             self._run_dir = None  # made at its first use, because a checkpoint may bring another one
             self._resumed = False
             self._event_files = self._claim = self._lengths = None
+            self._is_complete = self._is_interrupted = False
             self._last_x = self._evaluated = self._samples = 0
             self._seconds_before = self._began = 0.0
         elif event.stage != "predict":
+            self._is_complete |= self._run_dir is None
             _ = self.writer  # raises now if the directory is bad; an evaluation after a fit continues in the fit's directory
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
@@ -224,9 +236,10 @@ class TensorBoardLogger(Callback):
             trainer.listen(self.on_before_optimizer_step)
             trainer.listen(self.on_after_update)
         module, x = trainer.module, self._x(trainer)
-        self.writer.add_text("run/environment", run_files.table(run_files.environment(trainer)), x)
-        self.writer.add_text("run/configuration", run_files.table(run_files.configuration(trainer)), x)
-        self.writer.add_text("run/module", run_files.module_text(module), x)
+        if self.describe_run:
+            self.writer.add_text("run/environment", run_files.table(run_files.environment(trainer)), x)
+            self.writer.add_text("run/configuration", run_files.table(run_files.configuration(trainer)), x)
+            self.writer.add_text("run/module", run_files.module_text(module), x)
         if hparams := run_files.logged_hparams(trainer):
             self.log_hyperparams(hparams)
         if self.log_graph and not self._resumed:  # a resumed run has it
@@ -256,7 +269,11 @@ class TensorBoardLogger(Callback):
         if scope == "epoch" and isinstance(self.run_dir, Path):  # the files of a remote store go there once in a minute
             self.writer.flush()
 
+    def on_run_interrupted(self, trainer: Trainer, event: RunInterrupted) -> None:
+        self._is_interrupted, self._is_complete = True, False
+
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
+        self._is_complete = not self._is_interrupted
         if self._writes(trainer) and run_files.logged_hparams(trainer):
             self._add_summary(event_files.session_end())
 
@@ -283,7 +300,7 @@ class TensorBoardLogger(Callback):
             self._writer.close()
             self._writer = None  # the next use opens another file in the same directory
         if self._claim is not None:
-            self._claim.release()
+            self._claim.release(remove=self._is_complete)
 
     # ------------------------------------------------------------------ histograms
 
@@ -336,9 +353,10 @@ class TensorBoardLogger(Callback):
         """Write hyperparameters for TensorBoard's HParams page, which shows the first ones that a run writes.
 
         Args:
-            hparams: Their values by name. A value that is not a number, string or bool is written as text.
+            hparams: Their values by name. A value that is not a number, string or bool is written as text. What looks like a
+                secret is masked.
         """
-        self._add_summary(event_files.session_start(hparams))
+        self._add_summary(event_files.session_start(masked(hparams)))
 
     def _add_summary(self, summary: Any) -> None:
         writer: Any = self.writer  # SummaryWriter.add_hparams would open another run beside this one

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from eventtrain._torch import tensors_of
 from eventtrain.callback import Callback
+from eventtrain.callbacks.saved_state import items
 from eventtrain.checkpoint import storage
 from eventtrain.checkpoint.weights import load_weights
 from eventtrain.checks import check_number, check_option
@@ -208,7 +209,8 @@ class ExponentialMovingAverage(Callback):
         return {"averages": dict(self.averages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.averages = {name: average.clone() for name, average in state["averages"].items()}
+        averages = items(state, "averages", lambda name, average: isinstance(average, Tensor), "a tensor for each name")
+        self.averages = {name: average.clone() for name, average in averages.items()}
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eventtrain.callback import Callback
 from eventtrain.callbacks.optimization.schedule import Schedule
+from eventtrain.callbacks.saved_state import whole
 from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.optimizer import evaluates_often
 from eventtrain.core.state import nonzero
@@ -262,9 +263,9 @@ class GradientAccumulation(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._position, self._window = state["position"], state["window"]
-        self._position_before = state.get("position_before", self._position)  # older checkpoints do not have these two
-        self._batch_idx = state.get("batch_idx", -1)
+        self._position, self._window = whole(state, "position"), whole(state, "window", least=1)
+        self._position_before = whole(state, "position_before", default=self._position)  # older ones do not have these two
+        self._batch_idx = whole(state, "batch_idx", least=-1, default=-1)
         self._loss_scale = 1.0 / self._window
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from torch.optim.lr_scheduler import OneCycleLR
 
 from eventtrain.callback import Callback, on_demand
+from eventtrain.callbacks.saved_state import items
 from eventtrain.callbacks.watched_metric import WatchedMetric
+from eventtrain.checkpoint.shape import is_of
 from eventtrain.events import AfterUpdate, FitStart, MetricsLogged, Setup, TrainBatchEnd, TrainDataEnd, ValidationEnd
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
 from eventtrain.trainer import Trainer
@@ -157,8 +159,10 @@ class LRSchedulerStepping(Callback):
         return {"last_update": dict(self._last_update), "seen": self._seen | seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last_update = dict(state["last_update"])
-        self._seen = dict(state.get("seen", {}))  # older checkpoints have neither this nor the counts of metrics
+        wanted = "a number for each scheduler"
+        self._last_update = items(state, "last_update", lambda index, update: is_of(update, int), wanted)
+        # Older checkpoints have neither this nor the counts of metrics.
+        self._seen = items(state, "seen", lambda index, count: is_of(count, int), wanted, default={})
         self._metrics = {}
 
 

@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from eventtrain._torch import version
 from eventtrain.callback import Callback, decides_alike
+from eventtrain.callbacks.saved_state import field, whole
+from eventtrain.checkpoint.shape import is_of
 from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.optimizer import LightningOptimizer, evaluates_often
 from eventtrain.errors import MisconfigurationError
@@ -260,11 +262,20 @@ class MixedPrecision(Callback):
         return {"scaler": scaler, "overflows": self._overflows, **places, "awaiting_update": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        scaler = field(state, "scaler", dict)
+        self._overflows = whole(state, "overflows")
+        for name in HOLDINGS:
+            if not all(is_of(at, int) for at in field(state, name, list, default=[])):
+                raise MisconfigurationError(f"{name!r} has to hold the places of optimizers in configure_optimizers.")
+        for waiting in field(state, "awaiting_update", list, default=[]):
+            if not isinstance(waiting, (tuple, list)) or [type(each) for each in waiting] != [int, bool, bool]:
+                raise MisconfigurationError("'awaiting_update' has to hold the place of an optimizer and two flags.")
         self._loaded = state  # before fit_start there may be no scaler yet, and there are no optimizers
         self._optimizers = []
-        if self.scaler is not None and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self._overflows = state["overflows"]
+        if self.scaler is not None and scaler:
+            for name in scaler:
+                field(scaler, name, float)
+            self.scaler.load_state_dict(scaler)
 
     def _hold_again(self, device: torch.device) -> None:
         """Restore which optimizers held scaled and unscaled gradients when the checkpoint was written."""

@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 from eventtrain.callback import Callback
+from eventtrain.callbacks.saved_state import field, whole
 from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checks import check_number, check_option, check_whole_number
 from eventtrain.errors import MisconfigurationError
@@ -162,9 +163,10 @@ class EarlyStopping(Callback):
         return {name: getattr(self, name) for name in STATE} | {"_seen": self._metric.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        kinds: dict[str, tuple[Any, ...]] = {"best": (float,), "value": (float, None), "_is_validated": (bool,)}
         for name in STATE:
-            setattr(self, name, state[name])
-        self._metric.seen = state["_seen"]
+            setattr(self, name, field(state, name, *kinds[name]) if name in kinds else whole(state, name))
+        self._metric.seen = whole(state, "_seen")
 
 
 STATE = ("best", "wait_count", "value", "_is_validated")

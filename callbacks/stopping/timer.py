@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from eventtrain.callback import Callback
+from eventtrain.callbacks.saved_state import field
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import FindCheckpoint, RequestStop, Setup, Teardown, TrainStart, ValidationBatchEnd, ValidationStart
 from eventtrain.trainer import Trainer
@@ -126,7 +127,7 @@ class Timer(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not self.per_job:
-            self._before = state["elapsed"]
+            self._before = field(state, "elapsed", float)
 
 
 def seconds(argument: str, duration: Duration) -> float:

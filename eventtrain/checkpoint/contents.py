@@ -6,6 +6,8 @@ import dataclasses
 import platform
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,7 @@ from eventtrain.checkpoint.migrations import SCHEMA_VERSION, migrated
 from eventtrain.checkpoint.optimizers import class_names, parameter_groups, restore_optimizers
 from eventtrain.checkpoint.ranks import state_of_rank, state_of_this_rank
 from eventtrain.checkpoint.rng import isolated_rng, set_rng_state
+from eventtrain.checkpoint.shape import believing, check_shape
 from eventtrain.checkpoint.weights import load_weights
 from eventtrain.core.loop import Resumption
 from eventtrain.errors import MisconfigurationError
@@ -162,7 +165,9 @@ def announce(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> dict[st
     """
     trainer.signals.checkpoint_read.publish(CheckpointRead(checkpoint, path))
     trainer.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
-    checkpoint = migrated(checkpoint, path)
+    with believing(path, f"the schema version {checkpoint.get('schema_version')!r}"):
+        checkpoint = migrated(checkpoint, path)
+    check_shape(checkpoint, path)
     if hasattr(trainer.datamodule, "load_state_dict"):
         trainer.datamodule.load_state_dict(checkpoint["datamodule"])
     return checkpoint
@@ -183,22 +188,30 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
     state = trainer.run_state
     checkpoint = state_of_rank(checkpoint, trainer)
     load_weights(trainer.module, checkpoint, path)
-    restore_optimizers(state, checkpoint, path)
+    with believing(path, "the state of the optimizers"):
+        restore_optimizers(state, checkpoint, path)
+        for stepping, steps in zip(state.steppings, checkpoint["num_steps"], strict=True):
+            stepping.num_steps = steps
+            # Else torch's schedulers warn of a step before the optimizer's first: that was in another process.
+            mark_stepped(stepping.wrapped, steps > 0)
     restore_flags(trainer.module, checkpoint)
-    for stepping, steps in zip(state.steppings, checkpoint["num_steps"], strict=True):
-        stepping.num_steps = steps
-        # Else torch's schedulers warn of a step before the optimizer's first: that was in another process.
-        mark_stepped(stepping.wrapped, steps > 0)
     for name, value in checkpoint["progress"].items():
         setattr(state.progress, name, value)
     if state.progress.epoch_is_over:
         state.progress.count_epoch()  # written at the epoch's last safe point: it is not to be trained again
     state.stop.reason = state.stop_request.reason = checkpoint["stop_reason"]
-    restore_window(trainer, checkpoint["window"])
+    with believing(path, "'window'"):
+        restore_window(trainer, checkpoint["window"])
     if checkpoint["metrics"] is not None:
-        state.metrics.load_state_dict(checkpoint["metrics"], trainer.module, trainer.device)
-    restore_callbacks(trainer, checkpoint["callbacks"])
-    restore_position(trainer, checkpoint)
+        with believing(path, "'metrics'"):
+            state.metrics.load_state_dict(checkpoint["metrics"], trainer.module, trainer.device)
+    for callback in trainer.callbacks:
+        if has_state(callback) and (key := state_key(callback)) in checkpoint["callbacks"]:
+            with believing(path, f"'callbacks'[{key!r}]"):
+                callback.load_state_dict(checkpoint["callbacks"][key])
+    warn_of_left_states(trainer, checkpoint["callbacks"])
+    with believing(path, "'data'"):
+        restore_position(trainer, checkpoint, partial(believing, path, "'rng' and 'data'"))
 
 
 def restore_window(trainer: Trainer, window: dict[str, Any]) -> None:
@@ -214,11 +227,8 @@ def restore_window(trainer: Trainer, window: dict[str, Any]) -> None:
         parameter.grad = on_device(window["gradients"].get(name), trainer.device)
 
 
-def restore_callbacks(trainer: Trainer, states: dict[str, Any]) -> None:
-    """Load the states of callbacks, and warn of those that no attached callback takes up."""
-    for callback in trainer.callbacks:
-        if has_state(callback) and state_key(callback) in states:
-            callback.load_state_dict(states[state_key(callback)])
+def warn_of_left_states(trainer: Trainer, states: dict[str, Any]) -> None:
+    """Warn of states that no attached callback takes up."""
     attached = {state_key(callback) for callback in trainer.callbacks}
     if left := [key for key, state in states.items() if state and key not in attached]:
         warnings.warn(
@@ -227,7 +237,7 @@ def restore_callbacks(trainer: Trainer, states: dict[str, Any]) -> None:
         )
 
 
-def restore_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def restore_position(trainer: Trainer, checkpoint: dict[str, Any], believing: Callable[[], Any]) -> None:
     """Have the loop continue at the checkpoint's batch, with the checkpoint's random numbers and the module's flags."""
     data, loaders, loop = checkpoint["data"], trainer.run_state.loaders, trainer.run_state.loop
     assert loop is not None and loaders is not None
@@ -236,8 +246,9 @@ def restore_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     loaders.load_state_dict(data)
 
     def restore_last() -> None:
-        set_rng_state(checkpoint["rng"])
-        loaders.restore_generators(data)
+        with believing():
+            set_rng_state(checkpoint["rng"])
+            loaders.restore_generators(data)
         restore_flags(trainer.module, checkpoint)  # hooks such as on_train_start may freeze layers as they did at first
 
     loop.resumption = Resumption(data["position"], checkpoint["epoch_reason"], restore_last)

@@ -120,8 +120,7 @@ if LOGGER.level == logging.NOTSET:
 
 def say(message: str) -> None:
     """Log a message; print it if nothing handles logs, because Python then shows none below a warning."""
-    message = printable(message)
     if LOGGER.hasHandlers():
-        LOGGER.info(message)
+        LOGGER.info(printable(message))
     else:
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)

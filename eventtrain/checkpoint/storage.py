@@ -6,17 +6,17 @@ import os
 import re
 import tempfile
 import warnings
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from eventtrain.checkpoint.archive import verify_checksums
 from eventtrain.checkpoint.weights import kind_of, some
 from eventtrain.errors import MisconfigurationError, escaped, printable
 from eventtrain.paths import AnyPath, check_path
@@ -25,9 +25,6 @@ LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, st
 """The types that ``torch.load(weights_only=True)`` reads, besides tensors, and lists, tuples, sets and dicts of them."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
-TWICE = "two of its entries have one name"
-SHARDS = "/shards/"
-"""The names of a file's entries that hold the tensors of several processes begin with the archive's name and this."""
 
 
 class Part:
@@ -158,7 +155,8 @@ def writing(path: AnyPath) -> Generator[Any, None, None]:
     Raises:
         OSError: If the file cannot be opened, or a symbolic link has its name.
     """
-    with open(path, "wb", opener=without_following) if isinstance(path, Path) else tempfile.NamedTemporaryFile() as file:
+    mode = "xb" if path.name.endswith(TEMPORARY) else "wb"
+    with open(path, mode, opener=without_following) if isinstance(path, Path) else tempfile.NamedTemporaryFile() as file:
         yield file
         file.flush()
         if isinstance(path, Path):
@@ -201,34 +199,9 @@ def read(path: Any, map_location: Any = None, *, weights_only: bool = True, shar
             raise MisconfigurationError(
                 f"{path} is no checkpoint that can be read safely: {problem}. Give a file that trainer.save_checkpoint wrote."
             ) from escaped(error)
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise MisconfigurationError(f"{path} is no checkpoint: {kind_of(content)}")
     return content
-
-
-def verify_checksums(file: BinaryIO, share: tuple[int, int] = (0, 1)) -> None:
-    """Read a file and compare the checksum of each of its parts; :func:`torch.load` does not do it for tensors.
-
-    Args:
-        file: The file.
-        share: As in :func:`read`.
-
-    Raises:
-        ValueError: If a part is damaged.
-    """
-    if file.read(4) == b"PK\3\4":  # else it is in an older format, or no checkpoint: torch.load will tell
-        with zipfile.ZipFile(file) as parts:
-            entries = parts.infolist()
-            shards = [each for each in entries if SHARDS in each.filename]
-            parts.filelist = [each for each in entries if SHARDS not in each.filename] + shards[share[0] :: share[1]]
-            damaged = parts.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} has another checksum than when it was written")
-        # torch reads nothing for an entry that is marked as a folder, and the memory of its tensor stays as it was.
-        marked = [each.filename for each in entries if each.flag_bits & ~0x808 or each.external_attr & 0xFFFF]
-        if marked or len({each.filename.lower() for each in entries}) < len(entries):
-            raise ValueError(f"the entries {some(marked)} have attributes that torch does not write" if marked else TWICE)
-    file.seek(0)
 
 
 def first_line(error: BaseException) -> str:

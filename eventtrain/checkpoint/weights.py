@@ -42,13 +42,12 @@ def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, stric
     options = {} if strict else {"strict": False}  # a module may override load_state_dict(self, state_dict)
     try:
         module.load_state_dict(weights, **options)
-    except RuntimeError as error:
-        if problems := differences(module, weights, strict):
-            raise MisconfigurationError(
-                f"{path} is a checkpoint of another module than {type(module).__name__}. {' '.join(problems)} Give the module "
-                "that wrote it, built with the same hyperparameters, or another file."
-            ) from escaped(error)
-        raise
+    except (RuntimeError, TypeError, AttributeError) as error:
+        problems = differences(module, weights, strict) or [f"Its 'state_dict' cannot be loaded: {error}"]
+        raise MisconfigurationError(
+            f"{path} is a checkpoint of another module than {type(module).__name__}. {' '.join(problems)} Give the module "
+            "that wrote it, built with the same hyperparameters, or another file."
+        ) from escaped(error)
 
 
 def differences(module: nn.Module, weights: Mapping[str, Any], strict: bool) -> list[str]:

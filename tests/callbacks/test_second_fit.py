@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.amp import GradScaler  # type: ignore[attr-defined]
+from torch.amp import GradScaler
 
 from eventtrain import Callback, Trainer, callbacks
 from eventtrain.callbacks import MixedPrecision

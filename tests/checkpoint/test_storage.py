@@ -199,6 +199,37 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(small: tuple[Path, dict[str, Any]]
             storage.read(path)
 
 
+@pytest.mark.slow
+def test_no_bit_of_a_file_gives_another_tensor_without_an_error(small: tuple[Path, dict[str, Any]]) -> None:
+    path, content = small
+    raw = path.read_bytes()
+    for at in range(len(raw)):
+        for bit in range(8):
+            path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+            assert outcome(path, content) in ("named", "whole")
+
+
+@pytest.mark.parametrize("bit", range(16))
+def test_an_entry_that_is_marked_as_a_folder_is_refused(small: tuple[Path, dict[str, Any]], bit: int) -> None:
+    """torch then reads nothing, and returns memory that nobody has written."""
+    path, _ = small
+    raw = bytearray(path.read_bytes())
+    entry = raw.rindex(b"PK\x01\x02", 0, raw.rindex(b"/data/0"))
+    raw[entry + 38 + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+    with pytest.raises(MisconfigurationError, match="have attributes that torch does not write"):
+        storage.read(path)
+
+
+def test_two_entries_of_one_name_are_refused(small: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = small
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+        warnings.simplefilter("ignore")
+        archive.writestr(next(name for name in archive.namelist() if name.endswith("/data/0")).upper(), bytes(48))
+    with pytest.raises(MisconfigurationError, match="two of its entries have one name"):
+        storage.read(path)
+
+
 def test_a_truncated_file_is_noticed(small: tuple[Path, dict[str, Any]]) -> None:
     path, content = small
     raw = path.read_bytes()

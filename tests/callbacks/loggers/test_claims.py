@@ -43,6 +43,11 @@ def fit(root: Path, **options: Any) -> tuple[JSONLinesLogger, TensorBoardLogger]
     return lines, board
 
 
+def file_of(logger: JSONLinesLogger) -> Path:
+    assert logger.run_path is not None
+    return local(logger.run_path)
+
+
 def content_of(folder: Path) -> dict[str, bytes]:
     """Return the content of each file below a folder but for the facts about runs."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".run" and path.name != ".run")
@@ -50,8 +55,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def steps(lines: JSONLinesLogger, board: TensorBoardLogger) -> tuple[list[int], list[int]]:
-    assert lines.run_path is not None
-    records = [json.loads(line) for line in local(lines.run_path).read_text().splitlines()]
+    records = [json.loads(line) for line in file_of(lines).read_text().splitlines()]
     return [each["step"] for each in records if each["scope"] == "step"], [step for step, _ in points(board, "loss")]
 
 
@@ -62,10 +66,10 @@ def steps(lines: JSONLinesLogger, board: TensorBoardLogger) -> tuple[list[int], 
 def test_a_run_that_begins_at_an_older_checkpoint_leaves_the_log_as_it_is(tmp_path: Path, fails_at: int | None) -> None:
     first = fit(tmp_path, fails_at=fails_at, max_epochs=3)
     before = content_of(tmp_path)
-    lines, board = fit(tmp_path, max_epochs=4, ckpt_path=tmp_path / "epoch_0.ckpt")
+    lines, board = fit(tmp_path, max_epochs=5, ckpt_path=tmp_path / "epoch_0.ckpt", fails_at=18)
     assert {name: data for name, data in content_of(tmp_path).items() if name in before} == before
-    assert local(lines.run_path).name == "metrics-1.jsonl" and board.run_dir.name == "version_1"
-    assert steps(lines, board) == (list(range(1, 17)), list(range(1, 17)))
+    assert file_of(lines).name == "metrics-1.jsonl" and board.run_dir.name == "version_1"
+    assert steps(lines, board) == (list(range(1, 18)), list(range(1, 18)))
     assert len(steps(*first)[0]) == len(steps(*first)[1]) == (12 if fails_at is None else 10)
     # The new run can be resumed in its own log, and the old one in its own.
     again = fit(tmp_path, max_epochs=5, ckpt_path=tmp_path / "epoch_3.ckpt")
@@ -77,12 +81,12 @@ def test_a_second_fork_gets_a_log_of_its_own(tmp_path: Path) -> None:
     fit(tmp_path, max_epochs=3)
     for number in (1, 2):
         lines, board = fit(tmp_path, max_epochs=3, ckpt_path=tmp_path / "epoch_0.ckpt", saves=False)
-        assert local(lines.run_path).name == f"metrics-{number}.jsonl" and board.run_dir.name == f"version_{number}"
+        assert file_of(lines).name == f"metrics-{number}.jsonl" and board.run_dir.name == f"version_{number}"
         assert steps(lines, board)[0] == list(range(1, 13))
 
 
 def test_a_fork_can_begin_while_the_first_run_goes_on(tmp_path: Path) -> None:
-    done = []
+    done: list[Any] = []
 
     def fork(trainer: Any, event: Any) -> None:
         if trainer.global_step == 10 and not done:
@@ -112,7 +116,7 @@ def test_the_newest_checkpoint_continues_the_log_however_it_was_written(tmp_path
     checkpoints = (ModelCheckpoint(every_n_steps=2, save_top_k=-1, **options), ModelCheckpoint("other", every_n_steps=3))
     trainer = new_trainer(lines, board, LRSchedulerStepping(), *checkpoints, max_epochs=3, default_root_dir=tmp_path)
     trainer.fit(Model(), BATCHES, ckpt_path="last")
-    assert local(lines.run_path).name == "metrics.jsonl" and board.run_dir.name == "version_0"
+    assert file_of(lines).name == "metrics.jsonl" and board.run_dir.name == "version_0"
     assert steps(lines, board) == (list(range(1, 13)), list(range(1, 13)))
 
 
@@ -207,7 +211,7 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).symlink_to(victim)
     lines, _ = fit(tmp_path)
-    assert victim.read_text() == "precious" and local(lines.run_path).name == "metrics-2.jsonl"
+    assert victim.read_text() == "precious" and file_of(lines).name == "metrics-2.jsonl"
     with pytest.raises(OSError, match="symbolic link"):
         run_files.RunFile(tmp_path / "metrics.jsonl", "test")
 
@@ -223,7 +227,7 @@ def test_logs_elsewhere_are_continued_there(tmp_path: Path, monkeypatch: pytest.
             board = TensorBoardLogger(f"{place}/runs", name="a/b", log_every_n_steps=1)
             options: dict[str, Any] = {"fails_at": fails_at, "ckpt_path": path}
             run(tmp_path / "root", Model(), BATCHES, lines, board, LRSchedulerStepping(), **options)
-        assert local(lines.run_path).name == "metrics.jsonl" and board.run_dir.name == "version_0"
+        assert file_of(lines).name == "metrics.jsonl" and board.run_dir.name == "version_0"
         assert steps(lines, board) == (list(range(1, 9)), list(range(1, 9)))
 
 
@@ -311,7 +315,7 @@ def test_a_disk_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.Mo
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claims.fcntl, "lockf", refuse)
+    monkeypatch.setattr("fcntl.lockf", refuse)
     lines, board = fit(tmp_path)
     assert steps(lines, board)[0] == list(range(1, 9))
 
@@ -332,7 +336,7 @@ def test_a_directory_that_cannot_be_read_at_a_checkpoint_costs_one_warning(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = event_files.event_files
-    broken = []
+    broken: list[bool] = []
 
     def fail(directory: Any) -> Any:
         if broken:

@@ -158,7 +158,7 @@ class TorchProcesses:
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag holds in any process."""
-        return self.any_of([flag])[0]
+        return bool(self.reduce(torch.tensor(flag, dtype=torch.uint8), "max"))
 
     def broadcast(self, value: T) -> T:
         """Return the value of rank zero; tensors arrive on the CPU."""

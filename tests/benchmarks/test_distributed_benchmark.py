@@ -42,7 +42,7 @@ def seconds(action: Any) -> float:
 
 
 def test_a_latency_delays_each_blocking_exchange_and_each_request_to_a_store(group: Any) -> None:
-    all_reduce, get = dist.all_reduce, Store.get
+    allreduce, get = dist.ProcessGroup.allreduce, Store.get
     with Latency(0.05) as latency:
         assert seconds(lambda: dist.all_reduce(torch.ones(1))) >= 0.05
         assert seconds(lambda: dist.barrier()) >= 0.05
@@ -51,7 +51,7 @@ def test_a_latency_delays_each_blocking_exchange_and_each_request_to_a_store(gro
         assert group.get("key") == b"value"
         latency.seconds = 0.0
         assert seconds(lambda: dist.all_reduce(torch.ones(1))) < 0.05
-    assert (dist.all_reduce, Store.get) == (all_reduce, get)
+    assert (dist.ProcessGroup.allreduce, Store.get) == (allreduce, get)
 
 
 def test_work_that_is_done_in_the_meantime_hides_the_latency_of_an_asynchronous_exchange(group: Any) -> None:

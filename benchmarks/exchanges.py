@@ -112,8 +112,8 @@ class Latency:
     call, and each request to a store, in :data:`REQUESTS`. An exchange begins at once, and its completion is late: the time
     that a process waits for it gets longer by the latency, less the time that passes between its beginning and the wait. So
     work that is done in the meantime hides the latency of an asynchronous exchange. A request to a store delays only the thread
-    that makes it. The reduction of gradients by torch's ``DistributedDataParallel`` is not delayed, because its C++ code begins it;
-    so the same latency costs a hand-written loop nothing.
+    that makes it. The reduction of gradients by torch's ``DistributedDataParallel`` is not delayed, because its C++ code begins
+    it; so the same latency costs a hand-written loop nothing.
 
     Attributes:
         seconds: The latency. It may be set at any time.

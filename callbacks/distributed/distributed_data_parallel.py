@@ -239,7 +239,7 @@ class DistributedDataParallel(DataParallel, Callback):
                 self.average_gradients([parameter for parameter in self._parameters if not parameter.requires_grad])
             self._wrap(module)
         if self._order is not None:
-            self._send_in_order()
+            self._send_in_order(module)
         self._window_open = not closes_window
         if self._arrivals is not None and self._arrivals.is_open:
             self._arrivals.begin(closes_window)
@@ -273,7 +273,7 @@ class DistributedDataParallel(DataParallel, Callback):
         super().load_state_dict(state)
         self._order = state.get("gradient_order")
 
-    def _send_in_order(self) -> None:
+    def _send_in_order(self, module: LightningModule) -> None:
         """Have the wrapper send gradients in the order of a checkpoint, if it reduces the same parameters."""
         order, self._order = self._order, None
         numbers = {self._names[parameter]: index for index, parameter in enumerate(self._wrapped)}

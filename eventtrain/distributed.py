@@ -54,6 +54,10 @@ class Processes(Protocol):
         """
 
     @property
+    def evaluates_together(self) -> bool:
+        """Whether each forward of an evaluation waits for all processes, as with sharded weights."""
+
+    @property
     def is_called_off(self) -> bool:
         """Whether a process has called off the current evaluation, as far as this one has heard; until the next meeting."""
 
@@ -96,7 +100,7 @@ class SingleProcess:
     world_size = 1
     global_rank = 0
     local_rank = 0
-    is_called_off = False
+    evaluates_together = is_called_off = False
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Return the value."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import io
 import os
 import sys
 import threading
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from eventtrain.callbacks.distributed.compact import Forms, from_bytes, to_bytes
 from eventtrain.callbacks.distributed.exchanges import GIVEN_UP, INLINE, Exchanges, is_of_an_exchange, raised_in
 from eventtrain.callbacks.distributed.notices import ExchangeError, Notices, clone, open_notices
 from eventtrain.callbacks.distributed.requests import Requests
@@ -28,6 +28,8 @@ from eventtrain.distributed import Place, Reduction, Weight
 from eventtrain.errors import MisconfigurationError
 
 T = TypeVar("T")
+HEAD = 1024
+"""The bytes of the first message of an exchange of values. Longer values need a second one."""
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables by which torchrun tells each process about the others."""
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -56,6 +58,7 @@ class TorchProcesses:
         self.notices: Notices | None = None
         self._requests: Requests | None = None
         self._windows: Windows | None = None
+        self._forms = Forms()
         # None is the default group, in all of torch's calls.
         self._control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         self.exchanges = Exchanges(self.global_rank, self.world_size, self._timeout, clone(group_store()))
@@ -113,6 +116,11 @@ class TorchProcesses:
             self._requests.meet()
             return [bool(flag) for flag in met]
         return self._requests.pass_tick(flags, ends_batch=place == "batch_end", name=name)
+
+    @property
+    def evaluates_together(self) -> bool:
+        """Whether each forward of an evaluation waits for all processes."""
+        return False
 
     @property
     def is_called_off(self) -> bool:
@@ -176,10 +184,12 @@ class TorchProcesses:
 
     def gather_for_all(self, value: T) -> list[T]:
         """Return the values of all ranks, on every rank; tensors arrive on the CPU."""
-        return self._gather("gather_for_all", value, for_all=True)
+        return self._forms.exchange(value, lambda content: self._gather_bytes("gather_for_all", content, for_all=True))
 
     def _gather(self, kind: str, value: T, *, for_all: bool) -> list[T]:
-        content = to_bytes(value)
+        return [from_bytes(each) for each in self._gather_bytes(kind, to_bytes(value), for_all=for_all)]
+
+    def _gather_bytes(self, kind: str, content: bytes, *, for_all: bool) -> list[bytes]:
         contents, lengths = self.exchanges.share(kind, content, self._gloo)
         receives = for_all or self.global_rank == 0
         if max(lengths) > INLINE:
@@ -190,7 +200,7 @@ class TorchProcesses:
             else:
                 self._wait(dist.gather(sent, received, 0, self._control, async_op=True), sent)
             contents = [each[:size].numpy().tobytes() for each, size in zip(received or (), lengths, strict=False)]
-        return [from_bytes(each) for each in contents] if receives else []
+        return list(contents) if receives else []
 
     def barrier(self) -> None:
         """Wait until every process has come here, but for no GPU."""
@@ -248,21 +258,6 @@ class TorchProcesses:
 def padded(content: bytes, size: int) -> Tensor:
     """Return bytes as a tensor of a given size."""
     return torch.frombuffer(bytearray(content.ljust(size, b"\0")), dtype=torch.uint8)
-
-
-def to_bytes(value: Any) -> bytes:
-    """Return a value in torch's format, whose tensors can be read on another device."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def from_bytes(content: bytes) -> Any:
-    """Return the value that :func:`to_bytes` wrote, with its tensors on the CPU.
-
-    It may hold any object, because it comes from a process of the same run.
-    """
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
 
 
 # ------------------------------------------------------------------ joining and leaving

@@ -22,6 +22,11 @@ T = TypeVar("T")
 class ShardedProcesses(TorchProcesses):
     """Processes that hold sharded tensors: in values that one process sends to another, sharded tensors become None."""
 
+    @property
+    def evaluates_together(self) -> bool:
+        """Whether each forward of an evaluation waits for all processes, because it gathers weights."""
+        return True
+
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks on rank zero, and an empty list on the others."""
         return super().gather(without_shards(value))

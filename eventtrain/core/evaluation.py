@@ -34,7 +34,7 @@ class EvaluationLoop:
         open_loaders: For each loader, a function that begins a pass over it.
         context: Returns the context that the whole evaluation runs in: evaluation mode, and no gradients.
         is_interrupted: Asked before each batch: whether the evaluation is to be left. None outside a fit.
-        processes: The processes that ask each other before each batch; None in a run of one, and outside a fit.
+        processes: The processes that ask each other, once, whether one has left it; None outside a fit.
         warns_if_empty: Whether a loader without a batch is warned about.
         keep_outputs: Whether the values that the step returns are kept, for prediction.
     """
@@ -89,9 +89,15 @@ class EvaluationLoop:
             self.signals[f"{self.stage}_start"].publish(phase)
             self._publish("epoch_start", "EpochStart")
             outputs: list[list[Any]] = []
-            for index, open_loader in enumerate(self.open_loaders):
-                with closing(open_loader()) as batches:
-                    outputs.append(self.evaluate_loader(index, batches))
+            left = False
+            try:
+                for index, open_loader in enumerate(self.open_loaders):
+                    with closing(open_loader()) as batches:
+                        outputs.append(self.evaluate_loader(index, batches))
+            except EvaluationInterrupted:
+                left = True
+            if left if self.processes is None else self.processes.any(left):
+                raise EvaluationInterrupted
             self.metrics.enter(self.stage, "epoch")
             self.metrics.show_epoch()
             self._publish("epoch_end", "EpochEnd")
@@ -116,11 +122,8 @@ class EvaluationLoop:
         while True:
             if self.is_interrupted is not None and self.is_interrupted():
                 raise EvaluationInterrupted
-            has_batch = (batch := batches.fetch()) is not END
-            if not (has_batch if self.processes is None else self.processes.any(has_batch)):
+            if (batch := batches.fetch()) is END:
                 break
-            if not has_batch:
-                continue  # other processes have a batch more, and ask each time whether the run is interrupted
             metrics.batch, metrics.batch_size, metrics.scope = batch, None, "batch"
             if start.listeners:
                 start.publish(self._events["BatchStart"](batch, batch_idx, dataloader_idx))

@@ -229,6 +229,12 @@ class Fit(Run):
             self.sanity_checking = False
 
     def _is_interrupted(self) -> bool:
-        """Return whether an evaluation is to be left: in all processes, if one is asked to."""
-        request = self.state.stop_request
-        return self.trainer.processes.any(request.at_once or request.interruption is not None)
+        """Return whether an evaluation is to be left, because this process is asked to or has heard that another one is."""
+        processes, request = self.trainer.processes, self.state.stop_request
+        if processes.evaluates_together:
+            self.state.stop.take_up(request, processes, "batch_end", False)
+            request = self.state.stop
+        is_asked = request.at_once or request.interruption is not None
+        if is_asked and not processes.is_called_off:
+            processes.call_off()
+        return is_asked or processes.is_called_off

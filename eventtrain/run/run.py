@@ -182,12 +182,11 @@ class Run(ABC):
                 method_of(part, "prepare_data", DataHooks)()
             except BaseException as error:
                 failure = error
-        problems = processes.gather_for_all(None if failure is None else first_line(failure))
+        problems = processes.gather_for_all(failure and f"on rank {processes.global_rank}: {first_line(failure)}")
         if failure is not None:
             raise failure
-        for rank, problem in enumerate(problems):
-            if problem is not None:
-                raise MisconfigurationError(f"{type(part).__name__}.prepare_data has failed on rank {rank}: {problem}")
+        if any(problems):
+            raise MisconfigurationError(f"{type(part).__name__}.prepare_data has failed {next(filter(None, problems))}")
 
     # ------------------------------------------------------------------ evaluation
 
@@ -209,7 +208,6 @@ class Run(ABC):
         """
         lengths = self.loaders.lengths(stage, most=most)
         self.state.num_evaluation_batches = None if None in lengths else sum(length or 0 for length in lengths)
-        several_processes = self.trainer.world_size > 1 and is_interrupted is not None
         return EvaluationLoop(
             stage=stage,
             signals=self.signals,
@@ -219,7 +217,7 @@ class Run(ABC):
             open_loaders=self.loaders.passes(stage, most=most, number=self.state.progress.total_batch_idx + 1),
             context=context,
             is_interrupted=is_interrupted,
-            processes=self.trainer.processes if several_processes else None,
+            processes=None if is_interrupted is None else self.trainer.processes,
             warns_if_empty=self.trainer.world_size == 1 and self.trainer.arguments.batch_limits[stage] != 0,
         )
 

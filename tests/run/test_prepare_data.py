@@ -99,12 +99,12 @@ def test_its_error_ends_the_process_that_prepares() -> None:
     trainer.processes = process(0, 0, gather)
     with pytest.raises(OSError, match="the disk is full"):
         trainer.fit(Fails(), rows(1))
-    assert told == ["OSError: the disk is full"]
+    assert told == ["on rank 0: OSError: the disk is full"]
 
 
 def test_its_error_ends_the_others_too() -> None:
     trainer = new_trainer()
-    trainer.processes = process(3, 1, lambda value: [None, None, "OSError: the disk is full", value])
+    trainer.processes = process(3, 1, lambda value: [None, None, "on rank 2: OSError: the disk is full", value])
     with pytest.raises(MisconfigurationError, match=r"Fails\.prepare_data has failed on rank 2: OSError: the disk is full"):
         trainer.fit(Fails(), rows(1))
 

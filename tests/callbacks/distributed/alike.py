@@ -134,6 +134,120 @@ def prepared(folder: Path) -> Any:
     return lines, "no error"
 
 
+class Counted:
+    """Counts the exchanges of this process over ``torch.distributed``.
+
+    Attributes:
+        count: Their number so far.
+    """
+
+    names = ("all_reduce", "all_gather", "all_gather_object", "gather_object", "broadcast", "broadcast_object_list", "barrier")
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> Counted:
+        self.replaced = {name: getattr(dist, name) for name in self.names}
+        for name, function in self.replaced.items():
+            setattr(dist, name, self.counting(function))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for name, function in self.replaced.items():
+            setattr(dist, name, function)
+
+    def counting(self, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return function(*args, **kwargs)
+
+        return call
+
+
+class Evaluated(Drifting):
+    """A module that logs some values for the epoch, in each batch.
+
+    Args:
+        names: Their number.
+        acts: Called in each batch of a validation.
+    """
+
+    def __init__(self, names: int = 1, acts: Any = None) -> None:
+        super().__init__()
+        self.names, self.acts = names, acts
+        self.validated: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(batch_idx)
+        reductions = ("mean", "sum", "min", "max")
+        for index in range(self.names):
+            value = torch.tensor(0.1 + batch_idx + index * (1 + self.global_rank))
+            self.log(f"value {index}", value, reduce_fx=reductions[index % 4], batch_size=1 + 2 * self.global_rank)
+        if self.global_rank == 1:
+            self.log("only here", batch_idx)
+        if self.acts is not None:
+            self.acts(self, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@check
+def exchanges(folder: Path) -> Any:
+    """Count the exchanges of the second validation of a run, for some numbers of batches and of names."""
+    results = {}
+    for batches, names in ((1, 1), (6, 1), (1, 12), (6, 12)):
+        counts = [0]
+        with Counted() as counted:
+
+            def note(trainer: Any, event: Any, counted: Counted = counted, counts: list[int] = counts) -> None:
+                counts.append(counted.count)
+
+            trainer = own(max_epochs=2)
+            trainer.signals.validation_start.connect(note)
+            trainer.signals.validation_end.connect(note)
+            trainer.fit(Evaluated(names), xs(1), xs(batches + dist.get_rank()))
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        results[batches, names] = counts[4] - counts[3], values
+    return results
+
+
+@check
+def interrupted(folder: Path) -> Any:
+    """Interrupt a run in the first validation, which has more batches on rank one, on either rank or both, and resume it."""
+    results = {}
+    for ranks in ((0,), (1,), (0, 1)):
+        path = folder / f"interrupted by {ranks}"
+
+        def act(module: Any, batch_idx: int, ranks: Any = ranks) -> None:
+            time.sleep(0.05)  # so that the other process hears of it while it has batches left
+            if batch_idx == 2 and module.global_rank in ranks:
+                module.trainer.interrupt("enough")
+
+        module = Evaluated(acts=act)
+        trainer = own(max_epochs=1, default_root_dir=path)
+        ended: list[bool] = []
+        trainer.signals.validation_end.connect(lambda trainer, event, ended=ended: ended.append(True), weak=False)
+        trainer.fit(module, xs(3), {"a": xs(40 + 20 * dist.get_rank()), "b": xs(3)})
+        again = Evaluated()
+        resumed = own(max_epochs=1, default_root_dir=path)
+        resumed.fit(
+            again, xs(3), {"a": xs(4 + dist.get_rank()), "b": xs(3)}, ckpt_path=path / "checkpoints" / "interrupted.ckpt"
+        )
+        results[ranks] = {
+            "batches": len(module.validated),
+            "ended": ended,
+            "reason": trainer.stop_reason,
+            "saved": (path / "checkpoints" / "interrupted.ckpt").exists(),
+            "resumed": len(again.validated),
+            "epochs": (trainer.current_epoch, resumed.current_epoch),
+        }
+    return results
+
+
 def run_all(folder: Path, names: list[str]) -> Any:
     return {name: CHECKS[name](folder) for name in names}
 

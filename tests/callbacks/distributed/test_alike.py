@@ -57,6 +57,51 @@ def test_checkpoints_are_ranked_and_named_by_one_value(results: list[Any]) -> No
         ]
 
 
+def test_an_evaluation_exchanges_the_same_with_any_number_of_batches_and_names(results: list[Any]) -> None:
+    for rank in results:
+        counts = {size: count for size, (count, _) in rank["exchanges"].items()}
+        # The buffers, of which there are none; whether one has left; the values before and after the hooks of the epoch's end.
+        assert counts[1, 1] == counts[6, 1] == 3
+        assert counts[1, 12] == counts[6, 12] == 3
+
+
+def test_values_of_an_epoch_are_merged_by_name_and_to_the_bit(results: list[Any]) -> None:
+    first, second = (rank["exchanges"][6, 12][1] for rank in results)
+    assert first == second
+    combine = {"mean": None, "sum": sum, "min": min, "max": max}
+    for index in range(12):
+        values: list[list[float]] = [
+            [float(torch.tensor(0.1 + batch + index * (1 + rank))) for batch in range(6 + rank)] for rank in range(2)
+        ]
+        reduction = ("mean", "sum", "min", "max")[index % 4]
+        total = torch.zeros(())
+        parts = []
+        for rank, each in enumerate(values):
+            size = 1 + 2 * rank if reduction == "mean" else 1
+            part = torch.tensor(each[0]) * size
+            for value in each[1:]:
+                part = part.add(torch.tensor(value), alpha=size)
+            parts.append(part)
+        total = parts[0] + parts[1]
+        function = combine[reduction]
+        if reduction == "mean":
+            expected = float(total / (6 * 1.0 + 7 * 3.0))
+        else:
+            expected = float(total) if reduction == "sum" else function([*values[0], *values[1]])  # type: ignore[misc]
+        assert first[f"value {index}"] == expected
+    assert first["only here"] == 3.0
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_a_validation_that_one_process_leaves_is_left_by_all(results: list[Any], ranks: Any) -> None:
+    for rank, each in enumerate(results):
+        left = each["interrupted"][ranks]
+        assert left["ended"] == [] and left["saved"]
+        assert 3 <= left["batches"] < 40, "in the middle of the first loader"
+        assert left["epochs"] == (0, 1)
+        assert left["resumed"] == 4 + rank + 3
+
+
 def test_one_of_two_processes_prepares_the_data_and_both_end_with_its_error(results: list[Any]) -> None:
     (lines, first), (_, second) = (rank["prepared"] for rank in results)
     assert lines == ["0"]

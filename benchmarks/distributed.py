@@ -7,8 +7,8 @@ is divided by the mean of the hand-written blocks before and after it, and the t
 rounds, with the ratio of the hand-written blocks to each other, which is the noise. In the end parameters are compared.
 
 Some blocks run with a latency in every control exchange: see :class:`benchmarks.exchanges.Latency`, which delays each
-collective of :mod:`torch.distributed` that Python code calls and each request to a store, but not the reduction of gradients,
-which torch's wrapper begins in C++::
+collective that Python code asks a process group for, and each request to a store, but not the reduction of gradients, which
+torch's wrapper begins in C++::
 
     python -m benchmarks.distributed            # about five minutes
     python -m benchmarks.distributed --quick    # half a minute, with more noise

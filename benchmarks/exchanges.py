@@ -19,32 +19,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 COLLECTIVES = (
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_reduce",
-    "all_to_all",
+    "_allgather_base",
+    "_reduce_scatter_base",
+    "all_gather_single",
     "all_to_all_single",
+    "allgather",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "alltoall",
+    "alltoall_base",
     "barrier",
     "broadcast",
     "gather",
-    "irecv",
-    "isend",
     "monitored_barrier",
     "recv",
+    "recv_anysource",
     "reduce",
     "reduce_scatter",
-    "reduce_scatter_tensor",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor_coalesced",
     "scatter",
     "send",
 )
-"""The functions of :mod:`torch.distributed` that exchange tensors. Those for objects, such as ``broadcast_object_list``, call
-these, some of them twice."""
+"""The methods of a process group that exchange tensors. Functions of :mod:`torch.distributed` call them, those for objects
+several times."""
 REQUESTS = ("add", "append", "check", "compare_set", "delete_key", "get", "multi_get", "multi_set", "set", "wait")
 """The methods of a store that send a request to it and wait for the answer."""
 
@@ -63,7 +68,7 @@ class Patches:
             name: The name.
             function: The replacement.
         """
-        self._originals.append((owner, name, getattr(owner, name)))
+        self._originals.append((owner, name, vars(owner)[name]))  # a method of C++ has to be put back as it was
         setattr(owner, name, function)
 
     def remove(self) -> None:
@@ -74,24 +79,26 @@ class Patches:
 
 
 class Late:
-    """The handle of an asynchronous exchange, which is not complete before a moment.
+    """The handle of an exchange that is complete later than torch says.
 
     Args:
         work: Torch's handle.
-        moment: The moment, on the clock of :func:`time.perf_counter`.
+        moment: The moment at which it is complete if torch has not waited, on the clock of :func:`time.perf_counter`.
     """
 
     def __init__(self, work: Any, moment: float) -> None:
         self._work, self._moment = work, moment
 
     def wait(self, *args: Any) -> Any:
-        """Wait until the exchange is complete and the moment has come."""
+        """Wait for the exchange, and for the latency."""
+        began = time.perf_counter()
         result = self._work.wait(*args)
+        self._moment += time.perf_counter() - began
         time.sleep(max(0.0, self._moment - time.perf_counter()))
         return result
 
     def is_completed(self) -> bool:
-        """Return whether the exchange is complete and the moment has come."""
+        """Return whether the exchange is complete and the latency is over."""
         return bool(self._work.is_completed()) and time.perf_counter() >= self._moment
 
     def __getattr__(self, name: str) -> Any:
@@ -101,9 +108,10 @@ class Late:
 class Latency:
     """A context that makes the exchanges slower that Python code asks for: the control exchanges.
 
-    It delays each call of a function in :data:`COLLECTIVES`, and each request to a store, in :data:`REQUESTS`. The call begins
-    at once, and its completion is late: a call that blocks returns later by the latency, and an asynchronous one is complete
-    when the latency has passed since it began, so work that is done in the meantime hides it. A request delays only the thread
+    It delays each call of a method of a process group in :data:`COLLECTIVES`, which all functions of :mod:`torch.distributed`
+    call, and each request to a store, in :data:`REQUESTS`. An exchange begins at once, and its completion is late: the time
+    that a process waits for it gets longer by the latency, less the time that passes between its beginning and the wait. So
+    work that is done in the meantime hides the latency of an asynchronous exchange. A request to a store delays only the thread
     that makes it. The reduction of gradients by torch's ``DistributedDataParallel`` is not delayed, because its C++ code begins
     it; so the same latency costs a hand-written loop nothing.
 
@@ -116,12 +124,9 @@ class Latency:
         self._patches = Patches()
 
     def __enter__(self) -> Latency:
-        for name in COLLECTIVES:
-            late = self._late(getattr(distributed_c10d, name))
-            self._patches.put(distributed_c10d, name, late)  # torch's own functions for objects read it there
-            self._patches.put(dist, name, late)
-        for name in REQUESTS:
-            self._patches.put(Store, name, self._late(getattr(Store, name)))
+        for owner, names in ((dist.ProcessGroup, COLLECTIVES), (Store, REQUESTS)):
+            for name in names:
+                self._patches.put(owner, name, self._late(getattr(owner, name)))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -44,6 +44,8 @@ PRIMITIVE = 48_000
 """The bytes that each process gives to a single exchange."""
 SETTLE = 0.05
 """Seconds after which gloo's threads have sent the last confirmations of an exchange."""
+FEW = 128
+"""The bytes by which the same pickled values differ in length."""
 HEADER = 48
 """The bytes that gloo adds to each message."""
 PHASES = ("start", "accumulating batch", "closing batch", "evaluation batch", "evaluation", "checkpoint")
@@ -159,8 +161,8 @@ def extrapolated(counted: Mapping[int, Mapping[str, float]], processes: int) -> 
         first, second = (counted[each].get(name, 0) for each in (few, many))
         if name == "allgather_base bytes":
             result[name] = first * few / processes
-        elif second - first < first / 20:  # the lengths of pickled values differ by a few bytes
-            result[name] = first
+        elif name in FORMULAS or second - first <= FEW:
+            result[name] = min(first, second)  # a process that waits may ask more often
         else:
             result[name] = first + (second - first) / (many - few) * (processes - few)
     return result

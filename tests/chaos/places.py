@@ -7,8 +7,8 @@
 Counted are, in every thread of the process, in the order in which they come:
 
 - ``write``: each write to a file that ``open`` opened to write. The process dies with half of the data in the file;
-- ``create``, ``truncate``, ``fsync``, ``rename`` (``os.replace`` too), ``link``, ``unlink``, ``mkdir`` and ``rmdir``: the process
-  dies before the operation;
+- ``create``, ``truncate``, ``fsync``, ``rename`` (``os.replace`` too), ``link``, ``unlink``, ``mkdir`` and ``rmdir``: the
+  process dies before the operation;
 - ``event``: the beginning of each event, and ``listener``: the end of each call of a listener.
 
 A kill is SIGKILL, so no ``finally`` block and no exit handler runs.

@@ -40,7 +40,7 @@ from eventtrain.callbacks.distributed.distributed_data_parallel import Distribut
 
 WIDTH, LAYERS = 8, 2
 WINDOW = 3
-BATCHES, EVALUATED = 4 * WINDOW, 5
+BATCHES, EVALUATED = 5 * WINDOW, 5
 FIRST = 2 * WINDOW
 """The first batch that counts: before it, torch's wrapper and its averages get ready."""
 

@@ -277,6 +277,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "test": lambda: second_call(lambda trainer: trainer.test(dataloaders=DataLoader(Samples(), 2))),
     "validate": lambda: second_call(lambda trainer: trainer.validate(dataloaders=DataLoader(Samples(), 2))),
     "fit": lambda: second_call(lambda trainer: trainer.fit(Net(), DataLoader(Samples(), 2))),
+    "alone": lambda: fit(Net(), timeout=SHORT) if rank() == 0 else None,
     "ended": lambda: after_the_fit(False),
     # late, or slow
     "late": lambda: fit(Net("on_train_batch_start", be_late), timeout=SHORT),
@@ -324,6 +325,11 @@ def hold_store(writing: int) -> None:
 def main() -> None:
     """Run the cases, some at a time."""
     folder, waiting = Path(sys.argv[1]), list(sys.argv[2:] or CASES)
+    if "RANK" in os.environ:  # under torchrun
+        global ROOT
+        ROOT = str(folder)
+        CASES[waiting[0]]()
+        return None
     reading, writing = os.pipe()
     if (holder := os.fork()) == 0:
         return hold_store(writing)

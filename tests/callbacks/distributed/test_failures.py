@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.callbacks.distributed.launch import HERE, ROOT
+from tests.callbacks.distributed.launch import HERE, ROOT, start
 
 WRONG = "ValueError: the numbers are wrong"
 CALL_IT = "All processes have to call it: not under `if trainer.is_global_zero:`"
@@ -71,7 +71,7 @@ class Groups:
     def of(self, case: str) -> tuple[list[str], list[float]]:
         """Return the errors of both ranks in a case, and the seconds after which each ended. Starts it with its likes."""
         if case not in self.started:
-            names = FAST if case in FAST else (*FAILS, *GONE, *ALONE, *LATE, *PATIENT, "after_the_fit")
+            names = FAST if case in FAST else (*FAILS, *GONE, *ALONE, *LATE, *PATIENT, "after_the_fit", "alone")
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             new = [name for name in names if name not in self.started]
             subprocess.run([sys.executable, HERE / "failing.py", self.folder, *new], env=environment, check=True, timeout=300)
@@ -131,6 +131,15 @@ def test_an_error_of_a_rank_between_two_runs_is_named_by_the_next_run_of_the_oth
     assert f"Rank 1 has ended its program with {WRONG}. Rank 0 waited for it in the beginning of Trainer.test()" in errors[0]
 
 
+@pytest.mark.parametrize("case", cases(["alone"]))
+def test_a_rank_that_never_joins_is_named(groups: Groups, case: str) -> None:
+    errors, _ = groups.of(case)
+    assert (
+        errors[0].startswith("ExchangeError: Rank 1 is missing: rank 0 has waited 2 s for all of the 2 processes")
+        and CALL_IT in errors[0]
+    )
+
+
 @pytest.mark.parametrize("case", cases(LATE))
 def test_after_the_timeout_the_error_names_the_exchange_the_rank_and_its_place(groups: Groups, case: str) -> None:
     errors, _ = groups.of(case)
@@ -144,3 +153,12 @@ def test_a_checkpoint_that_takes_longer_than_the_timeout_ends_no_run(groups: Gro
     errors, seconds = groups.of(case)
     assert errors == ["no error", "no error"]
     assert min(seconds) > 4  # the timeout is two seconds, and the write takes five
+
+
+@pytest.mark.slow
+def test_torchrun_reports_the_error_of_the_rank_that_failed_first(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as error:
+        start(HERE / "failing.py", tmp_path, "training_step")
+    _, _, first = str(error.value).partition("Root Cause (first observed failure)")
+    assert "rank      : 1 " in first and WRONG in first
+    assert "raised in Net.training_step (epoch 0, batch 2)" in first

@@ -535,9 +535,8 @@ class Trainer:
             ['layer.bias', 'layer.weight']
         """
         target = check_path(path, "Trainer.save_checkpoint", "path")
-        checkpoint = self.collect_checkpoint()
+        storage.write(self.collect_checkpoint(), target if self.is_global_zero else None)
         if self.is_global_zero:
-            storage.write(checkpoint, target)
             self.signals.checkpoint_saved.publish(events.CheckpointSaved(str(target)))
         self.processes.barrier()  # the others wait here, as long as it takes
 

@@ -99,10 +99,13 @@ class BatchState:
         skip_reason: Why the last step that was skipped was; None if none was in this epoch.
         had_loss: A batch of this epoch had a loss.
         window_open: The last batch that was trained left its window open: gradients are held.
-        contributions: Batches of the open window that had a loss.
+        contributions: Batches of the open window that had a loss. If this process has none, those of the others once gradients
+            are reduced.
+        missing: Batches of the open window that had none.
         weight: The sum of their weights; None if they have none.
-        weight_reference: The run's first weight; 1 if that is 0.
+        weight_reference: The run's first weight; 1 if that is 0, and with several processes.
         processes: The processes that have to agree; None in a run of one.
+        agrees_on_vetoes: In some process a listener is attached that may veto a step in that process only.
         count_update: Counts an update that no batch counts.
     """
 
@@ -120,10 +123,12 @@ class BatchState:
     skip_reason: str | None = None
     had_loss: bool = False
     window_open: bool = False
-    contributions: int = 0
+    contributions: Any = 0
+    missing: int = 0
     weight: Tensor | float | None = None
     weight_reference: Tensor | float | None = None
     processes: Processes | None = None
+    agrees_on_vetoes: bool = False
     count_update: Callable[[], None] = field(init=False)
 
     def contribute(self, weight: Tensor | float | None) -> None:
@@ -145,13 +150,13 @@ class BatchState:
         if weight is not None:
             self.weight = weight if self.weight is None else self.weight + weight
             if self.weight_reference is None:
-                self.weight_reference = nonzero(weight if self.processes is None else self._first_process_weight(weight))
+                self.weight_reference = nonzero(weight) if self.processes is None else 1.0
         self.contributions += 1
 
-    def _first_process_weight(self, weight: Any) -> Any:
-        assert self.processes is not None
-        first = self.processes.broadcast(weight)
-        return first.to(weight.device) if hasattr(weight, "to") and hasattr(first, "to") else first
+    @property
+    def contributed(self) -> tuple[int, int, Any]:
+        """The contributions of this process to its window, as :class:`~eventtrain.distributed.Processes` takes them."""
+        return self.contributions, self.missing, self.weight if self.contributions else None
 
 
 def nonzero(weight: Tensor | float) -> Any:

@@ -183,7 +183,7 @@ class Exchanges:
                 break
             except RuntimeError as error:
                 if work.is_completed():
-                    raise self.explanation(exchange.name) from error
+                    raise self.explanation(exchange.name, error) from error
             try:
                 if self._look_after_others(exchange):
                     deadline = time.monotonic() + self.timeout
@@ -301,10 +301,13 @@ class Exchanges:
         answers = self._all_answers(exchange.number)
         if silent := [rank for rank in range(self.world_size) if rank != self.rank and rank not in answers]:
             return self._gone(silent, f"{exchange.name} for {self.timeout:g} s")
-        lines = [f"rank {rank}: {each['text']}" for rank, each in sorted(answers.items()) if each["number"] < exchange.number]
+        return self._waited(exchange.name, {rank: each for rank, each in answers.items() if each["number"] < exchange.number})
+
+    def _waited(self, name: str, answers: dict[int, dict[str, Any]]) -> ExchangeError:
+        lines = [f"rank {rank}: {answer['text']}" for rank, answer in sorted(answers.items())]
         return ExchangeError(
-            f"{exchange.name}: rank {self.rank} has waited {self.timeout:g} s for {few(lines)}. All processes have to take "
-            "part in it; give the callback a longer timeout if one may be that late."
+            f"{name}: rank {self.rank} has waited {self.timeout:g} s for {few(lines)}. All processes have to take part in it; "
+            "give the callback a longer timeout if one may be that late."
         )
 
     def _gone(self, ranks: list[int], name: str) -> ExchangeError:
@@ -313,11 +316,12 @@ class Exchanges:
             f"machine or the network is down. Rank {self.rank} waited in {name}."
         )
 
-    def explanation(self, name: str) -> ExchangeError:
-        """Return an error that says why an exchange broke: which process has failed, or is gone.
+    def explanation(self, name: str, error: BaseException) -> ExchangeError:
+        """Return an error that says why an exchange broke: which process has failed, is gone, or is late.
 
         Args:
             name: The exchange in which this process waited.
+            error: The error of torch.
         """
         try:
             self._check(name)
@@ -328,6 +332,8 @@ class Exchanges:
         silent = [rank for rank in range(self.world_size) if rank != self.rank and rank not in answers]
         if silent:
             return self._gone(silent, name)
+        if "imed out" in str(error):
+            return self._waited(name, answers)
         lines = [f"rank {rank}: {answer['text']}" for rank, answer in sorted(answers.items())]
         return ExchangeError(f"{name}: rank {self.rank} has lost a connection, although all processes answer: {few(lines)}.")
 

@@ -102,7 +102,7 @@ class TorchProcesses:
         """
         if isinstance(error, ExchangeError) or not is_of_an_exchange(error):
             return None
-        explanation = self.exchanges.explanation(raised_in(error.__traceback__))
+        explanation = self.exchanges.explanation(raised_in(error.__traceback__), error)
         for note in getattr(error, "__notes__", ()):
             explanation.add_note(note)
         return explanation

@@ -59,7 +59,7 @@ class CallbackHooks:
     def on_gradients_final(self, trainer: Trainer, event: events.GradientsFinal) -> None:
         """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now."""
     def on_before_optimizer_step(self, trainer: Trainer, event: events.BeforeOptimizerStep) -> None:
-        """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step."""
+        """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step. Several processes agree on a veto by one exchange for each step, unless all listeners decide alike in all processes: mark such a listener with :func:`~eventtrain.decides_alike`."""
     def on_before_gradient_clipping(self, trainer: Trainer, event: events.BeforeGradientClipping) -> None:
         """Gradients may be clipped now: policies write the three fields."""
     def on_clipping_decided(self, trainer: Trainer, event: events.ClippingDecided) -> None:
@@ -139,7 +139,7 @@ class CallbackHooks:
     def on_fit_end(self, trainer: Trainer, event: events.FitEnd) -> None:
         """``fit`` is over, without an error."""
     def on_exception(self, trainer: Trainer, event: events.ExceptionRaised) -> None:
-        """The run is ending by an error. Reaches every listener, even if one of them raises."""
+        """The run is ending by an error. Reaches every listener, even if one of them raises. An error that a listener raises from this one, ``raise RuntimeError(...) from event.exception``, takes its place."""
     def on_teardown(self, trainer: Trainer, event: events.Teardown) -> None:
         """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises."""
 
@@ -193,7 +193,7 @@ class ModuleHooks:
     def on_gradients_final(self, event: events.GradientsFinal) -> None:
         """The gradients are the true ones: complete, unscaled and normalised. Read them here; only clipping changes them now."""
     def on_before_optimizer_step(self, optimizer: LightningOptimizer) -> None:
-        """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step."""
+        """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones, unclipped. A listener may veto the step. Several processes agree on a veto by one exchange for each step, unless all listeners decide alike in all processes: mark such a listener with :func:`~eventtrain.decides_alike`."""
     def on_before_gradient_clipping(self, event: events.BeforeGradientClipping) -> None:
         """Gradients may be clipped now: policies write the three fields."""
     def on_clipping_decided(self, event: events.ClippingDecided) -> None:
@@ -273,7 +273,7 @@ class ModuleHooks:
     def on_fit_end(self) -> None:
         """``fit`` is over, without an error."""
     def on_exception(self, exception: BaseException) -> None:
-        """The run is ending by an error. Reaches every listener, even if one of them raises."""
+        """The run is ending by an error. Reaches every listener, even if one of them raises. An error that a listener raises from this one, ``raise RuntimeError(...) from event.exception``, takes its place."""
     def teardown(self, stage: str) -> None:
         """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises."""
     def on_validation_model_zero_grad(self) -> None: ...

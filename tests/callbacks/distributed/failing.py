@@ -29,7 +29,7 @@ from eventtrain.callbacks import DistributedDataParallel, FullyShardedDataParall
 
 AT_ONCE = 6
 """Groups that run at the same time: most of them only wait."""
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 SHORT = 2.0
 
 

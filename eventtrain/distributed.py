@@ -110,12 +110,6 @@ class SingleProcess:
         """Return the flags."""
         return flags
 
-    def call_off(self) -> None:
-        """Do nothing."""
-
-    def begin_reduction(self, batches: int, missing: int, weight: Weight) -> None:
-        """Do nothing."""
-
     def end_reduction(self, batches: int, missing: int, weight: Weight) -> tuple[Tensor | float, Weight]:
         """Return the number and the weight."""
         return batches, weight
@@ -134,3 +128,9 @@ class SingleProcess:
 
     def barrier(self) -> None:
         """Return at once."""
+
+    def call_off(self) -> None:
+        """Do nothing."""
+
+    def begin_reduction(self, batches: int, missing: int, weight: Weight) -> None:
+        """Do nothing."""

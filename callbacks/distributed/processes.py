@@ -77,9 +77,9 @@ class TorchProcesses:
         """
         self.notices = open_notices(group_store(), self.global_rank, self.world_size, self._timeout)
         self._requests = requests = Requests(self.notices)
-        self.exchanges.begin_run(self.notices, place, lambda: list(requests.passed))
         waits = dist.get_backend() == "gloo"  # for a reduction of gradients
         self._windows = Windows(self.notices, None if waits else torch.device("cuda", torch.cuda.current_device()))
+        self.exchanges.begin_run(self.notices, place, lambda: list(requests.passed))
         self.notices.open()
         self.barrier()
 

@@ -150,7 +150,7 @@ class BatchState:
         if weight is not None:
             self.weight = weight if self.weight is None else self.weight + weight
             if self.weight_reference is None:
-                self.weight_reference = nonzero(weight) if self.processes is None else 1.0
+                self.weight_reference = nonzero(weight)
         self.contributions += 1
 
     @property
@@ -197,25 +197,17 @@ class StopRequest:
         Returns:
             Whether ``ends_epoch`` holds in all processes. If it holds in some, they end the epoch after the batch.
         """
-        asked = [
-            mine.reason is not None and self.reason is None,
-            mine.force and not self.force,
-            mine.at_once and not self.at_once,
-            mine.epoch_reason is not None and self.epoch_reason is None,
-            mine.interruption is not None and self.interruption is None,
-            ends_epoch,
-        ]
-        holding = processes.agree(asked, place)
-        if True not in holding:
-            return False
-        stops, forces, at_once, ends, interrupts, ends_before = holding
-        elsewhere = "another process asked for it"
-        if stops:
-            self.reason = mine.reason = mine.reason or elsewhere
-        if ends or ends_before:
-            gate = "a listener of train_batch_start"
-            self.epoch_reason = mine.epoch_reason = mine.epoch_reason or (gate if ends_before else elsewhere)
-        if interrupts:
-            self.interruption = mine.interruption = mine.interruption or elsewhere
-        self.force, self.at_once = self.force or forces, self.at_once or at_once
-        return ends_before
+        asked = [getattr(mine, name) not in (None, False) and getattr(self, name) in (None, False) for name in ELSEWHERE]
+        holding = processes.agree([*asked, ends_epoch], place)
+        if True in holding:
+            for (name, elsewhere), holds in zip([*ELSEWHERE.items(), GATE], holding, strict=True):
+                if holds:
+                    setattr(mine, name, getattr(mine, name) or elsewhere)
+                    setattr(self, name, getattr(mine, name))
+        return holding[-1]
+
+
+ASKED = "another process asked for it"
+ELSEWHERE = {"reason": ASKED, "force": True, "at_once": True, "epoch_reason": ASKED, "interruption": ASKED}
+"""The requests, and their values in a process that has not made them."""
+GATE = ("epoch_reason", "a listener of train_batch_start")

@@ -195,12 +195,10 @@ class Stepping:
             self.evaluations += 1
             self.ready = False
             self.result = self._closure()
-        if not self.own and batch.contributions == 0 and batch.processes is None:
+        if not self.own and batch.contributions == 0:  # in no process: the closure has completed the gradients
             self._skip("no loss")
         if not self.ready:
             self.complete_gradients()
-        if not self.own and batch.contributions == 0:  # in no process
-            self._skip("no loss")
         reason: str | None = None
         if signals.before_optimizer_step.listeners:
             event = events.BeforeOptimizerStep(self.optimizer, max(self.evaluations, 1))

@@ -762,8 +762,10 @@ def test_j4_processes_agree_on_vetoes_only_if_a_listener_may_decide_differently(
         if trainer.total_batch_idx == 1:
             event.skip("the second")
 
-    module = Probe()
-    _, processes = train_in_two_processes(module, 3, On(before_optimizer_step=decides_alike(veto) if alike else veto))
+    module, vetoes = Probe(), On(before_optimizer_step=veto)
+    if alike:
+        decides_alike(vars(vetoes)["on_before_optimizer_step"])
+    _, processes = train_in_two_processes(module, 3, vetoes)
     assert module.updates == [1.0, 3.0]
     assert processes.flags == ([False] if alike else [True, False, True, False])
 

@@ -71,8 +71,8 @@ class Exchange(NamedTuple):
 class Exchanges:
     """The exchanges of one process with the others.
 
-    A process that waits looks after the others each second: by a notice it asks those that have not come yet where they are,
-    and a thread of theirs answers. So an exchange costs nothing more if nobody is late.
+    While a process waits, it asks each second where the missing ones are. A thread of theirs answers. So an exchange costs
+    nothing more if nobody is late.
 
     Args:
         rank: The rank of this process.

@@ -155,10 +155,9 @@ class Exchanges:
             del others[exchange.key]
             rank, other = min(others.values())
             name = other[12 : 12 + NAME].decode(errors="ignore").strip()
-            raise ExchangeError(
-                f"The processes are in different exchanges: rank {self.rank} in {exchange.name}, and rank {rank} in {name}. "
-                f"{ADVICE}"
-            )
+            same = f" ({kind}, number {exchange.number} of the run)" if exchange.name.startswith(name) else ""
+            mine = f"rank {self.rank} in {exchange.name}{same}"
+            raise ExchangeError(f"The processes are in different exchanges: {mine}, and rank {rank} in {name}. {ADVICE}")
         lengths = [int.from_bytes(each[4:12], "little") for each in heads]
         start = 12 + NAME
         contents = [each[start : start + size] if size <= INLINE else b"" for each, size in zip(heads, lengths, strict=True)]
@@ -356,10 +355,13 @@ def called_from(frame: FrameType | None, kind: str) -> tuple[str, str]:
     """
     begun: CodeType | None = None
     verb: CodeType | None = None
+    method = kind
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(OURS):
-            if begun is None and code.co_filename not in INNER:
+            if begun is None and code.co_filename in INNER:
+                method = code.co_name
+            elif begun is None:
                 begun = code
             if begun is not None and "<" not in code.co_qualname:
                 verb = code
@@ -368,7 +370,7 @@ def called_from(frame: FrameType | None, kind: str) -> tuple[str, str]:
         frame = frame.f_back
     caller = "" if frame is None else f", called by {in_words(frame.f_code, frame.f_lineno)}"
     if begun is None:
-        return kind, f"trainer.processes.{kind}(){caller}"
+        return kind, f"trainer.processes.{method}(){caller}"
     key = f"{kind} {begun.co_qualname}"
     if begun.co_name == "on_join_processes" and verb is not None:
         return f"{kind} {verb.co_qualname}", f"the beginning of {verb.co_qualname}(){caller}"

@@ -273,6 +273,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "save_after_the_fit": lambda: second_call(save),
     "barrier": only_rank_zero(lambda trainer: trainer.processes.barrier()),
     "barrier_at_the_end": only_rank_zero(lambda trainer: trainer.processes.barrier(), "on_train_end"),
+    "shapes": lambda: fit(Net("on_train_end", lambda trainer: trainer.processes.reduce(torch.zeros(1 + rank()), "sum"))),
     "log": only_rank_zero(log),
     "test": lambda: second_call(lambda trainer: trainer.test(dataloaders=DataLoader(Samples(), 2))),
     "validate": lambda: second_call(lambda trainer: trainer.validate(dataloaders=DataLoader(Samples(), 2))),

@@ -70,7 +70,11 @@ class Groups:
     def of(self, case: str) -> tuple[list[str], list[float]]:
         """Return the errors of both ranks in a case, and the seconds after which each ended. Starts it with its likes."""
         if case not in self.started:
-            names = FAST if case in FAST else (*FAILS, *GONE, *ALONE, *LATE, *PATIENT, "after_the_fit", "alone", "checkpoint")
+            names = (
+                FAST
+                if case in FAST
+                else (*FAILS, *GONE, *ALONE, *LATE, *PATIENT, "after_the_fit", "alone", "checkpoint", "shapes")
+            )
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             new = [name for name in names if name not in self.started]
             subprocess.run([sys.executable, HERE / "failing.py", self.folder, *new], env=environment, check=True, timeout=300)
@@ -128,6 +132,13 @@ def test_an_exchange_that_not_all_take_part_in_ends_soon_with_an_error_that_says
 def test_an_error_of_a_rank_between_two_runs_is_named_by_the_next_run_of_the_others(groups: Groups, case: str) -> None:
     errors, _ = groups.of(case)
     assert f"Rank 1 has ended its program with {WRONG}. Rank 0 waited for it in the beginning of Trainer.test()" in errors[0]
+
+
+@pytest.mark.parametrize("case", cases(["shapes"]))
+def test_values_that_do_not_fit_together_are_an_error_of_all_ranks(groups: Groups, case: str) -> None:
+    errors, _ = groups.of(case)
+    for rank, error in enumerate(errors):
+        assert re.search(rf"rank {rank} in trainer.processes.reduce.*\(reduce sum torch.float32 \[{rank + 1}\], number", error)
 
 
 @pytest.mark.parametrize("case", cases(["checkpoint"]))

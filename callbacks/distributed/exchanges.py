@@ -384,7 +384,7 @@ def whereabouts(frame: FrameType | None) -> str:
     """Return in words where a thread is: the innermost code of the user or of eventtrain."""
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(OURS) or not code.co_filename.startswith(LIBRARIES):
+        if code.co_filename not in INNER and not code.co_filename.startswith(LIBRARIES):
             return f"it is in {in_words(code, frame.f_lineno)}"
         frame = frame.f_back
     return "it is alive"

@@ -1019,7 +1019,8 @@ class FitEnd(Event):
 
 
 class ExceptionRaised(Event):
-    """The run is ending by an error. Reaches every listener, even if one of them raises.
+    """The run is ending by an error. Reaches every listener, even if one of them raises. An error that a listener raises
+    from this one, ``raise RuntimeError(...) from event.exception``, takes its place.
 
     Attributes:
         exception: The error that ``fit`` (``validate``, ``test``, ``predict``) is about to raise.

@@ -339,8 +339,7 @@ class ModelCheckpoint(Callback):
         except OSError as error:
             failure = error
         problem = None if failure is None else (failure.errno, storage.first_line(failure))
-        if not self._is_failing:
-            trainer.processes.barrier()  # as long as the write takes, not in an exchange with a timeout
+        # The others wait here as long as the write takes, not in torch's exchanges, which have a timeout.
         problems = [problem] if self._is_failing else trainer.processes.gather_for_all(problem)
         problem = next((each for each in problems if each is not None), None)
         if problem is not None:

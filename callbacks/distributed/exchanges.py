@@ -71,8 +71,8 @@ class Exchange(NamedTuple):
 class Exchanges:
     """The exchanges of one process with the others.
 
-    A process that waits looks after the others each second: by a notice it asks those that have not come yet where they are,
-    and a thread of theirs answers. So an exchange costs nothing more if nobody is late.
+    While a process waits, it asks each second where the missing ones are. A thread of theirs answers. So an exchange costs
+    nothing more if nobody is late.
 
     Args:
         rank: The rank of this process.
@@ -155,10 +155,9 @@ class Exchanges:
             del others[exchange.key]
             rank, other = min(others.values())
             name = other[12 : 12 + NAME].decode(errors="ignore").strip()
-            raise ExchangeError(
-                f"The processes are in different exchanges: rank {self.rank} in {exchange.name}, and rank {rank} in {name}. "
-                f"{ADVICE}"
-            )
+            same = f" ({kind}, number {exchange.number} of the run)" if exchange.name.startswith(name) else ""
+            mine = f"rank {self.rank} in {exchange.name}{same}"
+            raise ExchangeError(f"The processes are in different exchanges: {mine}, and rank {rank} in {name}. {ADVICE}")
         lengths = [int.from_bytes(each[4:12], "little") for each in heads]
         start = 12 + NAME
         contents = [each[start : start + size] if size <= INLINE else b"" for each, size in zip(heads, lengths, strict=True)]
@@ -183,7 +182,7 @@ class Exchanges:
                 break
             except RuntimeError as error:
                 if work.is_completed():
-                    raise self.explanation(exchange.name) from error
+                    raise self.explanation(exchange.name, error) from error
             try:
                 if self._look_after_others(exchange):
                     deadline = time.monotonic() + self.timeout
@@ -301,10 +300,13 @@ class Exchanges:
         answers = self._all_answers(exchange.number)
         if silent := [rank for rank in range(self.world_size) if rank != self.rank and rank not in answers]:
             return self._gone(silent, f"{exchange.name} for {self.timeout:g} s")
-        lines = [f"rank {rank}: {each['text']}" for rank, each in sorted(answers.items()) if each["number"] < exchange.number]
+        return self._waited(exchange.name, {rank: each for rank, each in answers.items() if each["number"] < exchange.number})
+
+    def _waited(self, name: str, answers: dict[int, dict[str, Any]]) -> ExchangeError:
+        lines = [f"rank {rank}: {answer['text']}" for rank, answer in sorted(answers.items())]
         return ExchangeError(
-            f"{exchange.name}: rank {self.rank} has waited {self.timeout:g} s for {few(lines)}. All processes have to take "
-            "part in it; give the callback a longer timeout if one may be that late."
+            f"{name}: rank {self.rank} has waited {self.timeout:g} s for {few(lines)}. All processes have to take part in it; "
+            "give the callback a longer timeout if one may be that late."
         )
 
     def _gone(self, ranks: list[int], name: str) -> ExchangeError:
@@ -313,11 +315,12 @@ class Exchanges:
             f"machine or the network is down. Rank {self.rank} waited in {name}."
         )
 
-    def explanation(self, name: str) -> ExchangeError:
-        """Return an error that says why an exchange broke: which process has failed, or is gone.
+    def explanation(self, name: str, error: BaseException) -> ExchangeError:
+        """Return an error that says why an exchange broke: which process has failed, is gone, or is late.
 
         Args:
             name: The exchange in which this process waited.
+            error: The error of torch.
         """
         try:
             self._check(name)
@@ -328,6 +331,8 @@ class Exchanges:
         silent = [rank for rank in range(self.world_size) if rank != self.rank and rank not in answers]
         if silent:
             return self._gone(silent, name)
+        if "imed out" in str(error):
+            return self._waited(name, answers)
         lines = [f"rank {rank}: {answer['text']}" for rank, answer in sorted(answers.items())]
         return ExchangeError(f"{name}: rank {self.rank} has lost a connection, although all processes answer: {few(lines)}.")
 
@@ -350,10 +355,13 @@ def called_from(frame: FrameType | None, kind: str) -> tuple[str, str]:
     """
     begun: CodeType | None = None
     verb: CodeType | None = None
+    method = kind
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(OURS):
-            if begun is None and code.co_filename not in INNER:
+            if begun is None and code.co_filename in INNER:
+                method = code.co_name
+            elif begun is None:
                 begun = code
             if begun is not None and "<" not in code.co_qualname:
                 verb = code
@@ -362,7 +370,7 @@ def called_from(frame: FrameType | None, kind: str) -> tuple[str, str]:
         frame = frame.f_back
     caller = "" if frame is None else f", called by {in_words(frame.f_code, frame.f_lineno)}"
     if begun is None:
-        return kind, f"trainer.processes.{kind}(){caller}"
+        return kind, f"trainer.processes.{method}(){caller}"
     key = f"{kind} {begun.co_qualname}"
     if begun.co_name == "on_join_processes" and verb is not None:
         return f"{kind} {verb.co_qualname}", f"the beginning of {verb.co_qualname}(){caller}"
@@ -376,7 +384,7 @@ def whereabouts(frame: FrameType | None) -> str:
     """Return in words where a thread is: the innermost code of the user or of eventtrain."""
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(OURS) or not code.co_filename.startswith(LIBRARIES):
+        if code.co_filename not in INNER and not code.co_filename.startswith(LIBRARIES):
             return f"it is in {in_words(code, frame.f_lineno)}"
         frame = frame.f_back
     return "it is alive"

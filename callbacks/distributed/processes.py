@@ -19,8 +19,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from eventtrain.callbacks.distributed.compact import Forms, from_bytes, to_bytes
-from eventtrain.callbacks.distributed.exchanges import GIVEN_UP, INLINE, Exchanges, is_of_an_exchange, raised_in
-from eventtrain.callbacks.distributed.notices import ExchangeError, Notices, clone, open_notices
+from eventtrain.callbacks.distributed.exchanges import (
+    ADVICE,
+    GIVEN_UP,
+    INLINE,
+    Exchanges,
+    is_of_an_exchange,
+    raised_in,
+    ranks_in_words,
+)
+from eventtrain.callbacks.distributed.notices import SOON, ExchangeError, Notices, clone, open_notices, within
 from eventtrain.callbacks.distributed.requests import Requests
 from eventtrain.callbacks.distributed.windows import Windows
 from eventtrain.checks import check_number
@@ -95,7 +103,7 @@ class TorchProcesses:
         """
         if isinstance(error, ExchangeError) or not is_of_an_exchange(error):
             return None
-        explanation = self.exchanges.explanation(raised_in(error.__traceback__))
+        explanation = self.exchanges.explanation(raised_in(error.__traceback__), error)
         for note in getattr(error, "__notes__", ()):
             explanation.add_note(note)
         return explanation
@@ -304,12 +312,35 @@ def join(
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = device_of_process(device, local_rank)  # before the group is made: NCCL takes the current GPU
     if not exists_already:
-        store, rank, world_size = next(rendezvous("env://"))
-        dist.init_process_group(
-            BACKENDS[chosen.type], store=store_of_this_start(store), rank=rank, world_size=world_size, timeout=timeout
-        )
+        init_process_group(BACKENDS[chosen.type], timeout)
         atexit.register(leave)
     return processes_type(local_rank, timeout)
+
+
+def init_process_group(backend: str, timeout: timedelta | None) -> None:
+    """Make the process group of this start.
+
+    Args:
+        backend: ``"gloo"`` or ``"nccl"``.
+        timeout: How long to wait for the other processes; None for torch's default.
+
+    Raises:
+        ExchangeError: If they do not come in time.
+    """
+    store, rank, world_size = next(rendezvous("env://"))
+    store = store_of_this_start(store)
+    store.set(f"joined/{rank}", "")
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except RuntimeError as error:
+        missing = within(SOON, lambda: [each for each in range(world_size) if not store.check([f"joined/{each}"])])
+        if not missing:
+            raise
+        waited = (timeout or dist.default_pg_timeout).total_seconds()
+        raise ExchangeError(
+            f"{ranks_in_words(missing)} missing: rank {rank} has waited {waited:g} s for the {world_size} processes that were "
+            f"started to begin a run. {ADVICE}"
+        ) from error
 
 
 def device_of_process(device: torch.device, local_rank: int) -> torch.device:

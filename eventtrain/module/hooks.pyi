@@ -139,7 +139,7 @@ class CallbackHooks:
     def on_fit_end(self, trainer: Trainer, event: events.FitEnd) -> None:
         """``fit`` is over, without an error."""
     def on_exception(self, trainer: Trainer, event: events.ExceptionRaised) -> None:
-        """The run is ending by an error. Reaches every listener, even if one of them raises."""
+        """The run is ending by an error. Reaches every listener, even if one of them raises. An error that a listener raises from this one, ``raise RuntimeError(...) from event.exception``, takes its place."""
     def on_teardown(self, trainer: Trainer, event: events.Teardown) -> None:
         """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises."""
 
@@ -273,7 +273,7 @@ class ModuleHooks:
     def on_fit_end(self) -> None:
         """``fit`` is over, without an error."""
     def on_exception(self, exception: BaseException) -> None:
-        """The run is ending by an error. Reaches every listener, even if one of them raises."""
+        """The run is ending by an error. Reaches every listener, even if one of them raises. An error that a listener raises from this one, ``raise RuntimeError(...) from event.exception``, takes its place."""
     def teardown(self, stage: str) -> None:
         """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises."""
     def on_validation_model_zero_grad(self) -> None: ...

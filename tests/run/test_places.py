@@ -165,3 +165,25 @@ def test_an_attribute_that_no_module_has_gets_no_hint() -> None:
     model = ModuleOf()
     model.training_step = lambda batch, batch_idx: model.no_such_thing  # type: ignore[method-assign]
     assert len(notes_of(AttributeError, lambda: new_trainer().fit(model, BATCHES))) == 1
+
+
+def test_an_error_that_a_listener_of_exception_raises_from_the_first_takes_its_place() -> None:
+    def explain(trainer: Any, event: Any) -> None:
+        raise RuntimeError("the disk is full") from event.exception
+
+    def interfere(trainer: Any, event: Any) -> None:
+        raise KeyError("another")
+
+    def fail(trainer: Any, event: Any) -> None:
+        raise ValueError("wrong")
+
+    for listener, expected in ((explain, RuntimeError), (interfere, ValueError)):
+        trainer = new_trainer()
+        trainer.signals.train_start.connect(fail, weak=False)
+        trainer.signals.exception.connect(listener, weak=False)
+        with pytest.raises(expected) as error:
+            trainer.fit(Model("none"), BATCHES)
+        if listener is explain:
+            assert isinstance(error.value.__cause__, ValueError)
+        else:
+            assert any("and afterwards: KeyError: 'another'" in note for note in error.value.__notes__)

@@ -29,7 +29,7 @@ from eventtrain.callbacks import DistributedDataParallel, FullyShardedDataParall
 
 AT_ONCE = 6
 """Groups that run at the same time: most of them only wait."""
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 SHORT = 2.0
 
 
@@ -273,10 +273,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "save_after_the_fit": lambda: second_call(save),
     "barrier": only_rank_zero(lambda trainer: trainer.processes.barrier()),
     "barrier_at_the_end": only_rank_zero(lambda trainer: trainer.processes.barrier(), "on_train_end"),
+    "shapes": lambda: fit(Net("on_train_end", lambda trainer: trainer.processes.reduce(torch.zeros(1 + rank()), "sum"))),
     "log": only_rank_zero(log),
     "test": lambda: second_call(lambda trainer: trainer.test(dataloaders=DataLoader(Samples(), 2))),
     "validate": lambda: second_call(lambda trainer: trainer.validate(dataloaders=DataLoader(Samples(), 2))),
     "fit": lambda: second_call(lambda trainer: trainer.fit(Net(), DataLoader(Samples(), 2))),
+    "alone": lambda: fit(Net(), timeout=SHORT) if rank() == 0 else None,
     "ended": lambda: after_the_fit(False),
     # late, or slow
     "late": lambda: fit(Net("on_train_batch_start", be_late), timeout=SHORT),
@@ -324,6 +326,11 @@ def hold_store(writing: int) -> None:
 def main() -> None:
     """Run the cases, some at a time."""
     folder, waiting = Path(sys.argv[1]), list(sys.argv[2:] or CASES)
+    if "RANK" in os.environ:  # under torchrun
+        global ROOT
+        ROOT = str(folder)
+        CASES[waiting[0]]()
+        return None
     reading, writing = os.pipe()
     if (holder := os.fork()) == 0:
         return hold_store(writing)

@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eventtrain.callback import Callback
-from eventtrain.callbacks.checkpointing.folder import LAST, CheckpointFolder, check_template, file_name
+from eventtrain.callbacks.checkpointing.folder import (
+    LAST,
+    CheckpointFolder,
+    check_template,
+    file_name,
+    kept_names,
+    kept_scores,
+)
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
+from eventtrain.callbacks.saved_state import field, whole
 from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.events import (
     CheckpointSaved,
     ExceptionRaised,
@@ -266,8 +274,12 @@ class ModelCheckpoint(Callback):
         """
         self.wait(trainer)
         before = dict(self._top.scores)
-        name = file_name(self.filename, {**trainer.callback_metrics, **self.file_name_values(trainer)})
-        names = [name] if ranked and self._rank(trainer, name) else []
+        values = {**trainer.callback_metrics, **self.file_name_values(trainer)}
+        score = None if self._metric is None or not ranked else self._metric.agreed(trainer, self._is_new)
+        if score is not None:
+            values[str(self.monitor)] = score
+        name = trainer.processes.broadcast(file_name(self.filename, values))  # values of steps differ between processes
+        names = [name] if ranked and self._rank(trainer, name, score) else []
         if self.save_last or not ranked:
             names.append(LAST)
         progress = trainer.progress
@@ -290,19 +302,17 @@ class ModelCheckpoint(Callback):
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = before, self._thread.submit(write, self._staging.copy(content))
 
-    def _rank(self, trainer: Trainer, name: str) -> bool:
+    def _rank(self, trainer: Trainer, name: str, score: Any) -> bool:
         """Add the current checkpoint to the top k if it is good enough; return whether it is."""
         if self._metric is None:
             return self._top.add(name, None)
-        score = float(self._metric.value(trainer)) if self._is_new else None
         self._warn_if_missing(trainer, self._metric)
-        score = trainer.processes.broadcast(score)  # values that are logged on step differ between processes
-        return score is not None and self._top.add(name, score)
+        return score is not None and self._top.add(name, float(score))
 
     def _warn_if_missing(self, trainer: Trainer, metric: WatchedMetric) -> None:
         """Warn once if the metric was never logged, when the stages that may log it are over."""
         is_complete = trainer.is_ending and not trainer.should_stop
-        never_logged = is_complete and trainer.times_logged(metric.name) == 0
+        never_logged = is_complete and not metric.was_logged(trainer)
         if never_logged or (trainer.progress.epochs_done > 0 and metric.is_missing(trainer)):
             last = "only the last checkpoint is" if self.save_last else "no checkpoint is"
             metric.report_missing(trainer, strict=False, remedy=f"Until then {last} kept.")
@@ -328,10 +338,12 @@ class ModelCheckpoint(Callback):
         except OSError as error:
             failure = error
         problem = None if failure is None else (failure.errno, storage.first_line(failure))
+        if not self._is_failing:
+            trainer.processes.barrier()  # as long as the write takes, not in an exchange with a timeout
         problems = [problem] if self._is_failing else trainer.processes.gather_for_all(problem)
         problem = next((each for each in problems if each is not None), None)
         if problem is not None:
-            failed, self._path, self._saved = self._path, None, None
+            failed, self._path, self._saved = printable(self._path), None, None
             self._top.scores = before
             self._top.surplus = [name for name in self._top.surplus if name not in before]
             intact = [path.name for path in self._folder.newest()]
@@ -354,7 +366,8 @@ class ModelCheckpoint(Callback):
     def _best(self) -> list[AnyPath]:
         """Return the kept files, best first. If this process has kept none, its newest checkpoint names them."""
         if not self.kept and (content := storage.read_first(self._folder.newest())[1]) is not None:
-            self._top.scores = dict(content["callbacks"].get(self.state_key, {}).get("kept", {}))
+            states = field(content, "callbacks", dict, default={})
+            self._top.scores = kept_scores(states[self.state_key]) if self.state_key in states else {}
         return [path for name in self._top.best() if (path := self._folder.path / name).exists()]
 
     @property
@@ -395,10 +408,11 @@ class ModelCheckpoint(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._top.scores, self._top.surplus = dict(state["kept"]), list(state["surplus"])
-        self._steps, self._validations = state["steps"], state["validations"]
+        self._top.scores = kept_scores(state)
+        self._top.surplus = kept_names(field(state, "surplus", list, tuple), "surplus")
+        self._steps, self._validations = whole(state, "steps"), whole(state, "validations")
         if self._metric is not None:
-            self._metric.seen = state["seen"]
+            self._metric.seen = whole(state, "seen")
 
 
 def current_place(trainer: Trainer) -> tuple[int, ...]:

@@ -47,7 +47,8 @@ class FullyShardedDataParallel(DataParallel, Callback):
 
     - ``join_processes``: joins the other processes over gloo, or over NCCL with the GPU of the local rank;
     - ``setup``: all processes get rank zero's weights, and :meth:`shard` spreads the module by torch's ``fully_shard``;
-    - ``prepare_loader``: each loader reads only this process's share;
+    - ``load_checkpoint`` and ``prepare_loader``: each loader reads only this process's share, also of the rest of an epoch
+      that another number of processes began;
     - ``fit_start``: refuses optimizers that decide by the loss how often they evaluate their closure, and loss scaling;
     - ``before_forward``: each step is called as a forward of the sharded module; gradients are only reduced if the batch
       closes a window (only if there are other processes);
@@ -199,6 +200,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
         drop_gradients(trainer.module)
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
+        super().on_exception(trainer, event)
         # If the error came in the middle of a step, torch has left whole weights in the module.
         module: Any = trainer.module
         if self._has_called_a_step:

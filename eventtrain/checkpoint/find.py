@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from eventtrain.checkpoint import storage
 from eventtrain.distributed import Processes
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.events import FindCheckpoint
 from eventtrain.paths import AnyPath, check_path
 
@@ -120,6 +120,7 @@ if LOGGER.level == logging.NOTSET:
 
 def say(message: str) -> None:
     """Log a message; print it if nothing handles logs, because Python then shows none below a warning."""
+    message = printable(message)
     if LOGGER.hasHandlers():
         LOGGER.info(message)
     else:

@@ -9,20 +9,23 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, BinaryIO
 
 import torch
 
 from eventtrain.checkpoint.weights import kind_of, some
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, escaped, printable
 from eventtrain.paths import AnyPath, check_path
 
 LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, str, bytes, bytearray, type(None))
 """The types that ``torch.load(weights_only=True)`` reads, besides tensors, and lists, tuples, sets and dicts of them."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
+TWICE = "two of its entries have one name"
 SHARDS = "/shards/"
 """The names of a file's entries that hold the tensors of several processes begin with the archive's name and this."""
 
@@ -97,15 +100,18 @@ def parts_of(content: Mapping[str, Any]) -> dict[str, Part]:
 def renamed_to(target: AnyPath, previous: AnyPath | None) -> Generator[Any, None, None]:
     """Yield a temporary path next to a file, and rename it to the file after the ``with`` block has written it.
 
-    A process that is killed leaves the temporary file; the next writer of the same file overwrites it. In a remote store too,
-    no reader sees half a file; in most of them a rename is a copy.
+    Nobody can plant a link under its name, which is drawn. A process that is killed leaves the temporary file; the next writer
+    of the same file deletes it. In a remote store too, no reader sees half a file; in most of them a rename is a copy.
 
     Args:
         target: The file.
         previous: As in :func:`write`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary: Any = target.with_name(f".{target.name}{TEMPORARY}")
+    with suppress(OSError):  # it can be written even if its folder cannot be listed now
+        for left in target.parent.glob(f".{escape(target.name)}.*{TEMPORARY}"):
+            left.unlink(missing_ok=True)
+    temporary: Any = temporary_name(target)
     try:
         yield temporary
         if previous is not None and target.exists():
@@ -123,6 +129,16 @@ def renamed_to(target: AnyPath, previous: AnyPath | None) -> Generator[Any, None
             os.close(directory)
 
 
+def temporary_name(target: AnyPath) -> AnyPath:
+    """Return a name next to a file that nobody can know."""
+    return target.with_name(f".{target.name}.{token_hex(8)}{TEMPORARY}")
+
+
+def without_following(path: Any, flags: int) -> int:
+    """Open a file as :func:`open` does, for its ``opener``; fail if it is a symbolic link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 @contextmanager
 def reading(path: AnyPath) -> Generator[Any, None, None]:
     """Open a file, of which most will be read: a local copy of a remote one."""
@@ -137,8 +153,12 @@ def reading(path: AnyPath) -> Generator[Any, None, None]:
 
 @contextmanager
 def writing(path: AnyPath) -> Generator[Any, None, None]:
-    """Open a file to write it anew. After the ``with`` block it is on disk, or in its store, to which it goes as a whole."""
-    with open(path, "wb") if isinstance(path, Path) else tempfile.NamedTemporaryFile() as file:
+    """Open a file to write it anew. After the ``with`` block it is on disk, or in its store, to which it goes as a whole.
+
+    Raises:
+        OSError: If the file cannot be opened, or a symbolic link has its name.
+    """
+    with open(path, "wb", opener=without_following) if isinstance(path, Path) else tempfile.NamedTemporaryFile() as file:
         yield file
         file.flush()
         if isinstance(path, Path):
@@ -180,7 +200,7 @@ def read(path: Any, map_location: Any = None, *, weights_only: bool = True, shar
                 )
             raise MisconfigurationError(
                 f"{path} is no checkpoint that can be read safely: {problem}. Give a file that trainer.save_checkpoint wrote."
-            ) from error
+            ) from escaped(error)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise MisconfigurationError(f"{path} is no checkpoint: {kind_of(content)}")
     return content
@@ -196,19 +216,24 @@ def verify_checksums(file: BinaryIO, share: tuple[int, int] = (0, 1)) -> None:
     Raises:
         ValueError: If a part is damaged.
     """
-    if zipfile.is_zipfile(file):  # else it is in an older format, or no checkpoint: torch.load will tell
+    if file.read(4) == b"PK\3\4":  # else it is in an older format, or no checkpoint: torch.load will tell
         with zipfile.ZipFile(file) as parts:
-            shards = [each for each in parts.filelist if SHARDS in each.filename]
-            parts.filelist = [each for each in parts.filelist if SHARDS not in each.filename] + shards[share[0] :: share[1]]
+            entries = parts.infolist()
+            shards = [each for each in entries if SHARDS in each.filename]
+            parts.filelist = [each for each in entries if SHARDS not in each.filename] + shards[share[0] :: share[1]]
             damaged = parts.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} has another checksum than when it was written")
+        # torch reads nothing for an entry that is marked as a folder, and the memory of its tensor stays as it was.
+        marked = [each.filename for each in entries if each.flag_bits & ~0x808 or each.external_attr & 0xFFFF]
+        if marked or len({each.filename.lower() for each in entries}) < len(entries):
+            raise ValueError(f"the entries {some(marked)} have attributes that torch does not write" if marked else TWICE)
     file.seek(0)
 
 
 def first_line(error: BaseException) -> str:
     """Return the class of an error and the first line of its message."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return printable(f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 def without_tensors(path: AnyPath) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, escaped
 
 SHARDED = (
     "holds the tensors of several processes. Attach FullyShardedDataParallel, or write a file with whole tensors: "
@@ -47,7 +47,7 @@ def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, stric
             raise MisconfigurationError(
                 f"{path} is a checkpoint of another module than {type(module).__name__}. {' '.join(problems)} Give the module "
                 "that wrote it, built with the same hyperparameters, or another file."
-            ) from error
+            ) from escaped(error)
         raise
 
 

@@ -147,7 +147,7 @@ def test_an_error_in_one_process_leaves_the_checkpoints_before(results: list[Any
     (first, files), (second, _) = (rank["error_in_one"] for rank in results)
     assert files == ["checkpoints/epoch=0-step=5.ckpt", "checkpoints/last.ckpt"]
     assert second[0] == "ArithmeticError" and "waited 0:00:01 for the others at the checkpoint of a run" in second[1]
-    assert first[0] != "ArithmeticError" and "rank 0" in first[1]
+    assert first[0] in ("ExchangeError", "RuntimeError")  # it waited for the other one in the step
 
 
 # ------------------------------------------------------------------ files that pretend
@@ -349,7 +349,7 @@ INDEXES: dict[str, tuple[Callable[[Metadata], Any], str]] = {
     "an absolute path": (lambda index: stored(index, relative_path="/etc/passwd"), "in a file '/etc/passwd'"),
     "a file that is not there": (lambda index: stored(index, relative_path="__9_9.distcp"), "FileNotFoundError"),
     "an offset after the end": (lambda index: stored(index, offset=10**12), "is no file of at least"),
-    "another tensor's bytes": (lambda index: stored(index, offset=0, length=1200), "archive|of at least"),
+    "another tensor's bytes": (lambda index: stored(index, offset=0, length=1200), "(File is not a zip|archive)"),
     "a huge length": (lambda index: stored(index, length=2**62), "is no file of at least"),
     "a small length": (lambda index: stored(index, length=4), "in 4 bytes"),
     "a transformation": (lambda index: stored(index, transform_descriptors=["zstd"]), "twice, or in a file"),

@@ -35,6 +35,7 @@ from eventtrain.callbacks.distributed.whole_checkpoint import make_whole
 from eventtrain.checkpoint import storage
 from eventtrain.checkpoint.weights import load_weights
 from tests.callbacks.distributed.launch import HERE, result, start
+from tests.callbacks.distributed.shard_files import QUICK
 from tests.kit import Line, new_trainer, rows
 from tests.resuming import equal
 
@@ -43,8 +44,16 @@ SCRIPT = HERE / "shard_files.py"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The results of each check, on rank zero and on rank one."""
+    """The results of the quick checks, on rank zero and on rank one."""
     folder = tmp_path_factory.mktemp("shards")
+    start(SCRIPT, folder, *QUICK)
+    return [result(folder, rank) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of the other checks."""
+    folder = tmp_path_factory.mktemp("errors")
     start(SCRIPT, folder)
     return [result(folder, rank) | {"error_in_one": result(folder, f"error-{rank}")} for rank in range(2)]
 
@@ -94,10 +103,11 @@ def test_training_goes_on_while_shards_are_written_and_the_file_appears_when_all
         assert "checkpoints/previous.ckpt" in background["files"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_full_disk_of_one_process_is_a_warning_of_all(results: list[Any], failing: int, in_background: bool) -> None:
-    first, second = (rank["full_disk"][0][failing, in_background] for rank in results)
+def test_a_full_disk_of_one_process_is_a_warning_of_all(errors: list[Any], failing: int, in_background: bool) -> None:
+    first, second = (rank["full_disk"][0][failing, in_background] for rank in errors)
     assert first["warned"] == second["warned"]
     (warned,) = first["warned"]
     assert "could not write" in warned and "epoch=1-step=6.ckpt: OSError: [Errno 28]" in warned
@@ -114,37 +124,42 @@ def test_a_full_disk_of_one_process_is_a_warning_of_all(results: list[Any], fail
         assert rank["files"] == [f"checkpoints/{name}" for name in names]
 
 
-def test_a_full_disk_of_one_process_ends_the_run_in_all(results: list[Any]) -> None:
-    for rank in results:
+@pytest.mark.slow
+def test_a_full_disk_of_one_process_ends_the_run_in_all(errors: list[Any]) -> None:
+    for rank in errors:
         _, messages, left, exists = rank["full_disk"]
         assert [number for number, _ in messages] == [28, 28]
         assert "rank 1 failed at the writing of a checkpoint: OSError: [Errno 28] No space left" in messages[0][1]
         assert left == [] and not exists
 
 
-def test_a_value_that_no_file_can_hold_ends_all_processes(results: list[Any]) -> None:
-    (first, by_hand), (second, _) = (rank["refused_content"] for rank in results)
+@pytest.mark.slow
+def test_a_value_that_no_file_can_hold_ends_all_processes(errors: list[Any]) -> None:
+    (first, by_hand), (second, _) = (rank["refused_content"] for rank in errors)
     assert first[1] == "MisconfigurationError" and "checkpoint['mine'] is a builtins.object" in first[2]
     assert second[1] == "OSError" and "rank 0 failed at the beginning of a checkpoint: MisconfigurationError" in second[2]
     assert "Call trainer.save_checkpoint(path) in all processes" in by_hand[2]
 
 
-def test_writing_may_take_longer_than_an_exchange(results: list[Any]) -> None:
-    for rank in results:
+@pytest.mark.slow
+def test_writing_may_take_longer_than_an_exchange(errors: list[Any]) -> None:
+    for rank in errors:
         values, seconds = rank["slow"]
         assert values == [0, 1] and seconds > 3.9  # the timeout was two seconds
 
 
-def test_an_error_in_all_processes_leaves_a_checkpoint_of_the_last_safe_point(results: list[Any]) -> None:
-    for rank in results:
+@pytest.mark.slow
+def test_an_error_in_all_processes_leaves_a_checkpoint_of_the_last_safe_point(errors: list[Any]) -> None:
+    for rank in errors:
         error = rank["error_in_all"]
         assert error["raised"][0] == "ArithmeticError" and "and afterwards" not in error["raised"][1]
         assert error["step"] == 7
         assert equal(error["undisturbed"], error["resumed"])
 
 
-def test_an_error_in_one_process_leaves_the_checkpoints_before(results: list[Any]) -> None:
-    (first, files), (second, _) = (rank["error_in_one"] for rank in results)
+@pytest.mark.slow
+def test_an_error_in_one_process_leaves_the_checkpoints_before(errors: list[Any]) -> None:
+    (first, files), (second, _) = (rank["error_in_one"] for rank in errors)
     assert files == ["checkpoints/epoch=0-step=5.ckpt", "checkpoints/last.ckpt"]
     assert second[0] == "ArithmeticError" and "waited 0:00:01 for the others at the checkpoint of a run" in second[1]
     assert first[0] in ("ExchangeError", "RuntimeError")  # it waited for the other one in the step

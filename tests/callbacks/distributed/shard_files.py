@@ -193,7 +193,8 @@ def full_disk(folder: Path) -> Any:
 
             def look(trainer: Trainer, listing: Any = listing, root: Path = root, checkpoint: Any = checkpoint) -> None:
                 step = storage.read(root / "checkpoints" / "last.ckpt")["global_step"]
-                listing.append((names(root), dict(checkpoint.kept), step))
+                files = [name for name in names(root) if "/." not in name]  # a thread may not have removed its file yet
+                listing.append((files, dict(checkpoint.kept), step))
 
             with writing(full):
                 ours, warned = fit(root, checkpoint, at(8, look))

@@ -200,11 +200,11 @@ class FullyShardedDataParallel(DataParallel, Callback):
         drop_gradients(trainer.module)
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        super().on_exception(trainer, event)
         # If the error came in the middle of a step, torch has left whole weights in the module.
         module: Any = trainer.module
         if self._has_called_a_step:
             module.reset_iter_state()
+        super().on_exception(trainer, event)  # may raise another error, which explains this one
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -99,7 +99,12 @@ class ShardedPart(storage.Part):
             raise MisconfigurationError("FullyShardedDataParallel writes a checkpoint to a disk that all processes see.")
         with open(path, "r+b") as file, zipfile.ZipFile(file, "a") as archive:
             root = archive.namelist()[0].partition("/")[0]
-            headers, end = layout(root, self.index["sizes"], file.seek(0, os.SEEK_END))
+            # The list of entries is written anew behind them. The first one goes, so that no cut file passes for a whole one.
+            before = file.seek(0, os.SEEK_END) - archive.start_dir
+            file.seek(archive.start_dir)
+            file.write(bytes(before))
+            file.flush()
+            headers, end = layout(root, self.index["sizes"], archive.start_dir)
             checksums = self._write_together(os.path.abspath(path), [start for _, start in headers])
             for (info, start), checksum in zip(headers, checksums, strict=True):
                 info.CRC = checksum
@@ -162,7 +167,7 @@ def layout(root: str, sizes: list[int], end: int) -> tuple[list[tuple[zipfile.Zi
     Args:
         root: The archive's name, with which the names of all entries begin.
         sizes: The number of bytes of each process.
-        end: The end of the file.
+        end: The end of the entries before.
     """
     headers = []
     for rank, size in enumerate(sizes):

@@ -10,11 +10,6 @@ from torch.nn.parameter import is_lazy
 
 from eventtrain.errors import MisconfigurationError, escaped
 
-SHARDED = (
-    "holds the tensors of several processes. Attach FullyShardedDataParallel, or write a file with whole tensors: "
-    "python -m eventtrain.callbacks.distributed.whole_checkpoint FILE NEW_FILE"
-)
-
 
 def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, strict: bool | None = None) -> None:
     """Load the weights of a checkpoint into a module.
@@ -36,7 +31,10 @@ def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, stric
     """
     weights = content["state_dict"]
     if "shards" in content:  # put back by the callback that shards the module
-        raise MisconfigurationError(f"{path} {SHARDED}")
+        advice = "python -m eventtrain.callbacks.distributed.whole_checkpoint FILE NEW_FILE writes a file with whole tensors"
+        raise MisconfigurationError(
+            f"{path} is of several processes. Attach FullyShardedDataParallel, or convert it: {advice}."
+        )
     if strict is None:
         strict = getattr(module, "strict_loading", True)
     options = {} if strict else {"strict": False}  # a module may override load_state_dict(self, state_dict)

@@ -61,11 +61,17 @@ def sharded() -> list[Any]:
     return [FullyShardedDataParallel(timeout=TIMEOUT), *keeping()]
 
 
+def sharded_in_background() -> list[Any]:
+    checkpoint = ModelCheckpoint(every_n_steps=1, in_background=True, save_top_k=2)
+    return [FullyShardedDataParallel(timeout=TIMEOUT), checkpoint]
+
+
 KINDS: dict[str, tuple[int, Callable[[], list[Any]]]] = {
     "two processes": (2, replicated),
     "two processes, checkpoints in the background": (2, in_background),
     "four processes": (4, replicated),
     "two processes, sharded": (2, sharded),
+    "two processes, sharded, checkpoints in the background": (2, sharded_in_background),
     "four processes, sharded": (4, sharded),
 }
 """The number of processes of each kind of run, and its callbacks."""

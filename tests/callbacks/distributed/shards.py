@@ -12,7 +12,7 @@ def place_of_shard(path: Path, rank: int) -> int:
     with zipfile.ZipFile(path) as archive:
         (info,) = (each for each in archive.infolist() if each.filename.endswith(f"/shards/{rank}"))
     content = path.read_bytes()
-    return info.header_offset + 30 + sum(struct.unpack_from("<HH", content, info.header_offset + 26))
+    return info.header_offset + 30 + int(sum(struct.unpack_from("<HH", content, info.header_offset + 26)))
 
 
 def size_of_shard(path: Path, rank: int) -> int:

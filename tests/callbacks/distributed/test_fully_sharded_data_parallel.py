@@ -46,8 +46,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def alone(results: list[Any], folder: Path) -> Any:
     """The results of one process that reads the checkpoints of two: whole, damaged, missing, and converted."""
     whole = folder / "automatic" / "4.ckpt"
-    converter = [sys.executable, "-m", "eventtrain.callbacks.distributed.whole_checkpoint", whole]
-    subprocess.run([*converter, folder / "converted.ckpt"], check=True, capture_output=True, cwd=ROOT)
+    command = [sys.executable, "-m", "eventtrain.callbacks.distributed.whole_checkpoint"]
+    subprocess.run([*command, str(whole), str(folder / "converted.ckpt")], check=True, capture_output=True, cwd=ROOT)
     content = bytearray(whole.read_bytes())
     content[place_of_shard(whole, 1) + 10] ^= 1
     (folder / "damaged.ckpt").write_bytes(content)

@@ -50,7 +50,7 @@ class DataParallel:
 
     def on_prepare_loader(self, trainer: Trainer, event: PrepareLoader) -> None:
         if self._processes is not None and self.shares_data:
-            event.loader = with_share(event.loader, event.stage, self._processes, pads_evaluation=self.pads_evaluation)
+            event.loader = with_share(event.loader, event.stage, self._processes.data, pads_evaluation=self.pads_evaluation)
         if event.stage == "train":
             self._train_loaders.append(event.loader)
 

@@ -8,14 +8,23 @@ from datetime import timedelta
 from typing import Any
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.distributed.data_parallel import DataParallel
+from eventtrain.callbacks.distributed.meshes import GroupProcesses, Mesh, check_alike, check_parallelized, data_mesh
 from eventtrain.callbacks.distributed.sharded_checkpoint import KEY, Shards, refuse_remote_places
-from eventtrain.callbacks.distributed.sharded_module import drop_gradients, held_gradients, hold_gradients, reshard, units
-from eventtrain.callbacks.distributed.sharded_tensors import Placement, ShardedProcesses, part_of
+from eventtrain.callbacks.distributed.sharded_module import (
+    drop_gradients,
+    held_gradients,
+    hold_gradients,
+    reduce_held_gradients,
+    reshard,
+    units,
+)
+from eventtrain.callbacks.distributed.sharded_tensors import Placement, ShardedProcesses
+from eventtrain.checks import check_option
 from eventtrain.distributed import SingleProcess
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
@@ -26,8 +35,10 @@ from eventtrain.events import (
     CheckpointSaved,
     ExceptionRaised,
     FitStart,
+    JoinProcesses,
     ReduceGradients,
     Setup,
+    TrainEpochStart,
 )
 from eventtrain.hints import check_arguments
 from eventtrain.paths import check_path
@@ -106,6 +117,9 @@ class FullyShardedDataParallel(DataParallel, Callback):
         self,
         *,
         units: Sequence[type[nn.Module]] | None = None,
+        mesh: DeviceMesh | Sequence[int] | None = None,
+        mesh_dim_names: Sequence[str] | None = None,
+        reshard_after_backward: bool = True,
         shares_data: bool = True,
         timeout: timedelta | float | None = None,
         **options: Any,
@@ -117,23 +131,53 @@ class FullyShardedDataParallel(DataParallel, Callback):
                 "module's children."
             )
         self.units = None if units is None else tuple(units)
-        known = list(inspect.signature(fully_shard).parameters)[1:]
-        check_arguments("FullyShardedDataParallel", options, ["units", "shares_data", "timeout", *known])
+        self.reshard_after_backward = check_option(
+            reshard_after_backward, "FullyShardedDataParallel", "reshard_after_backward", (True, False)
+        )
+        known = [*inspect.signature(FullyShardedDataParallel).parameters, *inspect.signature(fully_shard).parameters]
+        check_arguments("FullyShardedDataParallel", options, [each for each in known if each not in ("module", "options")])
         self.options = options
-        self._mesh: DeviceMesh | None = None
+        self._mesh = Mesh(mesh, mesh_dim_names)
+        self._checks_batch = False  # the next training batch is the first of its epoch, and is divided by layers
         self._shards: Shards | None = None
         self._syncs: bool | None = None  # the last value of the module's requires_gradient_sync
         self._may_hold_gradients = True  # of a window, not reduced yet
         self._has_called_a_step = False  # in this run
 
-    def shard(self, module: nn.Module) -> None:
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The mesh of the processes; None before they have joined, and in one process."""
+        return self._mesh.made
+
+    def shard(self, module: nn.Module, mesh: DeviceMesh | None = None) -> None:
         """Shard the units, then the rest of the module. Override it for another layout.
+
+        For tensor parallelism, divide layers before the rest is sharded::
+
+            class Parallel(FullyShardedDataParallel):
+                def shard(self, module, mesh):
+                    for block in module.blocks:
+                        plan = {"into": ColwiseParallel(), "out": RowwiseParallel()}
+                        parallelize_module(block, mesh["tensor"], plan)
+                    super().shard(module, mesh)
 
         Args:
             module: The module, with the same weights on all ranks.
+            mesh: The mesh of the processes; None for :attr:`mesh`. An override may also leave this argument out.
         """
+        mesh = self.mesh if mesh is None else mesh
+        assert mesh is not None
+        mesh = mesh if "dp_mesh_dims" in self.options else data_mesh(mesh)
         for unit in [*units(module, self.units), module]:
-            fully_shard(unit, **{"mesh": self._mesh, **self.options})
+            fully_shard(unit, mesh=mesh, **self.options)
+
+    def on_join_processes(self, trainer: Trainer, event: JoinProcesses) -> None:
+        super().on_join_processes(trainer, event)
+        processes = self._processes
+        if isinstance(processes, ShardedProcesses) and processes.shares is None:
+            self._mesh.make(event.device)
+            if self._mesh.tensor is not None:
+                processes.shares = GroupProcesses(self._mesh.groups()[0], processes)
 
     # ------------------------------------------------------------------ the beginning of a run
 
@@ -144,17 +188,29 @@ class FullyShardedDataParallel(DataParallel, Callback):
             return
         for handler in (self.on_before_forward, self.on_after_zero_grad, self.on_reduce_gradients):
             trainer.listen(handler)
+        if self._mesh.tensor is not None:
+            trainer.listen(self.on_train_epoch_start)
         module = trainer.module
         self.check_initialized(module)
         self._syncs, self._may_hold_gradients, self._has_called_a_step = None, True, False
         if not isinstance(module, FSDPModule):
-            if self._mesh is None and "mesh" not in self.options:
-                self._mesh = init_device_mesh(trainer.device.type, (self._processes.world_size,))
             self._processes.overwrite([*module.parameters(), *module.buffers()])
-            self.shard(module)
+            takes_mesh = len(inspect.signature(self.shard).parameters) > 1
+            self.shard(*(module, self.mesh) if takes_mesh else (module,))
+            self._check_sharded(module)
         if CALL not in vars(module):
             vars(module)[CALL] = call
             register_fsdp_forward_method(module, CALL)
+
+    def _check_sharded(self, module: nn.Module) -> None:
+        """Check that :meth:`shard` has sharded the module itself, and has divided layers if the mesh is for that."""
+        if not isinstance(module, FSDPModule):
+            raise MisconfigurationError(
+                f"{type(self).__name__}.shard did not shard {type(module).__name__} itself. End it with "
+                "`super().shard(module, mesh)`, or with `fully_shard(module, mesh=...)` after its parts."
+            )
+        if self._mesh.tensor is not None:
+            check_parallelized(module, self._mesh.tensor)
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         super().on_fit_start(trainer, event)
@@ -179,6 +235,10 @@ class FullyShardedDataParallel(DataParallel, Callback):
     @on_demand
     def on_before_forward(self, trainer: Trainer, event: BeforeForward) -> None:
         module: Any = trainer.module
+        if self._checks_batch and event.stage == "train":
+            self._checks_batch = False
+            assert isinstance(self._processes, ShardedProcesses)
+            check_alike(self._processes, self._mesh.groups()[1], event.batch, trainer.device)
         self._has_called_a_step = True
         if event.stage != "train":
             event.call = lambda step, *args: evaluate(module, step, *args)
@@ -188,6 +248,8 @@ class FullyShardedDataParallel(DataParallel, Callback):
         if syncs is not self._syncs:
             self._syncs = syncs
             module.set_requires_gradient_sync(syncs)
+            if not self.reshard_after_backward:  # the next batch of the window uses the gathered weights
+                module.set_reshard_after_backward(syncs)
         self._may_hold_gradients = self._may_hold_gradients or not syncs
 
     @on_demand
@@ -198,15 +260,14 @@ class FullyShardedDataParallel(DataParallel, Callback):
 
     @on_demand
     def on_reduce_gradients(self, trainer: Trainer, event: ReduceGradients) -> None:
-        if not event.skipped:  # torch has averaged them in the backward of the batch that closes the window
-            return
-        assert self._processes is not None
-        sums = held_gradients(trainer.module)
-        self._processes.average(list(sums.values()))
-        for name, gradient in sums.items():
-            parameter = trainer.module.get_parameter(name)
-            parameter.grad = part_of(gradient.to(parameter.dtype), parameter)
-        drop_gradients(trainer.module)
+        # Torch has averaged them in the backward of the batch that closes the window, if that batch had a loss.
+        if self._may_hold_gradients:
+            assert self._processes is not None and self.mesh is not None
+            reduce_held_gradients(trainer.module, self._processes.data, data_mesh(self.mesh))
+
+    @on_demand
+    def on_train_epoch_start(self, trainer: Trainer, event: TrainEpochStart) -> None:
+        self._checks_batch = True
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
         # If the error came in the middle of a step, torch has left whole weights in the module.
@@ -222,6 +283,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
         assert self._shards is not None
         sums = held_gradients(trainer.module) if trainer.window_open else {}
         self._shards.take_out(event.checkpoint, {f"{trainer.global_rank}.{name}": each for name, each in sums.items()})
+        event.checkpoint[KEY]["mesh"] = self._mesh.sizes_by_role()
 
     def on_checkpoint_saved(self, trainer: Trainer, event: CheckpointSaved) -> None:
         if self._shards is not None and trainer.is_global_zero:
@@ -232,12 +294,14 @@ class FullyShardedDataParallel(DataParallel, Callback):
         content, module = event.checkpoint, trainer.module
         gradients: dict[str, Any] = {}
         if KEY in content:
+            if trainer.stage == "fit":
+                self._mesh.check_window(content, self._processes)
             gradients = self._shards.put_back(content, module)
         elif self._processes is not None:
-            gradients = self._take_gradients_out(content, trainer.global_rank)
-            Placement(module).distribute(content)
+            gradients = self._take_gradients_out(content, trainer.processes.data.global_rank)
+            Placement(module, content.get("parameter_groups")).distribute(content)
         if self._processes is not None:
-            hold_gradients(module, gradients)
+            hold_gradients(module, gradients, self._mesh.layers())
 
     def _take_gradients_out(self, content: dict[str, Any], rank: int) -> dict[str, Any]:
         """Remove one rank's gradients from a checkpoint that holds them whole, if its window is open; return them."""

@@ -42,6 +42,11 @@ class TorchProcesses:
         # None is the default group, in all of torch's calls.
         self._control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
 
+    @property
+    def data(self) -> TorchProcesses:
+        """The processes whose data differ, as this one sees them: all."""
+        return self
+
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Combine a tensor of every process; return the result, a new tensor, on all of them."""
         combined = value.detach().clone()

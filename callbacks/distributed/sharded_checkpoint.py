@@ -124,7 +124,7 @@ class Shards:
             )
         self.used.add(folder.name)
         try:
-            tensors, more = self._read(folder, places, Placement(module))
+            tensors, more = self._read(folder, places, Placement(module, content.get("parameter_groups")))
         except (Exception, CheckpointException) as error:  # a damaged file can make its reader raise anything
             problem = f"The checkpoint's sharded tensors in {folder} cannot be read: {reason(error)}."
             raise MisconfigurationError(f"{problem} Give another checkpoint.") from error

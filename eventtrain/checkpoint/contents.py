@@ -98,7 +98,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "epoch": state.progress.current_epoch,
         "global_step": state.progress.global_step,
         **rank_state,
-        "ranks": trainer.processes.gather(rank_state)[1:],
+        "ranks": trainer.processes.data.gather(rank_state)[1:],
         "epoch_reason": stop.epoch_reason if in_epoch else None,
         # A request to stop that min_epochs or min_steps hold off; one that holds now was made for this process.
         "stop_reason": None if stop.force or trainer.is_ending else stop.reason,

@@ -60,8 +60,8 @@ def state_of_rank(checkpoint: dict[str, Any], trainer: Trainer) -> dict[str, Any
         MisconfigurationError: If another number of processes wrote it, at a place from which these cannot continue.
     """
     states = [{key: checkpoint[key] for key in PER_RANK}, *checkpoint["ranks"]]
-    if len(states) == trainer.world_size:
-        return {**checkpoint, **states[trainer.global_rank]}
+    if len(states) == trainer.processes.data.world_size:
+        return {**checkpoint, **states[trainer.processes.data.global_rank]}
     return {**checkpoint, **divided_anew(checkpoint, states, trainer)}
 
 
@@ -77,14 +77,14 @@ def divided_anew(checkpoint: dict[str, Any], states: list[dict[str, Any]], train
         MisconfigurationError: If they were in an accumulation window, or have not done a whole number of these processes'
             batches.
     """
-    before, now = len(states), trainer.world_size
+    before, now, rank = len(states), trainer.processes.data.world_size, trainer.processes.data.global_rank
     advice = f"Resume with {before} processes, or from a checkpoint of an epoch's end."
     if any(state["window"]["open"] for state in states):
         raise MisconfigurationError(
             f"The checkpoint was written by {before} processes in an open accumulation window, whose gradients {now} processes "
             f"cannot share. {advice}"
         )
-    rank_state = dict(states[min(trainer.global_rank, before - 1)])
+    rank_state = dict(states[min(rank, before - 1)])
     if rank_state["data"] is None or rank_state["data"]["position"] is None:
         return rank_state
     position = dict(rank_state["data"]["position"])
@@ -106,6 +106,6 @@ def divided_anew(checkpoint: dict[str, Any], states: list[dict[str, Any]], train
     rank_state["data"] = rank_state["data"] | {"position": position}
     entries = [entry for state in states for entry in state["metrics"]["entries"]]
     # They are summed over all processes in the end, so one process may have them all.
-    rank_state["metrics"] = rank_state["metrics"] | {"entries": entries if trainer.global_rank == 0 else []}
+    rank_state["metrics"] = rank_state["metrics"] | {"entries": entries if rank == 0 else []}
     progress = checkpoint["progress"] | {"batch_idx": batches - 1, "total_batch_idx": done + batches - 1}
     return rank_state | {"progress": progress}

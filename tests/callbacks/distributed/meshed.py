@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from eventtrain import LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import (
+    ActivationCheckpointing,
     ExponentialMovingAverage,
     GradientAccumulation,
     GradientClipping,
@@ -224,11 +225,11 @@ POINTS = (0, 1, 2, 4)
 """Batches after which runs are resumed, of three in an epoch: in a window, between two, and at the end of an epoch."""
 
 
-def resumable(kind: str, root: Path, max_epochs: int = 2) -> tuple[Model, Trainer, DataLoader[Any]]:
+def resumable(kind: str, root: Path, max_epochs: int = 2, *more: Any) -> tuple[Model, Trainer, DataLoader[Any]]:
     shares = SHARES.get(kind, 4)
     callbacks = GradientAccumulation(2), GradientClipping(0.5), ExponentialMovingAverage(0.9)
     module = Model(dropout=0.2)
-    trainer = new_trainer(kind, *callbacks, max_epochs=max_epochs, default_root_dir=root)  # seeds the dropout
+    trainer = new_trainer(kind, *callbacks, *more, max_epochs=max_epochs, default_root_dir=root)  # seeds the dropout
     return module, trainer, loader(6 * shares)
 
 
@@ -256,7 +257,12 @@ def resumed(folder: Path) -> Any:
             torch.manual_seed(99)
             trainer.fit(module, batches, ckpt_path=folder / kind / f"{point}.ckpt")
             resumptions.append(outcome(module, trainer))
-        results[kind] = {"undisturbed": undisturbed, "resumed": resumptions}
+        recomputed = []
+        for path in (None, folder / kind / "0.ckpt"):
+            module, trainer, batches = resumable(kind, folder / kind, 2, ActivationCheckpointing([Block]))
+            trainer.fit(module, batches, ckpt_path=path)
+            recomputed.append(outcome(module, trainer))
+        results[kind] = {"undisturbed": undisturbed, "resumed": resumptions, "recomputed": recomputed}
     return results
 
 

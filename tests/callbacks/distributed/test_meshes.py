@@ -92,6 +92,14 @@ def test_a_mesh_resumes_exactly_with_dropout(results: list[Any], kind: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", SHARES)
+def test_activations_that_are_computed_again_change_no_bit(results: list[Any], kind: str) -> None:
+    for rank in results:
+        resumed = rank["resumed"][kind]
+        assert all(equal(each, resumed["undisturbed"]) for each in resumed["recomputed"])
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_is_resumed_on_another(results: list[Any], folder: Path) -> None:
     for rank in results:
         exchanged = rank["exchanged"]
@@ -152,7 +160,7 @@ def test_an_override_without_the_mesh_and_a_mesh_that_exists_are_taken(results: 
         ({"mesh": (2, 2), "mesh_dim_names": ("replicate", "tensor")}, "one dimension has to be 'shard'"),
         ({"mesh": (2, 2), "mesh_dim_names": ("dp", "shard")}, "one dimension has to be 'shard'"),
         ({"mesh": (2, 2), "mesh_dim_names": ("tensor", "shard")}, "in the order 'replicate', 'shard', 'tensor'"),
-        ({"mesh_dims": ("shard",)}, "mesh_dim_names"),
+        ({"mesh_dim_name": ("shard",)}, "Did you mean 'mesh_dim_names'"),
         ({"reshard_after_backward": None}, "reshard_after_backward"),
     ],
 )

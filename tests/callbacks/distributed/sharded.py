@@ -513,7 +513,8 @@ def gathered(folder: Path) -> Any:
     """Count the all-gathers of two windows of four batches; validate and save in a window, and resume there."""
     results = {}
     for kind, options in OPTIONS.items():
-        ends, counts = [], []
+        ends: list[Any] = []
+        counts: list[int] = []
         for path in (None, folder / f"gathered-{kind}.ckpt"):
             module = Model()
             processes = FullyShardedDataParallel(units=(Block,), timeout=TIMEOUT, **options)

@@ -323,8 +323,8 @@ class Trainer:
             request.reason = reason
         request.force |= force or at_once
         request.at_once |= at_once
-        request.is_agreed |= by_all
-        request.force_is_agreed |= by_all and request.force
+        if by_all and request is self.run_state.stop_request:
+            self.run_state.stop.reason, self.run_state.stop.force = request.reason, request.force
 
     def interrupt(self, reason: str | None) -> None:
         """Interrupt the fit at its next safe point: write a checkpoint there and return from ``fit``, so that
@@ -347,8 +347,7 @@ class Trainer:
             2
         """
         request = self._request(f"interrupt({reason!r})")
-        if reason is not None or not request.interruption_is_agreed:
-            request.interruption = reason
+        request.interruption = reason
 
     def end_epoch(self, reason: str) -> None:
         """End the training epoch after the current batch. Validation still runs; nothing that counts epochs steps for it.
@@ -779,7 +778,7 @@ class Trainer:
     def should_stop(self, should_stop: bool) -> None:
         if should_stop:
             self.stop("trainer.should_stop = True")
-        elif not (request := self.run_state.stop_request).is_agreed:
+        elif (request := self.run_state.stop_request) is self.run_state.stop or self.run_state.stop.reason is None:
             request.reason, request.force, request.at_once = None, False, False
 
     @property

@@ -12,7 +12,7 @@ from eventtrain.callbacks.distributed.processes import TorchProcesses, check_tim
 from eventtrain.callbacks.distributed.samplers import set_shuffling_seed, shuffling_seed, with_share
 from eventtrain.core.optimizer import evaluates_often
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import FitStart, JoinProcesses, PrepareLoader, Teardown, ValidationEpochStart
+from eventtrain.events import ExceptionRaised, FitStart, JoinProcesses, PrepareLoader, Teardown, ValidationEpochStart
 from eventtrain.trainer import Trainer
 
 
@@ -45,6 +45,7 @@ class DataParallel:
         if self._processes is None:
             self._processes = join(event.device, self.timeout, self.processes_type)
         if self._processes is not None:
+            self._processes.begin_run()
             event.processes = self._processes
             event.device = device_of_process(event.device, self._processes.local_rank)
 
@@ -81,7 +82,13 @@ class DataParallel:
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
+    def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
+        if self._processes is not None:
+            self._processes.end_run(event.exception)
+
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        if self._processes is not None:
+            self._processes.end_run()
         self.state_dict()  # a checkpoint of the run may still be taken
         self._train_loaders.clear()
 

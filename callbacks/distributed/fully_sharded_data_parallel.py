@@ -270,6 +270,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
         self._checks_batch = True
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
+        super().on_exception(trainer, event)
         # If the error came in the middle of a step, torch has left whole weights in the module.
         module: Any = trainer.module
         if self._has_called_a_step:

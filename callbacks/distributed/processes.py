@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from eventtrain.callbacks.distributed.notices import Notices, open_notices
+from eventtrain.callbacks.distributed.requests import Requests
 from eventtrain.checks import check_number
-from eventtrain.distributed import Reduction
+from eventtrain.distributed import Place, Reduction
 from eventtrain.errors import MisconfigurationError
 
 T = TypeVar("T")
@@ -39,6 +41,9 @@ class TorchProcesses:
 
     def __init__(self, local_rank: int, timeout: timedelta | None = None) -> None:
         self.world_size, self.global_rank, self.local_rank = dist.get_world_size(), dist.get_rank(), local_rank
+        self._timeout = timeout or dist.default_pg_timeout
+        self.notices: Notices | None = None
+        self._requests: Requests | None = None
         # None is the default group, in all of torch's calls.
         self._control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
 
@@ -46,6 +51,44 @@ class TorchProcesses:
     def data(self) -> TorchProcesses:
         """The processes whose data differ, as this one sees them: all."""
         return self
+
+    def begin_run(self) -> None:
+        """Begin to hear the notices of a run, which all processes begin."""
+        group = dist.group.WORLD
+        assert group is not None
+        self.notices = open_notices(group.get_group_store(), self.global_rank, self.world_size, self._timeout)
+        self._requests = Requests(self.notices)
+        self.notices.open()
+
+    def end_run(self, error: BaseException | None = None) -> None:
+        """End the notices of the run, if this process still hears them.
+
+        Args:
+            error: The error by which this process leaves the run, for the others.
+        """
+        if self.notices is not None and error is not None:
+            self.notices.fail(error)
+        elif self.notices is not None:
+            self.notices.close()
+
+    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+        """Return for each flag whether all processes act on it at this place; without an exchange if none is set anywhere."""
+        assert self._requests is not None
+        if place == "meeting":
+            flags = self.any_of(flags)
+            self._requests.meet()
+            return flags
+        return self._requests.pass_tick(flags, ends_batch=place == "batch_end")
+
+    @property
+    def is_called_off(self) -> bool:
+        """Whether a process has left the current evaluation, as far as this one has heard."""
+        return self._requests is not None and self._requests.is_called_off
+
+    def call_off(self) -> None:
+        """Tell the others that this process leaves the current evaluation."""
+        assert self._requests is not None
+        self._requests.call_off()
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Combine a tensor of every process; return the result, a new tensor, on all of them."""

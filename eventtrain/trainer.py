@@ -535,10 +535,10 @@ class Trainer:
             ['layer.bias', 'layer.weight']
         """
         target = check_path(path, "Trainer.save_checkpoint", "path")
-        checkpoint = self.collect_checkpoint()
+        storage.write(self.collect_checkpoint(), target if self.is_global_zero else None)
         if self.is_global_zero:
-            storage.write(checkpoint, target)
             self.signals.checkpoint_saved.publish(events.CheckpointSaved(str(target)))
+        self.processes.barrier()  # the others wait here, as long as it takes
 
     def keep_checkpoint(self, reason: str) -> str | None:
         """Have a checkpoint written because the run is about to end early: by the listeners of ``take_checkpoint``, or, if none
@@ -560,14 +560,12 @@ class Trainer:
         if self.fast_dev_run:
             return None
         event = events.TakeCheckpoint(self.progress.epoch_is_over, self.window_open, reason)
-        try:
-            self.signals.take_checkpoint.publish(event)
-            if event.path is None:
-                event.path = str(interrupted_path(self))
-                self.save_checkpoint(event.path)
-        finally:
-            # The first process that ends has its launcher end the others: not before all have written.
-            self.processes.barrier()
+        self.signals.take_checkpoint.publish(event)
+        if event.path is None:
+            event.path = str(interrupted_path(self))
+            self.save_checkpoint(event.path)
+        # The first process that ends has its launcher end the others: not before all have written.
+        self.processes.barrier()
         return event.path
 
     def describe(self, *, all_events: bool = True) -> str:

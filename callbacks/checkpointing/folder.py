@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import string
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from eventtrain.callbacks.saved_state import file_names, is_of, items
 from eventtrain.checkpoint import storage
 from eventtrain.errors import MisconfigurationError
 from eventtrain.paths import AnyPath, RemotePath
 
 SUFFIX = ".ckpt"
 LAST, PREVIOUS = f"last{SUFFIX}", f"previous{SUFFIX}"
+HALF_WRITTEN = re.compile(rf"\..+{re.escape(SUFFIX)}(\.[0-9a-f]{{16}})?{re.escape(storage.TEMPORARY)}")
+KEPT = rf"(?!(?:{re.escape(LAST)}|{re.escape(PREVIOUS)})\Z).+{re.escape(SUFFIX)}"
 TEMPLATE = "'{epoch}-{step}-{val_loss:.3f}'"
 
 
@@ -37,9 +41,9 @@ class CheckpointFolder:
             OSError: If nothing can be written there.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        trial = self.path / f".{LAST}{storage.TEMPORARY}"
-        trial.touch()
-        for left in [*self.path.glob(f".*{SUFFIX}{storage.TEMPORARY}"), *(self.path / name for name in surplus)]:
+        storage.temporary_name(self.path / LAST).touch(exist_ok=False)
+        halves = [path for path in self.path.glob(f".*{storage.TEMPORARY}") if HALF_WRITTEN.fullmatch(path.name)]
+        for left in [*halves, *(self.path / name for name in surplus)]:
             left.unlink(missing_ok=True)
 
     def write(self, content: Mapping[str, Any], names: list[str], surplus: list[str]) -> None:
@@ -84,12 +88,38 @@ def link(path: AnyPath, new: AnyPath, *, previous: AnyPath | None = None) -> Non
         OSError: If the file cannot be written.
     """
     with storage.renamed_to(new, previous) as temporary:
-        temporary.unlink(missing_ok=True)
         try:
             temporary.hardlink_to(path)
         except OSError:
             with path.open("rb") as source, storage.writing(temporary) as file:
                 shutil.copyfileobj(source, file)
+
+
+def kept_names(names: Any, key: str) -> list[str]:
+    """Return the names of checkpoints that a state lists, if each can only be a file of the folder.
+
+    Args:
+        names: The names, in a list or as the keys of a dict.
+        key: Their name in the state, for the error.
+
+    Raises:
+        MisconfigurationError: If one is a path, or no checkpoint besides the last two.
+    """
+    return file_names(names, key, KEPT, f"the name of a file that ModelCheckpoint keeps, such as 'epoch=3-step=99{SUFFIX}'")
+
+
+def kept_scores(state: Any) -> dict[str, float | None]:
+    """Return the kept files of a callback's state with their scores.
+
+    Args:
+        state: The state, as a checkpoint holds it.
+
+    Raises:
+        MisconfigurationError: If a name is no name of such a file, or a score is no number.
+    """
+    scores = items(state, "kept", lambda _, score: is_of(score, float) or score is None, "a number or None for each file")
+    kept_names(scores, "kept")
+    return scores
 
 
 def file_name(template: str, values: Mapping[str, Any]) -> str:

@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eventtrain.callback import Callback
-from eventtrain.callbacks.checkpointing.folder import LAST, CheckpointFolder, check_template, file_name
+from eventtrain.callbacks.checkpointing.folder import (
+    LAST,
+    CheckpointFolder,
+    check_template,
+    file_name,
+    kept_names,
+    kept_scores,
+)
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
+from eventtrain.callbacks.saved_state import field, whole
 from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.events import (
     CheckpointSaved,
     ExceptionRaised,
@@ -129,6 +137,7 @@ class ModelCheckpoint(Callback):
         self._is_new = False  # the metric was logged between the last two safe points
         self._writing: tuple[dict[str, float | None], Future[None]] | None = None  # the scores before, and the thread's work
         self._copy: dict[str, Any] | None = None  # the state of the last safe point, with save_on_exception
+        self._is_failing = False  # an error ends the run, so other processes may be gone
 
     # ------------------------------------------------------------------ the policy
 
@@ -202,7 +211,8 @@ class ModelCheckpoint(Callback):
         self._time = time.monotonic()
 
     def on_take_checkpoint(self, trainer: Trainer, event: TakeCheckpoint) -> None:
-        if self._writing is not None and self._writing[1].done():
+        # Several processes wait at the same place, because they tell each other the result.
+        if self._writing is not None and (event.reason is not None or (trainer.world_size == 1 and self._writing[1].done())):
             self.wait(trainer)
         if trainer.fast_dev_run:
             return
@@ -233,10 +243,16 @@ class ModelCheckpoint(Callback):
             event.paths = [*self._best(), *(event.paths or ())]
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        content, self._copy = self._copy, None
-        if content is not None and isinstance(event.exception, Exception) and trainer.is_global_zero:
-            self.wait(trainer)
+        content, self._copy, self._is_failing = self._copy, None, True
+        if content is None or not isinstance(event.exception, Exception):
+            return
+        self.wait(trainer)
+        for part in storage.parts_of(content).values():
+            part.meet()
+        if trainer.is_global_zero:
             self._folder.write(content, [LAST], [])
+        else:
+            storage.write(content, None)
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         try:
@@ -258,8 +274,12 @@ class ModelCheckpoint(Callback):
         """
         self.wait(trainer)
         before = dict(self._top.scores)
-        name = file_name(self.filename, {**trainer.callback_metrics, **self.file_name_values(trainer)})
-        names = [name] if ranked and self._rank(trainer, name) else []
+        values = {**trainer.callback_metrics, **self.file_name_values(trainer)}
+        score = None if self._metric is None or not ranked else self._metric.agreed(trainer, self._is_new)
+        if score is not None:
+            values[str(self.monitor)] = score
+        name = trainer.processes.broadcast(file_name(self.filename, values))  # values of steps differ between processes
+        names = [name] if ranked and self._rank(trainer, name, score) else []
         if self.save_last or not ranked:
             names.append(LAST)
         progress = trainer.progress
@@ -269,10 +289,12 @@ class ModelCheckpoint(Callback):
             return
         self._path = self._folder.path / names[0]
         content = trainer.collect_checkpoint()
-        if not trainer.is_global_zero:
-            return
-        content = storage.loadable(content)
-        write = partial(self._folder.write, names=names, surplus=list(self._top.surplus))
+        write: Callable[[dict[str, Any]], None]
+        if trainer.is_global_zero:
+            content = storage.loadable(content)
+            write = partial(self._folder.write, names=names, surplus=list(self._top.surplus))
+        else:
+            content, write = dict(storage.parts_of(content)), partial(storage.write, path=None)
         if not self.in_background:
             self._settle(trainer, before, partial(write, content))
             return
@@ -280,19 +302,17 @@ class ModelCheckpoint(Callback):
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = before, self._thread.submit(write, self._staging.copy(content))
 
-    def _rank(self, trainer: Trainer, name: str) -> bool:
+    def _rank(self, trainer: Trainer, name: str, score: Any) -> bool:
         """Add the current checkpoint to the top k if it is good enough; return whether it is."""
         if self._metric is None:
             return self._top.add(name, None)
-        score = float(self._metric.value(trainer)) if self._is_new else None
         self._warn_if_missing(trainer, self._metric)
-        score = trainer.processes.broadcast(score)  # values that are logged on step differ between processes
-        return score is not None and self._top.add(name, score)
+        return score is not None and self._top.add(name, float(score))
 
     def _warn_if_missing(self, trainer: Trainer, metric: WatchedMetric) -> None:
         """Warn once if the metric was never logged, when the stages that may log it are over."""
         is_complete = trainer.is_ending and not trainer.should_stop
-        never_logged = is_complete and trainer.times_logged(metric.name) == 0
+        never_logged = is_complete and not metric.was_logged(trainer)
         if never_logged or (trainer.progress.epochs_done > 0 and metric.is_missing(trainer)):
             last = "only the last checkpoint is" if self.save_last else "no checkpoint is"
             metric.report_missing(trainer, strict=False, remedy=f"Until then {last} kept.")
@@ -311,25 +331,34 @@ class ModelCheckpoint(Callback):
             self._settle(trainer, before, future.result)
 
     def _settle(self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], None]) -> None:
-        """Publish that a file is written; if it could not be, keep the files of before."""
+        """Publish that a file is written; if it could not be, keep the files of before, in all processes."""
+        failure: OSError | None = None
         try:
             written()
         except OSError as error:
-            failed, self._path, self._saved = self._path, None, None
+            failure = error
+        problem = None if failure is None else (failure.errno, storage.first_line(failure))
+        if not self._is_failing:
+            trainer.processes.barrier()  # as long as the write takes, not in an exchange with a timeout
+        problems = [problem] if self._is_failing else trainer.processes.gather_for_all(problem)
+        problem = next((each for each in problems if each is not None), None)
+        if problem is not None:
+            failed, self._path, self._saved = printable(self._path), None, None
             self._top.scores = before
             self._top.surplus = [name for name in self._top.surplus if name not in before]
             intact = [path.name for path in self._folder.newest()]
             message = (
-                f"ModelCheckpoint could not write {failed}: {storage.first_line(error)}. Earlier files are intact: {intact}. "
+                f"ModelCheckpoint could not write {failed}: {problem[1]}. Earlier files are intact: {intact}. "
                 "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
                 "checkpoint."
             )
             if self.on_error == "raise":
-                raise OSError(error.errno or errno.EIO, message) from error
+                raise OSError(problem[0] or errno.EIO, message) from failure
             warnings.warn(message, stacklevel=2)
-        else:
-            assert self._path is not None
-            self._top.surplus.clear()
+            return
+        assert self._path is not None
+        self._top.surplus.clear()
+        if trainer.is_global_zero:
             trainer.signals.checkpoint_saved.publish(CheckpointSaved(str(self._path)))
 
     # ------------------------------------------------------------------ the files
@@ -337,7 +366,8 @@ class ModelCheckpoint(Callback):
     def _best(self) -> list[AnyPath]:
         """Return the kept files, best first. If this process has kept none, its newest checkpoint names them."""
         if not self.kept and (content := storage.read_first(self._folder.newest())[1]) is not None:
-            self._top.scores = dict(content["callbacks"].get(self.state_key, {}).get("kept", {}))
+            states = field(content, "callbacks", dict, default={})
+            self._top.scores = kept_scores(states[self.state_key]) if self.state_key in states else {}
         return [path for name in self._top.best() if (path := self._folder.path / name).exists()]
 
     @property
@@ -378,10 +408,11 @@ class ModelCheckpoint(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._top.scores, self._top.surplus = dict(state["kept"]), list(state["surplus"])
-        self._steps, self._validations = state["steps"], state["validations"]
+        self._top.scores = kept_scores(state)
+        self._top.surplus = kept_names(field(state, "surplus", list, tuple), "surplus")
+        self._steps, self._validations = whole(state, "steps"), whole(state, "validations")
         if self._metric is not None:
-            self._metric.seen = state["seen"]
+            self._metric.seen = whole(state, "seen")
 
 
 def current_place(trainer: Trainer) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from eventtrain.callbacks.distributed.sharded_tensors import ShardedProcesses, map_tensors
+from eventtrain.distributed import Reduction
 from eventtrain.errors import MisconfigurationError
 
 T = TypeVar("T")
@@ -132,7 +133,7 @@ class Mesh:
         Raises:
             MisconfigurationError: If other processes divided layers between them, or these do.
         """
-        before, now = content["shards"].get("mesh"), {} if processes is None else self.sizes_by_role()
+        before, now = content.get("mesh"), {} if processes is None else self.sizes_by_role()
         tensor_before, tensor_now = ({each: sizes[each] for each in sizes if each in TENSOR} for sizes in (before or {}, now))
         if content["window"]["open"] and list(tensor_before.values()) != list(tensor_now.values()):
             raise MisconfigurationError(
@@ -148,41 +149,38 @@ class Mesh:
         return ranks.T.tolist(), ranks.tolist()
 
 
-class GroupProcesses(ShardedProcesses):
-    """Some of the processes, as one of them sees them; all processes have to make it.
+class Shares:
+    """The processes of different data, if others work on the same batches: those of one group, as one of them sees them.
+
+    Everything is an exchange of all processes, in which one of each group counts.
 
     Args:
-        groups: The ranks of each group. Each process is in one of them.
         whole: All processes.
+        groups: The ranks of each group. Each process is in one of them.
     """
 
-    def __init__(self, groups: list[list[int]], whole: ShardedProcesses) -> None:
-        self.whole = whole
-        is_gloo = dist.get_backend() == "gloo"
-        for ranks in groups:  # all processes make all groups
-            control = dist.new_group(ranks, backend="gloo")
-            device_group = control if is_gloo else dist.new_group(ranks)
-            if whole.global_rank in ranks:
-                self.ranks, self._control, self._device_group = ranks, control, device_group
-        self.world_size, self.local_rank = len(self.ranks), whole.local_rank
-        self.global_rank = self.ranks.index(whole.global_rank)
+    def __init__(self, whole: ShardedProcesses, groups: list[list[int]]) -> None:
+        self.whole, self.copies = whole, len(groups)
+        self.ranks = next(ranks for ranks in groups if whole.global_rank in ranks)
+        self.world_size, self.global_rank = len(self.ranks), self.ranks.index(whole.global_rank)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "whole":
-            raise AttributeError(name)
-        return getattr(self.whole, name)  # such as requests, which concern all processes
+        return getattr(self.whole, name)  # flags and values of one process are the same for all
 
-    def broadcast(self, value: T) -> T:
-        """Return the value of the group's first process."""
-        return self.gather_for_all(value)[0]
+    def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
+        """Combine a tensor of every process of different data; return the result on all of them."""
+        combined = self.whole.reduce(value, reduction)
+        return combined / self.copies if reduction == "sum" else combined
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of the group in its first process, and an empty list in the others."""
-        values = self.gather_for_all(value)
-        return values if self.global_rank == 0 else []
+        """Return the values of the processes of different data on rank zero, and an empty list on the others."""
+        values = self.whole.gather(value)
+        return [values[rank] for rank in self.ranks] if values else []
 
-    def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
-        return self._control if tensor.device.type == "cpu" else self._device_group
+    def gather_for_all(self, value: T) -> list[T]:
+        """Return the values of the processes of different data, on each of them."""
+        values = self.whole.gather_for_all(value)
+        return [values[rank] for rank in self.ranks]
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import json
 import threading
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 T = TypeVar("T")
@@ -21,6 +21,10 @@ END, FAILED = "end", "failed"
 """The kinds of notices after which a process hears no more."""
 
 FOREVER = timedelta(days=3650)
+STORE_IS_GONE = (
+    "the process that holds it (torchrun's on the first machine, or rank 0) was ended, or the network is down. Look at the "
+    "errors of the other processes."
+)
 SOON = 2.0  # seconds in which a store that works delivers a notice
 
 
@@ -100,10 +104,22 @@ class Notices:
 
         Returns:
             The number of the notice, from 1.
+
+        Raises:
+            ExchangeError: If the store does not take it in time.
         """
         store = self.store
-        number = store.add("notices", 1)
-        store.set(f"notice/{number}", json.dumps([self.rank, kind, content, acknowledged]))
+
+        def write() -> int:
+            number = store.add("notices", 1)
+            store.set(f"notice/{number}", json.dumps([self.rank, kind, content, acknowledged]))
+            return number
+
+        if store is self._store_of_thread:
+            return write()
+        number: int | None = within(self.timeout.total_seconds(), write)
+        if number is None:
+            raise ExchangeError(f"Rank {self.rank} cannot reach the store of the process group: {STORE_IS_GONE}")
         return number
 
     def wait_until_heard(self, number: int, exchange: str) -> None:
@@ -157,11 +173,12 @@ class Notices:
         """
         if self.failure is not None:
             rank, text = self.failure
-            raise ExchangeError(f"{exchange}: rank {rank} has failed ({text}), and rank {self.rank} waited for it.")
+            raise ExchangeError(
+                f"Rank {rank} has failed with {text.rstrip('.')}. Rank {self.rank} waited for it in {exchange}."
+            )
         if self._broken is not None:
             raise ExchangeError(
-                f"{exchange}: rank {self.rank} has lost the store of the process group ({self._broken}). Look at the errors "
-                "of the other processes and at the network."
+                f"{exchange}: rank {self.rank} has lost the store of the process group ({self._broken}): {STORE_IS_GONE}"
             ) from self._broken
 
     def fail(self, error: BaseException) -> None:
@@ -171,13 +188,12 @@ class Notices:
             error: The error.
         """
         if self._thread.is_alive() and self.failure is None and self._broken is None:
-            lines = str(error).splitlines()
-            self.post(FAILED, f"{type(error).__name__}: {lines[0] if lines else ''}")
+            within(SOON, lambda: self.post(FAILED, summary(error)))
 
     def close(self) -> None:
         """End the notices of a run that no process has failed in. The others hear it from rank zero, when it comes here."""
         if self.rank == 0 and self._thread.is_alive() and self.failure is None and self._broken is None:
-            self.post(END, None)
+            within(SOON, lambda: self.post(END, None))
             self._thread.join(SOON)
 
     def end(self) -> None:
@@ -186,9 +202,7 @@ class Notices:
         atexit.unregister(self.end)
         self._thread.join(SOON / 4)
         if self._thread.is_alive():
-            try:
-                self.post(END, None)
-            except DistError:
+            if within(SOON, lambda: self.post(END, None)) is None:
                 return  # the store is gone, and with it the thread's reason to come back
             self._thread.join(SOON)
 
@@ -242,3 +256,31 @@ def open_notices(store: Store, rank: int, world_size: int, timeout: timedelta) -
         timeout: How long a process waits for the others.
     """
     return Notices(PrefixStore(f"eventtrain/{next(NUMBERS)}", store), rank, world_size, timeout)
+
+
+def summary(error: BaseException) -> str:
+    """Return an error in one line: its class, its first line, and the place in the run if it is known."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "Original Traceback" in str(error):  # of a loader's worker
+        return lines[-1]
+    places = [note for note in getattr(error, "__notes__", ()) if note.startswith("raised in ")]
+    return f"{type(error).__name__}{': ' if lines else ''}{lines[0] if lines else ''}{f' ({places[0]})' if places else ''}"
+
+
+def within(seconds: float, action: Callable[[], Any]) -> Any:
+    """Return the result of an action on the store; None if it fails or takes longer, because the store is gone.
+
+    Args:
+        seconds: How long to wait.
+        action: The action.
+    """
+    results: list[Any] = []
+
+    def act() -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: the caller goes on without an answer
+            results.append(action())
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None

@@ -52,6 +52,11 @@ class Requests:
         notices.on("decide", self._on_decide)
         notices.on("call_off", self._on_call_off)
 
+    @property
+    def passed(self) -> Tick:
+        """The last tick that this process has passed."""
+        return self._passed
+
     def pass_tick(self, flags: list[bool], *, ends_batch: bool) -> list[bool]:
         """Pass a tick; wait only if a process asks for something.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -115,8 +117,8 @@ def reduce_held_gradients(module: nn.Module, processes: TorchProcesses, mesh: De
 
     Args:
         module: The module, sharded.
-        processes: The processes that share the data.
-        mesh: The mesh along which they share it.
+        processes: All processes.
+        mesh: The mesh of those that share the data.
     """
     reshard(module)
     parameters: list[Any] = []
@@ -129,7 +131,11 @@ def reduce_held_gradients(module: nn.Module, processes: TorchProcesses, mesh: De
             gradient = gradient.redistribute(placements=placements).to_local()
         parameters.append(record.sharded_param)
         sums.append(gradient)
-    processes.average(sums)
+    if mesh.size() == processes.world_size:
+        processes.average(sums)
+    else:  # each of the other processes has another part of a layer
+        for gradient, dim in product(sums, range(mesh.ndim)):
+            dist.all_reduce(gradient.div_(mesh.size(dim)), group=mesh.get_group(dim))
     for parameter, gradient in zip(parameters, sums, strict=True):
         of_data: list[Any] = [
             Shard(dim) if (dim := divided_dim(each)) is not None else each for each in parameter.placements[: mesh.ndim]

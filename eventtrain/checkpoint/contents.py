@@ -162,7 +162,7 @@ def announce(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> dict[st
     Raises:
         MisconfigurationError: If its schema is unknown.
     """
-    trainer.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
+    trainer.signals.checkpoint_read.publish(CheckpointRead(checkpoint, path))
     trainer.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
     checkpoint = migrated(checkpoint, path)
     if hasattr(trainer.datamodule, "load_state_dict"):

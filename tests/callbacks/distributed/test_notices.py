@@ -108,7 +108,7 @@ def test_a_failure_ends_the_waiting_of_the_others_and_is_named() -> None:
         error = OSError("disk full\nand more")
         waits, _ = together(lambda: requests[0].pass_tick([True], ends_batch=True), lambda: second.fail(error))
         assert isinstance(waits, ExchangeError) and time.monotonic() - began < 5
-        assert "the requests after batch 1: rank 1 has failed (OSError: disk full), and rank 0 waited for it." in str(waits)
+        assert str(waits) == "Rank 1 has failed with OSError: disk full. Rank 0 waited for it in the requests after batch 1."
 
 
 def test_a_handler_that_raises_is_an_error_in_the_main_thread() -> None:

@@ -1,0 +1,20 @@
+"""Import what runs need and run one, once, before processes are forked from this one: so that none of them has to.
+
+Only the server of forks imports this module.
+"""
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+import tests.chaos.ranks
+from tests.chaos.kinds import fit
+
+assert tests.chaos.ranks.KINDS  # imported for the processes that are ranks
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+for name in ("the default", "manual, fp16"):
+    with tempfile.TemporaryDirectory() as folder:
+        fit(name, Path(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from eventtrain.callback import Callback, on_demand
+from eventtrain.callbacks.distributed.absences import Absences
 from eventtrain.callbacks.distributed.data_parallel import DataParallel
 from eventtrain.callbacks.distributed.meshes import Mesh, Shares, check_alike, check_parallelized, data_mesh
 from eventtrain.callbacks.distributed.sharded_checkpoint import KEY, put_back, refuse_remote_places, take_out
@@ -31,6 +32,7 @@ from eventtrain.checks import check_option
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     AfterZeroGrad,
+    BeforeBackward,
     BeforeForward,
     CheckpointGathered,
     CheckpointRead,
@@ -39,6 +41,8 @@ from eventtrain.events import (
     JoinProcesses,
     ReduceGradients,
     Setup,
+    Teardown,
+    TrainBatchEnd,
     TrainEpochStart,
 )
 from eventtrain.hints import check_arguments
@@ -139,9 +143,12 @@ class FullyShardedDataParallel(DataParallel, Callback):
         self._mesh = Mesh(mesh, mesh_dim_names)
         self._checks_batch = False  # the next training batch is the first of its epoch, and is divided by layers
         self._writers: Writers | None = None
+        self._absences: Absences | None = None
+        self._hooks: list[Any] = []
         self._syncs: bool | None = None  # the last value of the module's requires_gradient_sync
         self._may_hold_gradients = True  # of a window, not reduced yet
         self._has_called_a_step = False  # in this run
+        self._module: Any = None
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -187,7 +194,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
             trainer.listen(handler)
         if self._mesh.tensor is not None:
             trainer.listen(self.on_train_epoch_start)
-        module = trainer.module
+        module = self._module = trainer.module
         self.check_initialized(module)
         self._syncs, self._may_hold_gradients, self._has_called_a_step = None, True, False
         if not isinstance(module, FSDPModule):
@@ -198,6 +205,15 @@ class FullyShardedDataParallel(DataParallel, Callback):
         if CALL not in vars(module):
             vars(module)[CALL] = call
             register_fsdp_forward_method(module, CALL)
+        self._absences = None
+        if event.stage == "fit" and module.automatic_optimization:
+            assert self._processes.notices is not None
+            absences = self._absences = Absences(self._processes.notices)
+            for part in module.modules():
+                if part is not module and isinstance(part, FSDPModule):  # before torch's hook, which waits for the others
+                    self._hooks.append(part.register_forward_pre_hook(lambda part, args: absences.enter_layer(), prepend=True))
+            trainer.listen(self.on_before_backward)
+            trainer.listen(self.on_train_batch_end)
 
     def _check_sharded(self, module: nn.Module) -> None:
         """Check that :meth:`shard` has sharded the module itself, and has divided layers if the mesh is for that."""
@@ -234,7 +250,12 @@ class FullyShardedDataParallel(DataParallel, Callback):
         if event.stage != "train":
             event.call = lambda step, *args: evaluate(module, step, *args)
             return
-        event.call = getattr(module, CALL)
+        if self._absences is None:
+            event.call = getattr(module, CALL)
+        else:
+            self._absences.begin(trainer.total_batch_idx)
+            event.call = self._call
+            event.enter(self._absences.explaining())
         syncs = event.closes_window or not module.automatic_optimization
         if syncs is not self._syncs:
             self._syncs = syncs
@@ -242,6 +263,37 @@ class FullyShardedDataParallel(DataParallel, Callback):
             if not self.reshard_after_backward:  # the next batch of the window uses the gathered weights
                 module.set_reshard_after_backward(syncs)
         self._may_hold_gradients = self._may_hold_gradients or not syncs
+
+    def _call(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Call a training step; if it returns no loss, wait until it is known that none has one."""
+        module: Any = self._module
+        outputs = getattr(module, CALL)(step, *args)
+        if outputs is None or (isinstance(outputs, Mapping) and outputs.get("loss") is None):
+            self._wait_without_loss()
+        return outputs
+
+    @on_demand
+    def on_before_backward(self, trainer: Trainer, event: BeforeBackward) -> None:
+        assert self._absences is not None
+        event.enter(self._absences.explaining())
+        self._absences.bring_loss()
+
+    @on_demand
+    def on_train_batch_end(self, trainer: Trainer, event: TrainBatchEnd) -> None:
+        self._wait_if_skipped(trainer)
+
+    def _wait_if_skipped(self, trainer: Trainer) -> None:
+        """Wait for the others in a batch that was skipped, or whose loss a listener has removed."""
+        assert self._absences is not None
+        self._absences.begin(trainer.total_batch_idx)
+        if not self._absences.has_settled:
+            self._wait_without_loss()
+
+    def _wait_without_loss(self) -> None:
+        assert self._absences is not None
+        self._absences.wait()
+        if self._has_called_a_step:
+            reshard(self._module)  # no backward frees what the forward has gathered
 
     @on_demand
     def on_after_zero_grad(self, trainer: Trainer, event: AfterZeroGrad) -> None:
@@ -252,6 +304,8 @@ class FullyShardedDataParallel(DataParallel, Callback):
     @on_demand
     def on_reduce_gradients(self, trainer: Trainer, event: ReduceGradients) -> None:
         # Torch has averaged them in the backward of the batch that closes the window, if that batch had a loss.
+        if self._absences is not None:
+            self._wait_if_skipped(trainer)
         if self._may_hold_gradients:
             assert self._processes is not None and self.mesh is not None
             reduce_held_gradients(trainer.module, self._processes, data_mesh(self.mesh))
@@ -259,6 +313,12 @@ class FullyShardedDataParallel(DataParallel, Callback):
     @on_demand
     def on_train_epoch_start(self, trainer: Trainer, event: TrainEpochStart) -> None:
         self._checks_batch = True
+
+    def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
+        super().on_teardown(trainer, event)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
         super().on_exception(trainer, event)

@@ -365,12 +365,13 @@ def merged_metrics(states: list[dict[str, Any]], trainer: Trainer, advice: str) 
     logged = [entry for state in states for entry in state["metrics"]["entries"]]
     of_objects = {(each["metric"], each["name"], each.get("scope")): each for each in logged if each["metric"] is not None}
     metrics["entries"] = list(of_objects.values())  # all processes compute them together
-    if trainer.is_global_zero:
+    is_first = trainer.processes.data.global_rank == 0
+    if is_first:
         metrics["entries"] += [each for each in logged if each["metric"] is None]
     objects = [state["metrics"]["metric_objects"] for state in states]
     modules = dict(trainer.module.named_modules())
     metrics["metric_objects"] = {
-        path: merged_object(modules[path], [each[path] for each in objects if path in each], trainer.is_global_zero, advice)
+        path: merged_object(modules[path], [each[path] for each in objects if path in each], is_first, advice)
         for path in dict.fromkeys(path for each in objects for path in each)
         if path in modules and is_metric(modules[path])
     }

@@ -138,7 +138,7 @@ def reduce_held_gradients(module: nn.Module, processes: TorchProcesses, mesh: De
             dist.all_reduce(gradient.div_(mesh.size(dim)), group=mesh.get_group(dim))
     for parameter, gradient in zip(parameters, sums, strict=True):
         of_data: list[Any] = [
-            Shard(dim) if (dim := divided_dim(each)) is not None else each for each in parameter.placements[: mesh.ndim]
+            Shard(divided) if (divided := divided_dim(each)) is not None else each for each in parameter.placements[: mesh.ndim]
         ]
         part = distribute_tensor(gradient.to(parameter.dtype), mesh, of_data, src_data_rank=None).to_local()
         shape, stride = parameter.shape, parameter.stride()

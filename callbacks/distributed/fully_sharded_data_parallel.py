@@ -67,6 +67,10 @@ class FullyShardedDataParallel(DataParallel, Callback):
     - ``fit_start``: refuses optimizers that decide by the loss how often they evaluate their closure, and loss scaling;
     - ``before_forward``: each step is called as a forward of the sharded module; gradients are only reduced if the batch
       closes a window (only if there are other processes);
+    - ``before_backward`` and ``train_batch_end``: a batch without a loss in only some processes ends the run in all (only if
+      there are other processes);
+    - ``train_epoch_start``: in the epoch's first batch, processes that divide layers check that their batches and random
+      numbers are the same (only if there are such processes);
     - ``after_zero_grad`` and ``reduce_gradients``: handle windows that were never closed, or closed by a skipped batch (only
       if there are other processes);
     - ``validation_epoch_start``, ``test_epoch_start`` and ``predict_epoch_start``: all processes get rank zero's buffers;
@@ -74,7 +78,8 @@ class FullyShardedDataParallel(DataParallel, Callback):
       ``checkpoint_read`` puts them back;
     - ``exception`` and ``teardown``: clean up.
 
-    Emits no metrics; reads nothing from the device. Override :meth:`shard` for another layout.
+    Emits no metrics; reads nothing from the device, except the first batch of an epoch if layers are divided. Override
+    :meth:`shard` for another layout.
 
     **Evaluation counts up to** ``world_size - 1`` **samples twice.** A forward waits for all processes, so each process needs
     the same number of batches: the shares of validation, test and prediction are filled up with samples from the beginning.
@@ -92,15 +97,22 @@ class FullyShardedDataParallel(DataParallel, Callback):
     Args:
         units: The classes of the submodules whose weights are gathered and freed together, such as ``(Block,)``; None for
             the module's children.
+        mesh: The sizes of the dimensions in which the processes are arranged, such as ``(2, 4)``, or a ``DeviceMesh``; None for
+            one dimension, along which weights and data are divided.
+        mesh_dim_names: Their names: ``"shard"``, perhaps ``"replicate"`` before it, for hybrid sharding, and perhaps
+            ``"tensor"`` after it, whose processes see the same batches and divide layers, see :meth:`shard`.
+        reshard_after_backward: Whether weights are freed after a backward that does not close its accumulation window. If not,
+            the next batch gathers none that are still there.
         shares_data: Whether loaders get a sampler that gives each process its share. Loaders that have such a sampler stay as
             they are. Write False if each process loads its share, in as many batches as the other processes.
         timeout: How long an exchange waits for the other processes, a ``timedelta`` or seconds; None for torch's default.
-        **options: Options of :func:`torch.distributed.fsdp.fully_shard`: ``mesh``, ``reshard_after_forward``, ``mp_policy``,
+        **options: Options of :func:`torch.distributed.fsdp.fully_shard`: ``reshard_after_forward``, ``mp_policy``,
             ``offload_policy``, ... .
 
     Raises:
-        MisconfigurationError: If the timeout is not a time, or the units are not classes of modules; in a run, if the
-            optimizer, a loader, a callback or a checkpoint cannot be used with sharded weights.
+        MisconfigurationError: If the timeout is not a time, the units are not classes of modules, or the mesh does not say
+            along which dimensions weights, data and layers are divided; in a run, if the optimizer, a loader, a callback or a
+            checkpoint cannot be used with sharded weights, or a batch has a loss in some processes and none in others.
 
     Example:
         Started by ``torchrun --nproc-per-node 8 train.py``, this trains in eight processes; here there is one.
@@ -199,6 +211,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
         self._syncs, self._may_hold_gradients, self._has_called_a_step = None, True, False
         if not isinstance(module, FSDPModule):
             self._processes.overwrite([*module.parameters(), *module.buffers()])
+            self._mesh.divide_metrics(module)
             takes_mesh = len(inspect.signature(self.shard).parameters) > 1
             self.shard(*(module, self.mesh) if takes_mesh else (module,))
             self._check_sharded(module)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from eventtrain._torch import is_metric
 from eventtrain.callbacks.distributed.sharded_tensors import ShardedProcesses, map_tensors
 from eventtrain.distributed import Reduction
 from eventtrain.errors import MisconfigurationError
@@ -122,6 +123,15 @@ class Mesh:
         """Return the size of each dimension, by its name."""
         assert self.made is not None
         return dict(zip(self.names, self.made.shape, strict=True))
+
+    def divide_metrics(self, module: nn.Module) -> None:
+        """Have torchmetrics objects add up what the processes of different data have seen, if others see the same."""
+        if self.made is None or self.tensor is None:
+            return
+        groups = [dist.new_group(ranks) for ranks in self.groups()[0]]  # all processes make all groups
+        for metric in filter(is_metric, module.modules()):
+            if getattr(metric, "process_group", None) is None:
+                vars(metric)["process_group"] = groups[self.made.get_local_rank(self.tensor)]
 
     def check_window(self, content: dict[str, Any], processes: Any) -> None:
         """Check that these processes can hold the gradients of a checkpoint, if its window is open.

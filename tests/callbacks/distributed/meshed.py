@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics import SumMetric
 
 from eventtrain import LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import (
@@ -71,7 +72,7 @@ class Model(LightningModule):
         self.blocks = nn.ModuleList([Block(dropout), Block(dropout)])
         self.tail = nn.Linear(6, 1)
         self.gain = nn.Parameter(torch.ones(1))
-        self.weight = weight
+        self.weight, self.total = weight, SumMetric()
         self.seen: list[list[float]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -79,6 +80,8 @@ class Model(LightningModule):
         self.seen.append(x[:, 0].tolist())
         loss = F.mse_loss(self.out(x), y)
         self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+        self.total.update(float(len(x)))
+        self.log("total", self.total, on_step=False, on_epoch=True)
         self.log("samples", float(len(x)), on_step=False, on_epoch=True, reduce_fx="sum")
         return {"loss": loss, "weight": float(1 + batch_idx)} if self.weight else loss
 

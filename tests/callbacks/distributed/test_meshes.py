@@ -70,7 +70,7 @@ def test_data_are_divided_between_the_processes_of_different_data_alone(results:
     of_epoch = [x for share in range(shares) for batch in seen[share][:3] for x in batch]
     assert len(of_epoch) == len(set(of_epoch)) == 6 * shares
     for run in runs:  # nothing counts twice
-        assert run["metrics"]["samples"] == 6 * shares
+        assert run["metrics"]["samples"] == run["metrics"]["total"] == 6 * shares
         assert run["metrics"]["val_samples"] == 8
 
 

@@ -1,7 +1,7 @@
 """An event-driven PyTorch trainer: the loop only publishes, everything else is a callback."""
 
 from eventtrain import events
-from eventtrain.callback import Callback, on_demand
+from eventtrain.callback import Callback, decides_alike, on_demand
 from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.core.closure import Closure
 from eventtrain.core.optimizer import LightningOptimizer
@@ -22,6 +22,7 @@ __all__ = [
     "MisconfigurationError",
     "Trainer",
     "__version__",
+    "decides_alike",
     "events",
     "on_demand",
     "seed_everything",

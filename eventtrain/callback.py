@@ -51,6 +51,31 @@ def on_demand(handler: F) -> F:
     return handler
 
 
+def decides_alike(handler: F) -> F:
+    """Mark a listener of ``before_optimizer_step`` that decides alike in all processes, because it decides by reduced gradients
+    or by values that are the same everywhere. Then several processes do not have to agree on its vetoes in each step.
+
+    Args:
+        handler: A callback's ``on_before_optimizer_step`` method, or a function that is connected to the event.
+
+    Returns:
+        The same function.
+
+    Example:
+        >>> class SkipEveryThird(Callback):
+        ...     @decides_alike
+        ...     def on_before_optimizer_step(self, trainer, event):
+        ...         if trainer.total_batch_idx % 3 == 2:
+        ...             event.skip("each third")
+        >>> trainer = Trainer(max_epochs=1, callbacks=SkipEveryThird(), device="cpu", default_callbacks=False)
+        >>> trainer.fit(Line(), [torch.ones(4, 1)] * 3)
+        >>> trainer.global_step
+        2
+    """
+    handler.decides_alike = True  # type: ignore[attr-defined]
+    return handler
+
+
 def is_on_demand(handler: Any) -> bool:
     """Return whether a handler is marked by :func:`on_demand`, itself or the method of a base class that it overrides."""
     kind = type(getattr(handler, "__self__", None))

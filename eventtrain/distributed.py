@@ -12,6 +12,7 @@ from torch import Tensor
 
 Reduction = Literal["mean", "sum", "min", "max"]
 Place = Literal["batch_end", "in_between", "meeting"]
+Weight = Tensor | float | None
 T = TypeVar("T")
 
 
@@ -43,10 +44,7 @@ class Processes(Protocol):
     def any(self, flag: bool) -> bool:
         """Return whether the flag holds in any process."""
 
-    def any_of(self, flags: list[bool]) -> list[bool]:
-        """Return for each flag whether it holds in any process, by one exchange."""
-
-    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+    def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
         """Return for each flag whether all processes act on it from here on. It is true once.
 
         Only at a ``"meeting"`` all processes wait for each other; there a flag of any process holds. At other places nothing is
@@ -56,6 +54,7 @@ class Processes(Protocol):
         Args:
             flags: What this process asks for.
             place: ``"batch_end"``, ``"meeting"``, or ``"in_between"`` for another place that all processes pass.
+            name: Who asks; the run's own requests have no name.
         """
 
     @property
@@ -64,6 +63,23 @@ class Processes(Protocol):
 
     def call_off(self) -> None:
         """Tell the others that this process leaves the current evaluation."""
+
+    def begin_reduction(self, batches: int, missing: int, weight: Weight) -> None:
+        """Tell the others how much this process contributes to its accumulation window, if they do not know.
+
+        It comes before the reduction of the gradients, once in a window.
+
+        Args:
+            batches: The batches that had a loss.
+            missing: The batches that had none.
+            weight: The sum of the weights; None if they have none.
+        """
+
+    def end_reduction(self, batches: int, missing: int, weight: Weight) -> tuple[Tensor | float, Weight]:
+        """Return the mean number of batches and the mean weight that the processes have contributed to the window.
+
+        It comes after the reduction of the gradients, with the arguments of :meth:`begin_reduction`.
+        """
 
     def broadcast(self, value: T) -> T:
         """Return the first process's value, any object that can be pickled; tensors arrive on the CPU."""
@@ -99,16 +115,13 @@ class SingleProcess:
         """Return the flag."""
         return flag
 
-    def any_of(self, flags: list[bool]) -> list[bool]:
-        """Return the flags, each as :meth:`any` answers it."""
-        return [self.any(flag) for flag in flags]
-
-    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+    def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
         """Return the flags."""
         return flags
 
-    def call_off(self) -> None:
-        """Do nothing."""
+    def end_reduction(self, batches: int, missing: int, weight: Weight) -> tuple[Tensor | float, Weight]:
+        """Return the number and the weight."""
+        return batches, weight
 
     def broadcast(self, value: T) -> T:
         """Return the value."""
@@ -124,3 +137,9 @@ class SingleProcess:
 
     def barrier(self) -> None:
         """Return at once."""
+
+    def call_off(self) -> None:
+        """Do nothing."""
+
+    def begin_reduction(self, batches: int, missing: int, weight: Weight) -> None:
+        """Do nothing."""

@@ -520,11 +520,15 @@ class ReduceGradients(Event):
 
     Attributes:
         optimizer: The optimizer.
-        skipped: Backward has not averaged them: the batch that closes the window was skipped, or the user's own code steps.
+        skipped: Backward has not averaged them: the batch that closes the window has no loss in this process, or the user's own
+            code steps.
+        own_step: The user's own code steps, so that all processes average now. Else other processes may average in their
+            backward.
     """
 
     optimizer: LightningOptimizer
     skipped: bool = False
+    own_step: bool = False
 
 
 class UnscaleGradients(Event):
@@ -548,13 +552,13 @@ class GradientsReady(Event):
 
     Attributes:
         optimizer: The optimizer.
-        batches: The window's batches that had a loss; None in manual optimization.
-        weight: The sum of their weights; None if they have none.
-        weight_reference: The run's first weight, the unit that backward measured weights in.
+        batches: The window's batches that had a loss, a mean over the processes; None in manual optimization.
+        weight: The sum of their weights, a mean over the processes; None if they have none.
+        weight_reference: The unit that backward measured weights in: the run's first weight, or 1 with several processes.
     """
 
     optimizer: LightningOptimizer
-    batches: int | None
+    batches: Tensor | float | None
     weight: Tensor | float | None
     weight_reference: Tensor | float | None
 
@@ -574,6 +578,9 @@ class GradientsFinal(Event):
 class BeforeOptimizerStep(Event):
     """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones,
     unclipped. A listener may veto the step.
+
+    Several processes agree on a veto by one exchange for each step, unless all listeners decide alike in all processes: mark
+    such a listener with :func:`~eventtrain.decides_alike`.
 
     Attributes:
         optimizer: The optimizer.

@@ -159,7 +159,8 @@ class ModelCheckpoint(Callback):
         if self.every_n_epochs and event.epoch_end and progress.epochs_done % self.every_n_epochs == 0:
             return True
         if self.every_n_minutes:
-            return trainer.processes.any(time.monotonic() - self._time >= 60 * self.every_n_minutes)
+            is_time = time.monotonic() - self._time >= 60 * self.every_n_minutes
+            return trainer.processes.agree([is_time], "in_between", self.state_key)[0]
         if self.every_n_steps or self.every_n_epochs:
             return False
         return event.epoch_end or progress.validations != self._validations

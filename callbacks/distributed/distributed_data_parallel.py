@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from operator import is_not
 from typing import Any
@@ -16,29 +16,67 @@ from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.distributed.buckets import Arrivals
 from eventtrain.callbacks.distributed.data_parallel import DataParallel
 from eventtrain.errors import MisconfigurationError
-from eventtrain.events import BeforeForward, ReduceGradients, Setup, Teardown, TrainEpochStart
+from eventtrain.events import AfterBackward, BeforeBackward, BeforeForward, ReduceGradients, Setup, Teardown, TrainEpochStart
 from eventtrain.hints import check_arguments
 from eventtrain.module.module import LightningModule
 from eventtrain.trainer import Trainer
 
 
+class Zeros(torch.autograd.Function):
+    """A loss of zero, whose backward gives each parameter a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, sparse: set[nn.Parameter], *parameters: nn.Parameter) -> Tensor:
+        """Return the loss.
+
+        Args:
+            ctx: The context of autograd.
+            sparse: The parameters whose gradients are sparse.
+            *parameters: The parameters.
+        """
+        ctx.sparse, ctx.parameters = sparse, parameters
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the zeros."""
+        layouts = [torch.sparse_coo if each in ctx.sparse else torch.strided for each in ctx.parameters]
+        return None, *[torch.zeros_like(each, layout=layout) for each, layout in zip(ctx.parameters, layouts, strict=True)]
+
+
 class Step(nn.Module):
     """A module whose ``forward`` is a step of another module, because torch's wrapper only wraps ``forward``.
 
+    If a step returns no loss, the wrapper gets a loss of zero, because the other processes wait for its gradients.
+
     Args:
         module: The module whose steps are called.
-        expect_nothing: Called if a step returned nothing, so that the wrapper has no backward to wait for.
+        parameters: The parameters that are trained.
+
+    Attributes:
+        has_no_loss: The last step returned no loss.
+        outputs: The outputs of that step.
     """
 
-    def __init__(self, module: LightningModule, expect_nothing: Callable[[], None]) -> None:
+    def __init__(self, module: LightningModule, parameters: list[nn.Parameter]) -> None:
         super().__init__()
-        self.module, self.expect_nothing = module, expect_nothing
+        self.module, self.trained = module, parameters
+        self.has_no_loss, self.outputs = False, None
 
     def forward(self, step: Callable[..., Any], *args: Any) -> Any:
         """Call the step."""
-        if (outputs := step(*args)) is None:
-            self.expect_nothing()
-        return outputs
+        outputs = step(*args)
+        self.has_no_loss = outputs is None or (isinstance(outputs, Mapping) and outputs.get("loss") is None)
+        if not self.has_no_loss:
+            return outputs
+        self.outputs = outputs
+        return self.zeros()
+
+    def zeros(self) -> Tensor:
+        """Return a loss of zero of all parameters."""
+        tables = [each for each in self.module.modules() if isinstance(each, (nn.Embedding, nn.EmbeddingBag)) and each.sparse]
+        loss: Tensor = Zeros.apply({each.weight for each in tables}, *self.trained)  # type: ignore[no-untyped-call]
+        return loss
 
 
 class DistributedDataParallel(DataParallel, Callback):
@@ -100,6 +138,9 @@ class DistributedDataParallel(DataParallel, Callback):
         self._arrivals: Arrivals | None = None
         self._order: list[str] | None = None  # of a checkpoint: the names of the parameters, as their gradients were sent
         self._window_open = False
+        self._step: Step | None = None
+        self._was_called = False  # for the batch that closes the window
+        self._zeros: Tensor | None = None  # the loss in place of the one that a step did not return
 
     def wrap(self, module: nn.Module) -> TorchDistributedDataParallel:
         """Return torch's wrapper around a module. Override it for a communication hook, for example.
@@ -134,32 +175,34 @@ class DistributedDataParallel(DataParallel, Callback):
     def on_before_forward(self, trainer: Trainer, event: BeforeForward) -> None:
         if event.stage != "train" or not trainer.module.automatic_optimization:
             return
-        self._parameters = self._parameters or list(trainer.module.parameters())
-        if self._trains_others():
-            if self._window_open:  # the new wrapper does not know what the window holds for layers that are frozen now
-                self.average_gradients([parameter for parameter in self._parameters if not parameter.requires_grad])
-            self._wrap(trainer.module)
-        if self._order is not None:
-            self._send_in_order(trainer.module)
-        self._window_open = not event.closes_window
-        if self._arrivals is not None and self._arrivals.is_open:
-            self._arrivals.begin(event.closes_window)
+        self._prepare(trainer.module, event.closes_window)
         if self._wrapper is not None:
-            event.call = self._wrapper
-            self._wrapper.require_backward_grad_sync = True
+            event.call = self._call
+            self._was_called = event.closes_window
             if not event.closes_window:
                 event.enter(self._wrapper.no_sync())
 
     @on_demand
     def on_reduce_gradients(self, trainer: Trainer, event: ReduceGradients) -> None:
-        # The wrapper has averaged them in the backward of the batch that closes the window, unless that batch was skipped, or
-        # froze or thawed layers.
-        if event.skipped or not trainer.module.automatic_optimization or self._trains_others():
+        module, was_called, self._was_called = trainer.module, self._was_called, False
+        if not module.automatic_optimization or event.own_step:
+            self._was_called = was_called
             self.average_gradients(list(event.optimizer.parameters()))
+            return
+        if not was_called:
+            self._prepare(module, closes_window=True)
+        if self._trains_others():  # the step itself froze or thawed layers
+            self.average_gradients(list(event.optimizer.parameters()))
+        elif event.skipped and self._wrapper is not None:
+            zeros = self._zero_loss(self._wrapper, was_called)
+            with (phase := BeforeBackward(zeros, zeros, 1)):
+                trainer.signals.before_backward.publish(phase)
+                torch.autograd.backward(phase.loss)
+            trainer.signals.after_backward.publish(AfterBackward(zeros))
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         super().on_teardown(trainer, event)
-        self._wrapper = self._arrivals = self._order = None
+        self._wrapper = self._step = self._zeros = self._arrivals = self._order = None
         self._parameters = self._wrapped = []
         self._names = {}
 
@@ -175,20 +218,33 @@ class DistributedDataParallel(DataParallel, Callback):
             MisconfigurationError: If a gradient is sparse.
         """
         assert self._processes is not None
-        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        has_gradient_anywhere = self._processes.reduce(has_gradient, "max").tolist()
-        gradients = []
-        for parameter, is_needed in zip(parameters, has_gradient_anywhere, strict=True):
-            if is_needed:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                gradients.append(parameter.grad)
-        if any(gradient.is_sparse for gradient in gradients):
+        if not parameters:
+            return
+        if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
             raise MisconfigurationError(
                 "DistributedDataParallel cannot average sparse gradients in manual optimization. Use sparse=False, or "
                 "automatic optimization."
             )
-        self._processes.average(gradients)
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        shares = gradients[0].new_tensor([parameter.grad is not None for parameter in parameters])  # goes with the gradients
+        self._processes.average([*gradients, shares])
+        for parameter, gradient, share in zip(parameters, gradients, shares.tolist(), strict=True):
+            parameter.grad = gradient if share else None
+
+    def _prepare(self, module: LightningModule, closes_window: bool) -> None:
+        """Make the wrapper ready for a batch: a new one if layers were frozen or thawed."""
+        self._parameters = self._parameters or list(module.parameters())
+        if self._trains_others():
+            if self._window_open:  # the new wrapper does not know what the window holds for layers that are frozen now
+                self.average_gradients([parameter for parameter in self._parameters if not parameter.requires_grad])
+            self._wrap(module)
+        if self._order is not None:
+            self._send_in_order(module)
+        self._window_open = not closes_window
+        if self._arrivals is not None and self._arrivals.is_open:
+            self._arrivals.begin(closes_window)
+        if self._wrapper is not None:
+            self._wrapper.require_backward_grad_sync = True
 
     def _wrap(self, module: LightningModule) -> None:
         """Make torch's wrapper for the parameters that are trained now."""
@@ -196,7 +252,8 @@ class DistributedDataParallel(DataParallel, Callback):
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         if self._arrivals is not None:
             self._arrivals.stop()
-        self._wrapper = self.wrap(Step(module, self._expect_nothing)) if self._wrapped else None
+        self._step = Step(module, self._wrapped)
+        self._wrapper = self.wrap(self._step) if self._wrapped else None
         self._arrivals = None if self._wrapper is None else Arrivals(self._wrapper, self._wrapped)
 
     def state_dict(self) -> dict[str, Any]:
@@ -223,10 +280,25 @@ class DistributedDataParallel(DataParallel, Callback):
         if order is not None and self._arrivals is not None and sorted(order) == sorted(numbers):
             self._arrivals.repeat([numbers[name] for name in order])
 
-    def _expect_nothing(self) -> None:
-        """Have the wrapper wait for no backward: the module has taken its own step, or had nothing to train in this batch."""
-        assert self._wrapper is not None
-        self._wrapper.require_backward_grad_sync = False
+    def _call(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Call a training step through the wrapper."""
+        assert self._wrapper is not None and self._step is not None
+        outputs = self._wrapper(step, *args)
+        if not self._step.has_no_loss:
+            return outputs
+        self._zeros = outputs
+        return self._step.outputs
+
+    def _zero_loss(self, wrapper: Any, was_called: bool) -> Any:
+        """Return a loss of zero for a batch without one, which takes part in the reduction of the other processes."""
+        assert self._step is not None
+        zeros, self._zeros = self._zeros, None
+        if not was_called:  # as often as in other processes, which exchange buffers in each call
+            zeros = wrapper(lambda: None)
+        elif zeros is None:  # a listener has removed the loss
+            zeros = self._step.zeros()
+            wrapper.reducer.prepare_for_backward([zeros] if wrapper.find_unused_parameters else [])
+        return zeros
 
     def _trains_others(self) -> bool:
         """Return whether other parameters are trained than when the wrapper was made, which only knows those."""

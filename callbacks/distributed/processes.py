@@ -22,8 +22,9 @@ from torch.distributed.rendezvous import rendezvous
 from eventtrain.callbacks.distributed.exchanges import GIVEN_UP, INLINE, Exchanges, is_of_an_exchange, raised_in
 from eventtrain.callbacks.distributed.notices import ExchangeError, Notices, clone, open_notices
 from eventtrain.callbacks.distributed.requests import Requests
+from eventtrain.callbacks.distributed.windows import Windows
 from eventtrain.checks import check_number
-from eventtrain.distributed import Place, Reduction
+from eventtrain.distributed import Place, Reduction, Weight
 from eventtrain.errors import MisconfigurationError
 
 T = TypeVar("T")
@@ -54,6 +55,7 @@ class TorchProcesses:
         self._timeout = timeout or dist.default_pg_timeout
         self.notices: Notices | None = None
         self._requests: Requests | None = None
+        self._windows: Windows | None = None
         # None is the default group, in all of torch's calls.
         self._control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         self.exchanges = Exchanges(self.global_rank, self.world_size, self._timeout, clone(group_store()))
@@ -72,6 +74,8 @@ class TorchProcesses:
         """
         self.notices = open_notices(group_store(), self.global_rank, self.world_size, self._timeout)
         self._requests = requests = Requests(self.notices)
+        waits = dist.get_backend() == "gloo"  # for a reduction of gradients
+        self._windows = Windows(self.notices, None if waits else torch.device("cuda", torch.cuda.current_device()))
         self.exchanges.begin_run(self.notices, place, lambda: list(requests.passed))
         self.notices.open()
         self.barrier()
@@ -106,14 +110,14 @@ class TorchProcesses:
             record(error)
         self.exchanges.depart(error)
 
-    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+    def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
         """Return for each flag whether all processes act on it at this place; without an exchange if none is set anywhere."""
         assert self._requests is not None
         if place == "meeting":
-            flags = self.any_of(flags)
+            met = self.reduce(torch.tensor(flags, dtype=torch.uint8), "max").tolist()
             self._requests.meet()
-            return flags
-        return self._requests.pass_tick(flags, ends_batch=place == "batch_end")
+            return [bool(flag) for flag in met]
+        return self._requests.pass_tick(flags, ends_batch=place == "batch_end", name=name)
 
     @property
     def is_called_off(self) -> bool:
@@ -124,6 +128,16 @@ class TorchProcesses:
         """Tell the others that this process leaves the current evaluation."""
         assert self._requests is not None
         self._requests.call_off()
+
+    def begin_reduction(self, batches: int, missing: int, weight: Weight) -> None:
+        """Tell the others how much this process contributes to its window, if they do not know."""
+        assert self._windows is not None
+        self._windows.begin(batches, missing, weight)
+
+    def end_reduction(self, batches: int, missing: int, weight: Weight) -> tuple[Tensor | float, Weight]:
+        """Return the mean number of batches and the mean weight that the processes have contributed to the window."""
+        assert self._windows is not None
+        return self._windows.end(batches, missing, weight)
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Combine a tensor of every process; return the result, a new tensor, on all of them."""
@@ -149,11 +163,7 @@ class TorchProcesses:
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag holds in any process."""
-        return self.any_of([flag])[0]
-
-    def any_of(self, flags: list[bool]) -> list[bool]:
-        """Return for each flag whether it holds in any process, by one exchange."""
-        return [bool(flag) for flag in self.reduce(torch.tensor(flags, dtype=torch.uint8), "max").tolist()]
+        return bool(self.reduce(torch.tensor(flag, dtype=torch.uint8), "max"))
 
     def broadcast(self, value: T) -> T:
         """Return the value of rank zero; tensors arrive on the CPU."""

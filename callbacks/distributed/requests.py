@@ -45,8 +45,8 @@ class Requests:
         self._passed = Tick(0, 0, 0)
         self._open: set[Tick] = set()  # ticks at which some process asks, not decided yet
         self._answered: set[Tick] = set()  # ticks that this process has answered for
-        self._announced: set[int] = set()  # requests of this process that do not hold yet
-        self._due: dict[int, Tick] = {}  # by request the tick at which it holds
+        self._announced: set[str] = set()  # requests of this process that do not hold yet
+        self._due: dict[str, Tick] = {}  # by request the tick at which it holds
         self.is_called_off = False
         notices.on("ask", self._on_ask)
         notices.on("decide", self._on_decide)
@@ -57,12 +57,13 @@ class Requests:
         """The last tick that this process has passed."""
         return self._passed
 
-    def pass_tick(self, flags: list[bool], *, ends_batch: bool) -> list[bool]:
+    def pass_tick(self, flags: list[bool], *, ends_batch: bool, name: str = "") -> list[bool]:
         """Pass a tick; wait only if a process asks for something.
 
         Args:
             flags: For each request, whether this process makes it.
             ends_batch: Whether the tick ends a batch.
+            name: Who asks, so that flags of the same place in the list are different requests.
 
         Returns:
             For each request, whether it holds from here on in all processes. It is true once.
@@ -74,13 +75,15 @@ class Requests:
                 self._passed = tick
                 return flags
             self._wait_for_decisions(before=tick)
-            holding = self._take_due(tick)
+            requests = [f"{name}/{index}" for index in range(len(flags))]
+            holding = self._take_due(tick, requests)
             known = self._announced | holding | self._due.keys()
-            new = [index for index, flag in enumerate(flags) if flag and index not in known]
+            new = [each for each, flag in zip(requests, flags, strict=True) if flag and each not in known]
             if new or tick in self._open:
-                holding |= self._answer_here(tick, new)
+                self._answer_here(tick, new)
+                holding |= self._take_due(tick, requests)
             self._passed = tick
-        return [index in holding for index in range(len(flags))]
+        return [each in holding for each in requests]
 
     def meet(self) -> None:
         """Begin a new era, because all processes have met and know of all requests."""
@@ -90,7 +93,7 @@ class Requests:
             self._open = {tick for tick in self._open if tick.era >= era}
             self._answered.clear()
             self._announced.clear()
-            self._due = {index: tick for index, tick in self._due.items() if tick.era >= era}
+            self._due = {request: tick for request, tick in self._due.items() if tick.era >= era}
             self.is_called_off = False
 
     def call_off(self) -> None:
@@ -99,8 +102,8 @@ class Requests:
 
     # ------------------------------------------------------------------ asking and answering; all of it is guarded
 
-    def _answer_here(self, tick: Tick, new: list[int]) -> set[int]:
-        """Answer at a tick, and wait for the decision; return the requests that hold at it."""
+    def _answer_here(self, tick: Tick, new: list[str]) -> None:
+        """Answer at a tick, and wait for the decision."""
         self._announced.update(new)
         must_ask = tick not in self._open
         self._open.add(tick)
@@ -113,9 +116,8 @@ class Requests:
         finally:
             self._changed.acquire()
         self._wait_for_decisions(before=Tick(tick.era, tick.batch, tick.place + 1))
-        return self._take_due(tick)
 
-    def _answer(self, tick: Tick, requests: Iterable[int], batch: int) -> None:
+    def _answer(self, tick: Tick, requests: Iterable[str], batch: int) -> None:
         """Answer for this process; decide if all others have answered before."""
         notices, key = self._notices, f"{tick.era}.{tick.batch}.{tick.place}"
         store, size = notices.store, notices.world_size
@@ -123,8 +125,8 @@ class Requests:
         if store.add(f"answers/{key}", 1) == size:
             answers = [json.loads(store.get(f"answer/{key}/{rank}")) for rank in range(size)]
             later = Tick(tick.era, 1 + max(batch for _, batch in answers), 0)
-            asked = {index: sum(index in each for each, _ in answers) for requests, _ in answers for index in requests}
-            decision = [[index, tick if count == size else later] for index, count in asked.items()]
+            asked = {request: sum(request in each for each, _ in answers) for asks, _ in answers for request in asks}
+            decision = [[request, tick if count == size else later] for request, count in asked.items()]
             notices.post("decide", [tick, decision])
 
     def _wait_for_decisions(self, before: Tick) -> None:
@@ -140,10 +142,11 @@ class Requests:
             exchange = f"the requests after batch {before.batch}"
             self._notices.wait_for(lambda: all(tick >= before for tick in self._open), exchange, missing)
 
-    def _take_due(self, tick: Tick) -> set[int]:
-        due = {index for index, place in self._due.items() if place <= tick}
-        for index in due:
-            del self._due[index]
+    def _take_due(self, tick: Tick, requests: list[str]) -> set[str]:
+        """Return those of the requests that hold by a tick, and forget them."""
+        due = {each for each in requests if each in self._due and self._due[each] <= tick}
+        for each in due:
+            del self._due[each]
         self._announced -= due
         return due
 
@@ -161,10 +164,10 @@ class Requests:
     def _on_decide(self, rank: int, content: Any) -> None:
         tick, decisions = Tick(*content[0]), content[1]
         self._open.discard(tick)
-        for index, place in decisions:
+        for request, place in decisions:
             at = Tick(*place)
             if at.era >= self._passed.era:
-                self._due[index] = min(at, self._due.get(index, at))
+                self._due[request] = min(at, self._due.get(request, at))
 
     def _on_call_off(self, rank: int, era: int) -> None:
         self.is_called_off |= era == self._passed.era

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from eventtrain.callback import Callback, on_demand
+from eventtrain.callback import Callback, decides_alike, on_demand
 from eventtrain.callbacks.loggers import event_files, run_files
 from eventtrain.callbacks.loggers.claims import Claim, Extents
 from eventtrain.callbacks.saved_state import field, is_name, is_of, items, whole
@@ -288,6 +288,7 @@ class TensorBoardLogger(Callback):
     # ------------------------------------------------------------------ histograms
 
     @on_demand
+    @decides_alike
     def on_before_optimizer_step(self, trainer: Trainer, event: BeforeOptimizerStep) -> None:
         assert self.histograms is not None
         if event.evaluation > 1 or (trainer.global_step + 1) % self.histograms:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NoReturn
 
-import torch
+from torch import Tensor
 
 from eventtrain.callback import Callback
 from eventtrain.callbacks.optimization.schedule import Schedule
@@ -173,14 +173,10 @@ class GradientAccumulation(Callback):
             return
         factor: Any
         if event.weight is not None:
-            processes = trainer.processes
-            weight = event.weight
-            if processes.world_size > 1:
-                weight = processes.reduce(torch.as_tensor(weight, device=trainer.device), "sum")
             reference: Any = event.weight_reference
             # Weights that sum to 0 make gradients of 0, which stay 0 with any factor.
-            factor = self._window * reference * processes.world_size / nonzero(weight)
-        elif event.batches != self._window:
+            factor = self._window * reference / nonzero(event.weight)
+        elif isinstance(event.batches, Tensor) or event.batches != self._window:
             factor = self._window / event.batches
         else:
             return

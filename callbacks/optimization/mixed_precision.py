@@ -9,7 +9,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from eventtrain._torch import version
-from eventtrain.callback import Callback
+from eventtrain.callback import Callback, decides_alike
 from eventtrain.checks import check_option, check_whole_number
 from eventtrain.core.optimizer import LightningOptimizer, evaluates_often
 from eventtrain.errors import MisconfigurationError
@@ -196,6 +196,7 @@ class MixedPrecision(Callback):
                 "Call step on the LightningOptimizer rather than on its `.optimizer`."
             )
 
+    @decides_alike
     def on_before_optimizer_step(self, trainer: Trainer, event: BeforeOptimizerStep) -> None:
         if self.scaler is None:
             return

@@ -48,7 +48,8 @@ class TerminateOnNaN(Callback):
 
     On the CPU it looks at each loss before its backward, so that the loss has updated nothing. On other devices a look has to
     wait for the device: the losses stay there, and it looks at all of them together, every ``every_n_batches`` at
-    ``safe_point``, and at ``train_epoch_end``. It does the same with several processes, which end together. No checkpoint is
+    ``safe_point``, and at ``train_epoch_end``. It does the same with several processes; if one of them finds a bad loss, all
+    raise after the next batch. No checkpoint is
     written after a bad loss, in any order of attachment: it looks at ``save_checkpoint`` too, and raises until another fit
     begins. Also listens to ``fit_start``. Emits nothing.
 
@@ -74,6 +75,7 @@ class TerminateOnNaN(Callback):
         self._at_once = False
         self._pending: list[Loss] = []  # the losses since the last look
         self._last: tuple[int, int] = (-1, 0)  # the batch of the last loss, and its backwards so far
+        self._bad: tuple[Loss, float] | None = None  # a bad loss that the other processes do not know of
         self._error: str | None = None
 
     def ends_run(self, loss: float) -> bool:
@@ -90,7 +92,7 @@ class TerminateOnNaN(Callback):
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._at_once = trainer.world_size == 1 and (self.every_n_batches == 1 or trainer.device.type == "cpu")
         self._pending.clear()
-        self._last, self._error = (-1, 0), None
+        self._last, self._bad, self._error = (-1, 0), None, None
 
     def on_before_backward(self, trainer: Trainer, event: BeforeBackward) -> None:
         # Later evaluations of an optimizer's closure are trials, which the optimizer may take back.
@@ -110,22 +112,31 @@ class TerminateOnNaN(Callback):
     def on_safe_point(self, trainer: Trainer, event: SafePoint) -> None:
         if (trainer.progress.total_batch_idx + 1) % self.every_n_batches == 0:
             self._look(trainer)
+            if self._bad is None:
+                return
+            if trainer.world_size == 1:
+                self._end(trainer, *self._bad)
+            trainer.stop("TerminateOnNaN: a loss is not finite", force=True)  # then all look, and raise
 
     def on_train_epoch_end(self, trainer: Trainer, event: TrainEpochEnd) -> None:
-        self._look(trainer)
+        self._look_together(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, event: SaveCheckpoint) -> None:
         if self._error is not None:  # a checkpoint after the error
             raise NonFiniteLossError(self._error)
-        self._look(trainer)
+        self._look_together(trainer)
 
     def _look(self, trainer: Trainer) -> None:
-        """Read the losses since the last look, and end the run if one of them does, in any process."""
+        """Read the losses since the last look, and note the first bad one."""
         losses, self._pending = self._pending, []
         values = torch.stack([loss.value.to(trainer.device) for loss in losses]).tolist() if losses else []
-        bad = next((pair for pair in zip(losses, values, strict=True) if self.ends_run(pair[1])), (None, math.nan))
-        if trainer.processes.any(bad[0] is not None):
-            self._end(trainer, *bad)
+        self._bad = self._bad or next((pair for pair in zip(losses, values, strict=True) if self.ends_run(pair[1])), None)
+
+    def _look_together(self, trainer: Trainer) -> None:
+        """End the run if a loss since the last look does, in any process."""
+        self._look(trainer)
+        if trainer.processes.any(self._bad is not None):
+            self._end(trainer, *(self._bad or (None, math.nan)))
 
     def _end(self, trainer: Trainer, loss: Loss | None, value: float) -> None:
         elsewhere = "TerminateOnNaN: a loss of another process is not finite. See the error of that process."

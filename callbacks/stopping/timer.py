@@ -93,8 +93,8 @@ class Timer(Callback):
             self._before, self._began = 0.0, monotonic()
 
     def on_train_start(self, trainer: Trainer, event: TrainStart) -> None:
-        if trainer.processes.any(self.is_due(trainer)):
-            trainer.stop(self._reason(), force=True, by_all=True)
+        if self.is_due(trainer):
+            trainer.stop(self._reason(), force=True)
 
     def on_request_stop(self, trainer: Trainer, event: RequestStop) -> None:
         self._interrupt_if_due(trainer)

@@ -207,9 +207,10 @@ def restore_window(trainer: Trainer, window: dict[str, Any]) -> None:
     """Open the accumulation window again that the checkpoint was written in."""
     batch = trainer.run_state.batch
     batch.window_open = window["open"]
-    batch.contributions = window["contributions"]
+    batch.contributions, batch.missing = window["contributions"], window.get("missing", 0)
     batch.weight = on_device(window["weight"], trainer.device)
-    batch.weight_reference = on_device(window["weight_reference"], trainer.device)
+    if batch.processes is None or window["weight_reference"] is not None:
+        batch.weight_reference = on_device(window["weight_reference"], trainer.device)
     for name, parameter in trainer.module.named_parameters():
         # None if there is none: an earlier run may have left one.
         parameter.grad = on_device(window["gradients"].get(name), trainer.device)

@@ -31,6 +31,7 @@ def state_of_this_rank(trainer: Trainer) -> dict[str, Any]:
         "window": {
             "open": batch.window_open,
             "contributions": batch.contributions,
+            "missing": batch.missing,
             "weight": batch.weight,
             "weight_reference": batch.weight_reference,
             # In manual optimization only the module knows whether a window is open.

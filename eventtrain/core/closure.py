@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from eventtrain.core.signals import SignalTable
     from eventtrain.core.state import BatchState
     from eventtrain.core.stepping import Stepping
-    from eventtrain.distributed import Processes
 
 
 def forward(
@@ -153,17 +152,20 @@ class Closure:
             if signals.after_forward.listeners:
                 outputs, loss = after_forward(signals, batch, outputs, loss)
             batch.outputs, batch.loss = outputs, loss
-            if batch.processes is not None and plan.step:
-                check_loss_in_every_process(batch.processes, batch)
         if plan.zero_grad:
-            batch.contributions = 0
+            batch.contributions = batch.missing = 0
             self._zero_grad()
-        if loss is not None:
+        if loss is None:
+            batch.missing += 1
+        else:
             batch.had_loss = True
             if weight is None and batch.weight is None:
                 batch.contributions += 1
             else:
                 batch.contribute(weight)
+        if plan.step and batch.processes is not None:
+            batch.processes.begin_reduction(*batch.contributed)
+        if loss is not None:
             scaled = loss
             if weight is not None and plan.weighted:
                 scaled = weighted(loss, weight, batch)
@@ -175,10 +177,9 @@ class Closure:
             else:
                 self.backward_hook(scaled)
         stepping.depth, batch.closing = depth, plan.step
-        if plan.step and batch.contributions:
-            if not stepping.ready:
-                stepping.complete_gradients()
-        elif plan.step and stepping.is_raw:
+        if plan.step and not stepping.ready and (batch.contributions or batch.processes is not None):
+            stepping.complete_gradients()
+        if plan.step and not batch.contributions and stepping.is_raw:
             raise StepSkipped("no loss")  # only the loop can stop a plain torch step
         return loss
 
@@ -196,19 +197,6 @@ def after_forward(signals: SignalTable, batch: BatchState, outputs: Any, loss: T
     event = AfterForward("train", batch.batch, batch.batch_idx, outputs, loss)
     signals.after_forward.publish(event)
     return event.outputs, event.loss
-
-
-def check_loss_in_every_process(processes: Processes, batch: BatchState) -> None:
-    """Check that a batch that closes a window has a loss in every process.
-
-    Raises:
-        MisconfigurationError: If any process has none.
-    """
-    if processes.any(batch.loss is None and not batch.updated):  # a step of the user's own needs none
-        raise MisconfigurationError(
-            f"training_step returned no loss in a process in batch {batch.batch_idx}, which closes a window: the others would "
-            "wait for its gradients. Return a loss of zero with 'weight': 0 there."
-        )
 
 
 def parse_outputs(outputs: Any, optimizer: Optimizer | None = None) -> tuple[Tensor | None, Tensor | float | None]:

@@ -163,6 +163,9 @@ class TrainLoop:
         self.metrics.enter("train", "start")
         self.signals.train_epoch_start.publish(events.TrainEpochStart(progress.current_epoch, progress.batch_idx + 1))
         self.agree("meeting")
+        if (processes := self.batch.processes) is not None:
+            listeners = self.signals.before_optimizer_step.attached()
+            self.batch.agrees_on_vetoes = processes.any(not all(getattr(each, "decides_alike", False) for each in listeners))
         batches = self.batches = self.open_epoch(progress.current_epoch, position)
         if resumption is None or position is None:
             return batches, False
@@ -235,7 +238,6 @@ class TrainLoop:
         state.plan = event.plan
         state.skipped = event.skipped
         if state.processes is not None:
-            state.skipped = state.processes.any(event.skipped)
             return self.agree("in_between", event.ends_epoch)
         if event.ends_epoch:
             self.stop.epoch_reason = "a listener of train_batch_start"

@@ -99,10 +99,13 @@ class BatchState:
         skip_reason: Why the last step that was skipped was; None if none was in this epoch.
         had_loss: A batch of this epoch had a loss.
         window_open: The last batch that was trained left its window open: gradients are held.
-        contributions: Batches of the open window that had a loss.
+        contributions: Batches of the open window that had a loss. If this process has none, those of the others once gradients
+            are reduced.
+        missing: Batches of the open window that had none.
         weight: The sum of their weights; None if they have none.
-        weight_reference: The run's first weight; 1 if that is 0.
+        weight_reference: The run's first weight; 1 if that is 0, and with several processes.
         processes: The processes that have to agree; None in a run of one.
+        agrees_on_vetoes: In some process a listener is attached that may veto a step in that process only.
         count_update: Counts an update that no batch counts.
     """
 
@@ -120,10 +123,12 @@ class BatchState:
     skip_reason: str | None = None
     had_loss: bool = False
     window_open: bool = False
-    contributions: int = 0
+    contributions: Any = 0
+    missing: int = 0
     weight: Tensor | float | None = None
     weight_reference: Tensor | float | None = None
     processes: Processes | None = None
+    agrees_on_vetoes: bool = False
     count_update: Callable[[], None] = field(init=False)
 
     def contribute(self, weight: Tensor | float | None) -> None:
@@ -145,13 +150,13 @@ class BatchState:
         if weight is not None:
             self.weight = weight if self.weight is None else self.weight + weight
             if self.weight_reference is None:
-                self.weight_reference = nonzero(weight if self.processes is None else self._first_process_weight(weight))
+                self.weight_reference = nonzero(weight)
         self.contributions += 1
 
-    def _first_process_weight(self, weight: Any) -> Any:
-        assert self.processes is not None
-        first = self.processes.broadcast(weight)
-        return first.to(weight.device) if hasattr(weight, "to") and hasattr(first, "to") else first
+    @property
+    def contributed(self) -> tuple[int, int, Any]:
+        """The contributions of this process to its window, as :class:`~eventtrain.distributed.Processes` takes them."""
+        return self.contributions, self.missing, self.weight if self.contributions else None
 
 
 def nonzero(weight: Tensor | float) -> Any:
@@ -192,25 +197,17 @@ class StopRequest:
         Returns:
             Whether ``ends_epoch`` holds in all processes. If it holds in some, they end the epoch after the batch.
         """
-        asked = [
-            mine.reason is not None and self.reason is None,
-            mine.force and not self.force,
-            mine.at_once and not self.at_once,
-            mine.epoch_reason is not None and self.epoch_reason is None,
-            mine.interruption is not None and self.interruption is None,
-            ends_epoch,
-        ]
-        holding = processes.agree(asked, place)
-        if True not in holding:
-            return False
-        stops, forces, at_once, ends, interrupts, ends_before = holding
-        elsewhere = "another process asked for it"
-        if stops:
-            self.reason = mine.reason = mine.reason or elsewhere
-        if ends or ends_before:
-            gate = "a listener of train_batch_start"
-            self.epoch_reason = mine.epoch_reason = mine.epoch_reason or (gate if ends_before else elsewhere)
-        if interrupts:
-            self.interruption = mine.interruption = mine.interruption or elsewhere
-        self.force, self.at_once = self.force or forces, self.at_once or at_once
-        return ends_before
+        asked = [getattr(mine, name) not in (None, False) and getattr(self, name) in (None, False) for name in ELSEWHERE]
+        holding = processes.agree([*asked, ends_epoch], place)
+        if True in holding:
+            for (name, elsewhere), holds in zip([*ELSEWHERE.items(), GATE], holding, strict=True):
+                if holds:
+                    setattr(mine, name, getattr(mine, name) or elsewhere)
+                    setattr(self, name, getattr(mine, name))
+        return holding[-1]
+
+
+ASKED = "another process asked for it"
+ELSEWHERE = {"reason": ASKED, "force": True, "at_once": True, "epoch_reason": ASKED, "interruption": ASKED}
+"""The requests, and their values in a process that has not made them."""
+GATE = ("epoch_reason", "a listener of train_batch_start")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from eventtrain.core.optimizer import LightningOptimizer
     from eventtrain.core.signals import SignalTable
     from eventtrain.core.state import BatchState
+    from eventtrain.events import Plan
 
 
 @dataclass(slots=True, eq=False)
@@ -194,7 +195,7 @@ class Stepping:
             self.evaluations += 1
             self.ready = False
             self.result = self._closure()
-        if not self.own and batch.contributions == 0:
+        if not self.own and batch.contributions == 0:  # in no process: the closure has completed the gradients
             self._skip("no loss")
         if not self.ready:
             self.complete_gradients()
@@ -203,7 +204,7 @@ class Stepping:
             event = events.BeforeOptimizerStep(self.optimizer, max(self.evaluations, 1))
             signals.before_optimizer_step.publish(event)
             reason = event.skip_reason
-        if batch.processes is not None and batch.processes.any(reason is not None):
+        if batch.agrees_on_vetoes and batch.processes is not None and batch.processes.any(reason is not None):
             reason = reason or "another process's veto"
         if reason is not None:
             self._skip(reason)
@@ -238,19 +239,34 @@ class Stepping:
         signals, batch = self.signals, self.batch
         of_window = batch.automatic and not self.own
         if signals.reduce_gradients.listeners:
-            skipped = batch.automatic and (batch.skipped or not of_window)
-            signals.reduce_gradients.publish(events.ReduceGradients(self.optimizer, skipped))
+            skipped = batch.automatic and (batch.loss is None or not of_window)
+            signals.reduce_gradients.publish(events.ReduceGradients(self.optimizer, skipped, not of_window))
+        mean = batch.contributions
+        if of_window and batch.processes is not None:
+            mean, batch.weight = batch.processes.end_reduction(*batch.contributed)
+            batch.contributions = batch.contributions or mean
+            if not batch.contributions:
+                return
+            self._average(batch.plan, mean)
         if signals.unscale_gradients.listeners:
             can_skip = self.stepping or self.depth == 0
             signals.unscale_gradients.publish(events.UnscaleGradients(self.optimizer, max(self.evaluations, 1), can_skip))
         if signals.gradients_ready.listeners:
             if of_window:
-                ready = events.GradientsReady(self.optimizer, batch.contributions, batch.weight, batch.weight_reference)
+                ready = events.GradientsReady(self.optimizer, mean, batch.weight, batch.weight_reference)
             else:
                 ready = events.GradientsReady(self.optimizer, None, None, None)
             signals.gradients_ready.publish(ready)
         if signals.gradients_final.listeners:
             signals.gradients_final.publish(events.GradientsFinal(self.optimizer, self.stepping or self.depth > 0))
+
+    def _average(self, plan: Plan, contributions: Any) -> None:
+        """Take the mean over the processes with a loss, in a window of one batch that no listener normalises."""
+        is_normalized = plan.weighted or plan.loss_scale != 1.0 or not plan.zero_grad
+        if not is_normalized and (isinstance(contributions, Tensor) or contributions != 1):
+            for parameter in self.optimizer.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(contributions)
 
     def _clip(self) -> None:
         """Ask the policies, and clip by the values that they wrote."""

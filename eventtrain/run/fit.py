@@ -129,8 +129,9 @@ class Fit(Run):
             warn_of_idle_schedulers(module, trainer.callbacks)
         state.lr_scheduler_configs = configuration.schedulers
         state.configured_groups = parameter_groups(module, configuration.optimizers)
-        state.batch = BatchState(automatic=automatic, processes=trainer.processes if trainer.world_size > 1 else None)
-        state.stop = state.stop_request if state.batch.processes is None else StopRequest()
+        state.batch = BatchState(automatic=automatic)
+        if trainer.world_size > 1:  # weights are measured in 1, because processes may have their first in different batches
+            state.batch.processes, state.batch.weight_reference, state.stop = trainer.processes, 1.0, StopRequest()
         clip_hook = overridden_method(module, "configure_gradient_clipping") if automatic else None
         for optimizer in configuration.optimizers:
             stepping = Stepping(optimizer, self.signals, state.batch, module.toggled_optimizer, clip_hook, version)

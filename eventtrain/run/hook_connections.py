@@ -154,6 +154,7 @@ def adapted(module: Any, hook_name: str, event_type: type[Event]) -> Callable[..
         raise misfit(hook, hook_name, [name.replace("raw_loss", "loss") for name in expected], f"{type(module).__name__}.")
     listener = _listener(hook, event_type, fields)
     listener.described = described  # type: ignore[attr-defined]
+    listener.decides_alike = fields is not None  # type: ignore[attr-defined]  # without the event it can veto nothing
     return listener
 
 

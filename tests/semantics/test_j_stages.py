@@ -14,7 +14,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from eventtrain import LightningModule, MisconfigurationError, Trainer
+from eventtrain import LightningModule, Trainer, decides_alike
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 from eventtrain.distributed import Place
 from tests.kit import FakeProcesses, On, Probe, Recorder, batches, new_trainer, train
@@ -707,31 +707,30 @@ def test_j5_events_without_a_counterpart_come_as_events() -> None:
 # ------------------------------------------------------------------ J4: several processes decide alike
 
 
-class TwoProcesses(FakeProcesses):
-    """The first of two processes. Of the two flags at a batch's start, only the first, whether it is skipped, is a question."""
-
-    def any_of(self, flags: list[bool]) -> list[bool]:
-        return [self.any(flags[0]), flags[1]] if len(flags) == 2 else flags
-
-
 def train_in_two_processes(
     module: Probe, count: int, *callbacks: Any, elsewhere: Collection[int] = ()
-) -> tuple[Trainer, TwoProcesses]:
+) -> tuple[Trainer, FakeProcesses]:
     """Train as one of two processes; the other says yes to the questions with these numbers."""
-    processes = TwoProcesses(elsewhere=lambda question: question in elsewhere)
+    processes = FakeProcesses(elsewhere=lambda question: question in elsewhere)
     trainer = new_trainer(*callbacks)
     trainer.processes = processes
     trainer.fit(module, batches(count))
     return trainer, processes
 
 
-@pytest.mark.parametrize("here", [True, False], ids=["in this process", "in another"])
-def test_j4_a_none_loss_in_a_closing_batch_is_an_error_in_all_processes(here: bool) -> None:
-    module = Probe(nothing_for={1.0} if here else set())
-    backwards = Recorder("before_backward")
-    with pytest.raises(MisconfigurationError, match=r"no loss in a process in batch 0.*'weight': 0"):
-        train_in_two_processes(module, 2, backwards, elsewhere=() if here else {0})
-    assert backwards.events == [], "before a backward that would wait for the other processes"
+@pytest.mark.parametrize("mean", [0.0, 0.5])
+def test_j4_a_closing_batch_without_a_loss_is_stepped_if_another_process_has_one(mean: float) -> None:
+    class Contributing(FakeProcesses):
+        def end_reduction(self, batches: int, missing: int, weight: Any) -> tuple[float, Any]:
+            assert (batches, missing) == ((0, 1) if module.seen[-1] == 1.0 else (1, 0))
+            return (1, None) if batches else (mean, None)
+
+    module, reduced = Probe(nothing_for={1.0}), Recorder("reduce_gradients")
+    trainer = new_trainer(reduced)
+    trainer.processes = Contributing()
+    trainer.fit(module, batches(2))
+    assert trainer.global_step == (2 if mean else 1)
+    assert [(event.skipped, event.own_step) for event in reduced.events] == [(True, False), (False, False)]
 
 
 def test_j4_a_none_loss_in_a_batch_that_only_accumulates_does_not_concern_the_others() -> None:
@@ -741,20 +740,34 @@ def test_j4_a_none_loss_in_a_batch_that_only_accumulates_does_not_concern_the_ot
 
 
 def test_j4_a_veto_holds_in_all_processes() -> None:
-    """The questions in turn: is there no loss anywhere, is there a veto anywhere."""
+    """The questions in turn: may a listener veto in some process only, then for each step whether one does."""
     module, skips = Probe(), Recorder("optimizer_step_skipped")
-    trainer, processes = train_in_two_processes(module, 3, skips, elsewhere={3})
+    trainer, processes = train_in_two_processes(module, 3, skips, elsewhere={0, 2})
     assert module.updates == [1.0, 3.0] and trainer.global_step == 2
     assert [event.reason for event in skips.events] == ["another process's veto"]
-    assert processes.flags == [False] * 6
+    assert processes.flags == [False] * 4
 
 
-def test_j4_a_skipped_batch_is_skipped_in_all_processes() -> None:
-    """The questions in turn: is the batch skipped anywhere, and if not, is there no loss, is there a veto."""
+def test_j4_a_skipped_batch_does_not_concern_the_others() -> None:
+    """Nothing is asked but the one question before training, whether a listener may veto."""
     module = Probe()
-    silent = On(train_batch_start=lambda trainer, event: None)
-    trainer, _ = train_in_two_processes(module, 3, silent, elsewhere={3})
-    assert module.updates == [1.0, 3.0] and trainer.global_step == 2
+    skips = On(train_batch_start=lambda trainer, event: event.skip_batch() if event.batch_idx == 1 else None)
+    _, processes = train_in_two_processes(module, 3, skips)
+    assert module.updates == [1.0, 3.0] and processes.flags == [False]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_j4_processes_agree_on_vetoes_only_if_a_listener_may_decide_differently(alike: bool) -> None:
+    def veto(trainer: Trainer, event: Any) -> None:
+        if trainer.total_batch_idx == 1:
+            event.skip("the second")
+
+    module, vetoes = Probe(), On(before_optimizer_step=veto)
+    if alike:
+        decides_alike(vars(vetoes)["on_before_optimizer_step"])
+    _, processes = train_in_two_processes(module, 3, vetoes)
+    assert module.updates == [1.0, 3.0]
+    assert processes.flags == ([False] if alike else [True, False, True, False])
 
 
 @pytest.mark.parametrize("part", ["the run", "the epoch"])
@@ -764,7 +777,7 @@ def test_j4_an_end_that_another_process_asks_for_holds_in_all_processes(part: st
 
         ends = 0
 
-        def agree(self, flags: list[bool], place: Place) -> list[bool]:
+        def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
             self.ends += place == "batch_end"
             holds = place == "batch_end" and self.ends == 2
             return [flag or (holds and at == (0 if part == "the run" else 3)) for at, flag in enumerate(flags)]

@@ -388,7 +388,7 @@ def unequal(folder: Path) -> Any:
 
 @check
 def skipped(folder: Path) -> Any:
-    """Skip the batch that closes the window: only rank one asks for it, and both skip."""
+    """Skip the batch that closes the window: only rank one does so."""
     module = Weighted()
     trainer = new_trainer(DistributedDataParallel(shares_data=False, timeout=TIMEOUT), GradientAccumulation(2), max_epochs=1)
 

@@ -67,7 +67,9 @@ class TwoProcesses(SingleProcess):
         self.exchanges += 1
         return flag or self.flag
 
-    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+    def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
+        if name:
+            return flags
         self.exchanges += place == "meeting"
         other = Flags()
         StopRequest().take_up(self.request, other, place, False)
@@ -82,7 +84,7 @@ class TwoProcesses(SingleProcess):
 class Flags(SingleProcess):
     """Notes the flags of one exchange."""
 
-    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+    def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
         self.flags = list(flags)
         return [False] * len(flags)
 

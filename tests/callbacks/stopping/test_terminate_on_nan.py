@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eventtrain import Callback, LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, MixedPrecision
 from eventtrain.callbacks.stopping.terminate_on_nan import NonFiniteLossError, TerminateOnNaN, non_finite
+from eventtrain.distributed import Place
 from eventtrain.events import SaveCheckpoint
 from tests.callbacks.stopping.common import TwoProcesses
 from tests.kit import new_trainer
@@ -320,8 +321,13 @@ class OtherIsBad(TwoProcesses):
         self.after = after
         self.trainer: Trainer | None = None
 
+    def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
+        if self.trainer is not None and self.trainer.global_step == self.after and place == "in_between":
+            self.request.reason = "a loss is not finite"
+        return super().agree(flags, place, name)
+
     def any(self, flag: bool) -> bool:
-        return super().any(flag) or (self.trainer is not None and self.trainer.global_step == self.after)
+        return super().any(flag) or self.request.reason is not None
 
 
 @pytest.mark.parametrize(
@@ -335,7 +341,7 @@ def test_processes_end_together(bad_after: int, bad: tuple[int, ...], message: s
     processes.trainer = trainer
     with pytest.raises(NonFiniteLossError, match=f"TerminateOnNaN: {message}"):
         trainer.fit(Model(), batches(*bad))
-    assert trainer.global_step == 4, "no process ends before all look"
+    assert trainer.global_step == 5, "all look after the next batch"
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, None])

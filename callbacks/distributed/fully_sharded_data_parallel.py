@@ -280,6 +280,8 @@ class FullyShardedDataParallel(DataParallel, Callback):
     def _call(self, step: Callable[..., Any], *args: Any) -> Any:
         """Call a training step; if it returns no loss, wait until it is known that none has one."""
         module: Any = self._module
+        assert self._absences is not None
+        self._absences.enter_layer()  # the module's own weights
         outputs = getattr(module, CALL)(step, *args)
         if outputs is None or (isinstance(outputs, Mapping) and outputs.get("loss") is None):
             self._wait_without_loss()

@@ -16,6 +16,7 @@ import torch
 from eventtrain import MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation
 from eventtrain.callbacks.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
+from eventtrain.callbacks.distributed.notices import ExchangeError
 from tests.callbacks.distributed.parts import TIMEOUT, loader
 from tests.callbacks.distributed.sharded import RANK, Block, Model, new_trainer, state
 
@@ -54,7 +55,7 @@ def fit(module: Absent, size: int, skips: Collection[int] = ()) -> tuple[Any, st
     begun = time.monotonic()
     try:
         trainer.fit(module, loader(20))
-    except MisconfigurationError as error:
+    except (MisconfigurationError, ExchangeError) as error:
         return None, str(error), time.monotonic() - begun
     return state(module, trainer.optimizers), None, time.monotonic() - begun
 

@@ -15,6 +15,7 @@ from eventtrain.callbacks.monitoring.learning_rate_monitor import LearningRateMo
 from eventtrain.callbacks.monitoring.model_summary import ModelSummary
 from eventtrain.callbacks.monitoring.progress_bar import ProgressBar
 from eventtrain.callbacks.monitoring.system_monitor import SystemMonitor
+from eventtrain.callbacks.optimization.activation_checkpointing import ActivationCheckpointing
 from eventtrain.callbacks.optimization.exponential_moving_average import ExponentialMovingAverage
 from eventtrain.callbacks.optimization.gradient_accumulation import GradientAccumulation
 from eventtrain.callbacks.optimization.gradient_clipping import GradientClipping
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from eventtrain.callbacks.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 
 __all__ = [
+    "ActivationCheckpointing",
     "DistributedDataParallel",
     "EarlyStopping",
     "EventTimeline",

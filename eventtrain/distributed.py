@@ -34,6 +34,10 @@ class Processes(Protocol):
     def local_rank(self) -> int:
         """The index of this process on its machine, from 0."""
 
+    @property
+    def data(self) -> Processes:
+        """The processes whose data differ, as this one sees them; fewer than all if several work on the same batches."""
+
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Combine a tensor of every process; return the result on all of them."""
 
@@ -101,6 +105,11 @@ class SingleProcess:
     global_rank = 0
     local_rank = 0
     evaluates_together = is_called_off = False
+
+    @property
+    def data(self) -> Processes:
+        """This process."""
+        return self
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Return the value."""

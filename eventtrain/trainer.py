@@ -294,7 +294,7 @@ class Trainer:
         return run
 
     def _new_state(self, steps: ModuleSteps | None = None) -> RunState:
-        return RunState(self.arguments.limits(), Metrics(self.processes), steps=steps)
+        return RunState(self.arguments.limits(), Metrics(self.processes.data), steps=steps)
 
     # ------------------------------------------------------------------ verbs
 

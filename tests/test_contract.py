@@ -26,6 +26,7 @@ CALLBACKS = sorted((ROOT / "callbacks").rglob("*.py"))
 
 # The arguments of each callback that cannot be built without any.
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "ActivationCheckpointing": {"units": (torch.nn.Linear,)},
     "EarlyStopping": {"monitor": "loss"},
     "GradientAccumulation": {"batches": 2},
     "GradientClipping": {"gradient_clip_val": 0.5},

@@ -64,6 +64,7 @@ def shipped(parallel: str, count: Callable[..., Any]) -> dict[str, Any]:
     # At this scale the gradients of the first update overflow.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, backoff_factor=2.0**-10)
     arguments: dict[str, dict[str, Any]] = {
+        "ActivationCheckpointing": {"units": (nn.Sequential,)},
         "EarlyStopping": {"monitor": "val_loss", "patience": 1, "min_delta": 1e6},  # after the second validation
         "EventTimeline": {"steps": {1}},
         "ExponentialMovingAverage": {"decay": 0.5},

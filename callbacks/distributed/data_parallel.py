@@ -70,14 +70,14 @@ class DataParallel:
         if event.stage == "train" and self._continues:
             self._of_one_process.append(sampling(event.loader))
         if self._processes is not None and self.shares_data:
-            event.loader = with_share(event.loader, event.stage, self._processes, pads_evaluation=self.pads_evaluation)
+            event.loader = with_share(event.loader, event.stage, self._processes.data, pads_evaluation=self.pads_evaluation)
         if event.stage == "train":
             if self._continues:
-                event.loader = continuable(event.loader, trainer.global_rank, trainer.world_size)
+                event.loader = continuable(event.loader, trainer.processes.data.global_rank, trainer.processes.data.world_size)
             self._train_loaders.append(event.loader)
 
     def on_load_checkpoint(self, trainer: Trainer, event: LoadCheckpoint) -> None:
-        self._continues = must_continue(event.checkpoint, trainer.world_size)
+        self._continues = must_continue(event.checkpoint, trainer.processes.data.world_size)
 
     def divide_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any], states: list[Any]) -> dict[str, Any]:
         """Return this process's part of a run that another number of processes left in an epoch.

@@ -70,6 +70,11 @@ class TorchProcesses:
         self.exchanges = Exchanges(self.global_rank, self.world_size, self._timeout, clone(group_store()))
         atexit.register(self._depart)
 
+    @property
+    def data(self) -> Any:
+        """The processes whose data differ, as this one sees them: all."""
+        return self
+
     def begin_run(self, place: Callable[[], str] = str) -> None:
         """Begin to hear the notices of a run, which all processes begin.
 

@@ -225,14 +225,14 @@ def divide_anew(
     Raises:
         MisconfigurationError: If the rest cannot be divided so that each sample is trained once.
     """
-    before, now = len(states), trainer.world_size
+    before, now = len(states), trainer.processes.data.world_size
     advice = f"Resume with {before} processes, or from a checkpoint of an epoch's end."
     if any(state["window"]["open"] for state in states):
         raise MisconfigurationError(
             f"The checkpoint was written by {before} processes in an open accumulation window, whose gradients {now} processes "
             f"cannot share. {advice}"
         )
-    state = dict(states[min(trainer.global_rank, before - 1)])
+    state = dict(states[min(trainer.processes.data.global_rank, before - 1)])
     data = state["data"]
     position = dict(data["position"])
     if position["state"] is not None and not isinstance(position["state"], list):
@@ -361,16 +361,17 @@ def merged_metrics(states: list[dict[str, Any]], trainer: Trainer, advice: str) 
     Raises:
         MisconfigurationError: If a metric object cannot add another's updates to its own.
     """
-    metrics: dict[str, Any] = dict(states[min(trainer.global_rank, len(states) - 1)]["metrics"])
+    metrics: dict[str, Any] = dict(states[min(trainer.processes.data.global_rank, len(states) - 1)]["metrics"])
     logged = [entry for state in states for entry in state["metrics"]["entries"]]
     of_objects = {(each["metric"], each["name"], each.get("scope")): each for each in logged if each["metric"] is not None}
     metrics["entries"] = list(of_objects.values())  # all processes compute them together
-    if trainer.is_global_zero:
+    is_first = trainer.processes.data.global_rank == 0
+    if is_first:
         metrics["entries"] += [each for each in logged if each["metric"] is None]
     objects = [state["metrics"]["metric_objects"] for state in states]
     modules = dict(trainer.module.named_modules())
     metrics["metric_objects"] = {
-        path: merged_object(modules[path], [each[path] for each in objects if path in each], trainer.is_global_zero, advice)
+        path: merged_object(modules[path], [each[path] for each in objects if path in each], is_first, advice)
         for path in dict.fromkeys(path for each in objects for path in each)
         if path in modules and is_metric(modules[path])
     }

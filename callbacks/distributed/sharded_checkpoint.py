@@ -248,7 +248,7 @@ def put_back(content: dict[str, Any], path: AnyPath, module: nn.Module, rank: in
     Raises:
         MisconfigurationError: If the sharded tensors are missing or damaged.
     """
-    index, placement, more = content.pop(KEY), Placement(module), dict[str, Tensor]()
+    index, placement, more = content.pop(KEY), Placement(module, content.get("parameter_groups")), dict[str, Tensor]()
     try:
         with storage.reading(path) as file:
             for each in earlier_shards.tensors(index, path, root) if "name" in index else stored_tensors(index, file):

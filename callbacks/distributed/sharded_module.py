@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard, distribute_tensor
 
 from eventtrain._torch import fsdp_parameters, held_gradient, hold_gradient
+from eventtrain.callbacks.distributed.processes import TorchProcesses
+from eventtrain.callbacks.distributed.sharded_tensors import divided_dim
 
 
 def units(module: nn.Module, kinds: tuple[type[nn.Module], ...] | None) -> list[nn.Module]:
@@ -50,7 +56,10 @@ def reshard(module: nn.Module) -> None:
 
 
 # While a window is open, torch keeps the sums of its gradients, whole and different in each process. ``parameter.grad`` does
-# not show them.
+# not show them. If the layer itself is divided, tensor-parallel, they are of this process's part of the layer.
+
+PARTIAL = "~partial="
+"""The part of a gradient's name after which the dimensions stand along which it is not added up yet."""
 
 
 def held_gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -60,22 +69,93 @@ def held_gradients(module: nn.Module) -> dict[str, Tensor]:
     """
     reshard(module)
     names = {parameter: name for name, parameter in module.named_parameters()}
-    gradients = {names[record.sharded_param]: held_gradient(record) for record in records(module)}
-    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    gradients: dict[str, Tensor] = {}
+    for record in records(module):
+        name, gradient = names[record.sharded_param], held_gradient(record)
+        if isinstance(gradient, DTensor):
+            placements = layer_placements(record.sharded_param, gradient.device_mesh)
+            partial = [dim for dim, each in enumerate(gradient.placements) if each.is_partial()]
+            if any(dim not in partial and each != placements[dim] for dim, each in enumerate(gradient.placements)):
+                gradient, partial = gradient.redistribute(placements=placements), []
+            name += PARTIAL + ",".join(map(str, partial)) if partial else ""
+            gradient = gradient.to_local()
+        if gradient is not None:
+            gradients[name] = gradient
+    return gradients
 
 
-def hold_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+def hold_gradients(module: nn.Module, gradients: Mapping[str, Tensor], layers: DeviceMesh | None = None) -> None:
     """Replace this process's sums of the gradients in an open window. Do not call it between a forward and its backward.
 
     Args:
         module: The module, sharded.
-        gradients: The sums by the parameters' names. Other parameters get none.
+        gradients: The sums by the parameters' names: those of :func:`held_gradients`, or whole ones. Other parameters get
+            none.
+        layers: The mesh along which layers are divided; None if none are.
     """
     drop_gradients(module)
     reshard(module)
     names = {parameter: name for name, parameter in module.named_parameters()}
+    held = {name.partition(PARTIAL)[0]: (name.partition(PARTIAL)[2], gradient) for name, gradient in gradients.items()}
     for record in records(module):
-        hold_gradient(record, gradients.get(names[record.sharded_param]))
+        parameter = record.sharded_param
+        partial, gradient = held.get(names[parameter], ("", None))
+        if gradient is not None and layers is not None and is_divided(parameter, layers):
+            placements: list[Any] = list(layer_placements(parameter, layers))
+            for dim in filter(None, partial.split(",")):
+                placements[int(dim)] = Partial()
+            if gradient.shape == parameter.shape and not partial:
+                gradient = distribute_tensor(gradient, layers, placements, src_data_rank=None)
+            else:
+                shape, stride = parameter.shape, parameter.stride()
+                gradient = DTensor.from_local(gradient, layers, placements, run_check=False, shape=shape, stride=stride)
+        hold_gradient(record, gradient)
+
+
+def reduce_held_gradients(module: nn.Module, processes: TorchProcesses, mesh: DeviceMesh) -> None:
+    """Average the gradients that torch still holds, because no backward closes their window, and give them to the parameters.
+
+    Args:
+        module: The module, sharded.
+        processes: All processes.
+        mesh: The mesh of those that share the data.
+    """
+    reshard(module)
+    parameters: list[Any] = []
+    sums: list[Tensor] = []
+    for record in records(module):
+        if (gradient := held_gradient(record)) is None:
+            continue
+        if isinstance(gradient, DTensor):
+            placements = layer_placements(record.sharded_param, gradient.device_mesh)
+            gradient = gradient.redistribute(placements=placements).to_local()
+        parameters.append(record.sharded_param)
+        sums.append(gradient)
+    if mesh.size() == processes.world_size:
+        processes.average(sums)
+    else:  # each of the other processes has another part of a layer
+        for gradient, dim in product(sums, range(mesh.ndim)):
+            dist.all_reduce(gradient.div_(mesh.size(dim)), group=mesh.get_group(dim))
+    for parameter, gradient in zip(parameters, sums, strict=True):
+        of_data: list[Any] = [
+            Shard(divided) if (divided := divided_dim(each)) is not None else each for each in parameter.placements[: mesh.ndim]
+        ]
+        part = distribute_tensor(gradient.to(parameter.dtype), mesh, of_data, src_data_rank=None).to_local()
+        shape, stride = parameter.shape, parameter.stride()
+        parameter.grad = DTensor.from_local(
+            part, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+        )
+    drop_gradients(module)
+
+
+def layer_placements(parameter: DTensor, layers: DeviceMesh) -> tuple[Placement, ...]:
+    """Return how a layer's parameter is divided along the last dimensions of its mesh, those of the layer."""
+    return parameter.placements[-layers.ndim :]
+
+
+def is_divided(parameter: DTensor, layers: DeviceMesh) -> bool:
+    """Return whether a parameter is of a layer that is divided along a mesh."""
+    return set(layers.mesh_dim_names or ()) <= set(parameter.device_mesh.mesh_dim_names or ())
 
 
 def drop_gradients(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,18 @@ T = TypeVar("T")
 
 
 class ShardedProcesses(TorchProcesses):
-    """Processes that hold sharded tensors: in values that one process sends to another, sharded tensors become None."""
+    """Processes that hold sharded tensors: in values that one process sends to another, sharded tensors become None.
+
+    Attributes:
+        shares: The processes of different data that this one is among, if not all processes have different data.
+    """
+
+    shares: Any = None
+
+    @property
+    def data(self) -> Any:
+        """The processes whose data differ, as this one sees them."""
+        return self.shares or self
 
     @property
     def evaluates_together(self) -> bool:
@@ -41,22 +53,29 @@ class Placement:
 
     Args:
         module: The module, sharded or not.
+        groups: The names of the parameters in each optimizer's groups, as a checkpoint has them; None if it has none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, groups: Any = None) -> None:
         self.named = {name: each for name, each in module.named_parameters() if isinstance(each, DTensor)}
         self.shapes = {tuple(each.shape): each for each in self.named.values()}
+        self.optimized = [list(chain.from_iterable(of_optimizer)) for of_optimizer in (groups or {}).get("current", ())]
 
     def model_for(self, place: Place, shape: Any) -> DTensor | None:
         """Return the sharded parameter that a tensor has to be divided like; None if there is none.
 
-        It is the parameter that the tensor is named after if that has the same shape, else any parameter of that shape.
+        It is the parameter that the tensor is named after, or whose optimizer state it is, if that has the same shape; else any
+        parameter of that shape.
 
         Args:
             place: The tensor's place in the checkpoint.
             shape: Its shape.
         """
-        named = self.named.get(place[-1])
+        name = place[-1]
+        if place[0] == "optimizer_states" and place[2] == "state" and place[1] < len(self.optimized):
+            names = self.optimized[place[1]]
+            name = names[place[3]] if type(place[3]) is int and place[3] < len(names) else name
+        named = self.named.get(name)
         return named if named is not None and named.shape == shape else self.shapes.get(tuple(shape))
 
     def allocate(self, place: Place, dim: int | None, shape: Any, dtype: torch.dtype) -> Tensor:
@@ -74,7 +93,7 @@ class Placement:
         if dim is None or not self.named:
             return torch.zeros(shape, dtype=dtype)
         other = next(iter(self.named.values()))
-        placements = [Shard(dim) if each.is_shard() else each for each in other.placements]
+        placements = [each if divided_dim(each) is None else Shard(dim) for each in other.placements]
         return zeros(*shape, dtype=dtype, device_mesh=other.device_mesh, placements=placements)
 
     def distribute(self, content: dict[str, Any]) -> None:
@@ -154,7 +173,13 @@ def collect_shard(shards: dict[Place, DTensor], place: Place, tensor: Tensor) ->
 
 def shard_dim(tensor: DTensor) -> int | None:
     """Return the dimension along which a tensor is divided."""
-    return next((each.dim for each in tensor.placements if isinstance(each, Shard)), None)
+    return next((dim for each in tensor.placements if (dim := divided_dim(each)) is not None), None)
+
+
+def divided_dim(placement: Any) -> int | None:
+    """Return the dimension that a placement divides, also if it divides parts that a tensor-parallel layer has made."""
+    dim: int | None = getattr(placement, "dim", None)
+    return dim
 
 
 # ------------------------------------------------------------------ the parts of one tensor
@@ -237,7 +262,7 @@ def box_of(tensor: Tensor) -> Box:
 def is_written_here(tensor: DTensor, place: Place) -> bool:
     """Return whether this process writes its part. Of several that hold the same part one does, another one for each tensor."""
     coordinates = tensor.device_mesh.get_coordinate()
-    if coordinates is None:
+    if coordinates is None or 0 not in tensor.device_mesh.mesh:  # another mesh of processes holds the same tensor
         return False
     number = zlib.crc32(repr(place).encode())
     copies = [dim for dim, each in enumerate(tensor.placements) if each.is_replicate()]

@@ -250,7 +250,7 @@ class TensorBoardLogger(Callback):
     def on_train_batch_start(self, trainer: Trainer, event: TrainBatchStart) -> None:
         if not (sizes := batch_sizes(event.batch)):
             raise unknown_size(event.batch, 'Give TensorBoardLogger(x_axis="batches").')
-        self._samples += sizes[0] * trainer.world_size
+        self._samples += sizes[0] * trainer.processes.data.world_size
 
     def on_metrics_logged(self, trainer: Trainer, event: MetricsLogged) -> None:
         scope = event.scope

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from eventtrain.callback import Callback
 from eventtrain.callbacks.monitoring.numbered import numbered
 from eventtrain.checks import check_number, check_whole_number
+from eventtrain.core.clipping import total_norm
 from eventtrain.core.optimizer import LightningOptimizer
 from eventtrain.events import (
     AfterGradientClipping,
@@ -254,7 +254,4 @@ def norm(parameters: Iterable[Tensor], norm_type: float) -> Tensor:
     """Return the norm of all gradients of some parameters together; 0 if there are none."""
     # For sparse gradients, the values after those of one place are added up.
     gradients = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    total: Tensor = get_total_norm(gradients, norm_type)
-    if hasattr(total, "full_tensor"):  # if several processes hold the gradients in parts
-        total = total.full_tensor()
-    return total
+    return total_norm(gradients, norm_type)

@@ -218,6 +218,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
     Those of lazy modules that no forward has initialized yet are left out.
     """
+    module.state_dict(keep_vars=True)  # torch then frees the whole weights that a sharded module may have gathered
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if not is_lazy(tensor)}
 

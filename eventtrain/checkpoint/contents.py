@@ -80,6 +80,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         trainer: The trainer, in a run or after one.
     """
     state, module = trainer.run_state, trainer.module
+    # First, because torch then frees the whole weights that a sharded module may have gathered, with their gradients.
+    weights = module.state_dict()
     stop, rank_state = state.stop, state_of_this_rank(trainer)
     in_epoch = rank_state["data"] is not None and rank_state["data"]["position"] is not None
     return {
@@ -87,7 +89,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "versions": {"eventtrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "written_at": time.time(),
         **packed(module),
-        "state_dict": module.state_dict(),
+        "state_dict": weights,
         **flags(module),
         "optimizer_states": [optimizer.state_dict() for optimizer in state.optimizers],
         "lr_schedulers": [config.state_dict() for config in state.lr_scheduler_configs],
@@ -101,7 +103,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "epoch": state.progress.current_epoch,
         "global_step": state.progress.global_step,
         **rank_state,
-        "ranks": trainer.processes.gather(rank_state)[1:],
+        "ranks": trainer.processes.data.gather(rank_state)[1:],
         "epoch_reason": stop.epoch_reason if in_epoch else None,
         # A request to stop that min_epochs or min_steps hold off; one that holds now was made for this process.
         "stop_reason": None if stop.force or trainer.is_ending else stop.reason,

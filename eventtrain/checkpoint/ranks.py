@@ -61,8 +61,8 @@ def state_of_rank(checkpoint: dict[str, Any], trainer: Trainer) -> dict[str, Any
             ``divide_checkpoint``.
     """
     states = [{key: checkpoint[key] for key in PER_RANK}, *checkpoint["ranks"]]
-    before, now = len(states), trainer.world_size
-    state = states[min(trainer.global_rank, before - 1)]
+    before, now = len(states), trainer.processes.data.world_size
+    state = states[min(trainer.processes.data.global_rank, before - 1)]
     in_epoch = state["data"] is not None and state["data"]["position"] is not None
     if before != now and (in_epoch or state["window"]["open"]):
         divide = next((each.divide_checkpoint for each in trainer.callbacks if hasattr(each, "divide_checkpoint")), None)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from eventtrain.errors import MisconfigurationError
@@ -39,9 +39,26 @@ def clip_gradients(optimizer: Optimizer, value: float, algorithm: str, norm_type
     if algorithm == "value":
         clip_grad_value_(parameters, value)
         return None
-    total_norm = clip_grad_norm_(parameters, value, norm_type=norm_type)
-    # Of gradients that several processes hold in parts, the norm is a part too.
-    return total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm
+    if not parameters or not hasattr(parameters[0], "device_mesh"):
+        return clip_grad_norm_(parameters, value, norm_type=norm_type)
+    norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None], norm_type)
+    for of_mesh in by_mesh(parameters):
+        clip_grads_with_norm_(of_mesh, value, norm)
+    return norm
+
+
+def total_norm(gradients: list[Tensor], norm_type: float) -> Tensor:
+    """Return the norm of gradients together, also of those that several processes hold in parts."""
+    norms: list[Any] = [get_total_norm(each, norm_type) for each in by_mesh(gradients)]
+    # Of gradients in parts, the norm is a part too.
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else get_total_norm(norms, norm_type)
+
+
+def by_mesh(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Return tensors in one list, or, if they are divided along different meshes of processes, in a list for each mesh."""
+    meshes = [getattr(tensor, "device_mesh", None) for tensor in tensors]
+    return [[t for t, other in zip(tensors, meshes, strict=True) if other == mesh] for mesh in dict.fromkeys(meshes)]
 
 
 def check_clip_val(value: Any, argument: str) -> None:

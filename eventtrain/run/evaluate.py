@@ -50,7 +50,7 @@ class Evaluation(Run):
     ) -> None:
         self.evaluated: EvaluationStage = STAGES[stage]
         super().__init__(trainer, trainer.run_state, stage, model, datamodule, {self.evaluated: dataloaders})
-        self.state.metrics = Metrics(trainer.processes)
+        self.state.metrics = Metrics(trainer.processes.data)
         self.ckpt_path, self.keeps = ckpt_path, keeps
         self.continues_fit = model is None and self.module is self.state.fitted
         self.results: list[dict[str, float]] = []

@@ -71,7 +71,7 @@ class Fit(Run):
             raise MisconfigurationError(f"There is nothing to train on: {self.misnamed_loader('train') or NO_LOADER}")
         limits = state.limits
         limits.first_epoch_batches = self._measure()
-        if checkpoint is not None and checkpoint["data"] and len(checkpoint["ranks"]) + 1 == trainer.world_size:
+        if checkpoint is not None and checkpoint["data"] and len(checkpoint["ranks"]) + 1 == trainer.processes.data.world_size:
             limits.first_epoch_batches = checkpoint["data"].get("first_epoch_batches", limits.first_epoch_batches)
         self._configure_optimizers()
         validate = self._validation()

@@ -145,7 +145,7 @@ class RunLoaders:
     def _source(self, stage: Stage, loader: Any, dataloader_idx: int) -> ResumableLoader | ResumableCombination:
         name = f"{stage}/{dataloader_idx}"
         if name not in self._sources:
-            rank = self.processes.global_rank
+            rank = self.processes.data.global_rank
             key = (self.seed, stage, dataloader_idx, *([rank] if rank else []))  # each process draws its own
             passes = self._passes.get(name, 0)
             if isinstance(loader, CombinedLoader):

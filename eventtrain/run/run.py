@@ -142,7 +142,8 @@ class Run(ABC):
         event = JoinProcesses(self.stage, trainer.device, trainer.processes)
         self.signals.join_processes.publish(event)
         trainer.device = event.device
-        trainer.processes = self.state.metrics.processes = event.processes
+        trainer.processes = event.processes
+        self.state.metrics.processes = event.processes.data
         self.state.metrics.device = event.device
 
     def _build(self) -> None:

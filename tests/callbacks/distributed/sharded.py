@@ -143,16 +143,15 @@ class Stepping(nn.Module):
         return self.model.out(x)
 
 
-class ReduceScatters:
-    """A context that counts calls of reduce-scatter."""
+class Calls:
+    """A context that counts calls of an exchange: reduce-scatter, or all-gather."""
 
-    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-
-    def __init__(self) -> None:
+    def __init__(self, exchange: str = "reduce_scatter") -> None:
+        self.name = f"{exchange}_single"
         self.count = 0
         self.original = getattr(dist, self.name)
 
-    def __enter__(self) -> ReduceScatters:
+    def __enter__(self) -> Calls:
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.count += 1
             return self.original(*args, **kwargs)
@@ -172,7 +171,7 @@ def automatic(folder: Path) -> Any:
     trainer.signals.metrics_logged.connect(
         lambda trainer, event: norms.append({k: float(v) for k, v in event.metrics.items()}), weak=False
     )
-    with ReduceScatters() as scatters:
+    with Calls() as scatters:
         trainer.fit(module, loader(samples=19))
     ours = state(module, trainer.optimizers)
 
@@ -487,13 +486,56 @@ def windows(folder: Path) -> Any:
             trainer = new_trainer(GradientAccumulation(3, remainder="drop"), processes=processes)
 
             def skip(trainer: Any, event: Any, kind: str = kind) -> None:
-                if kind == "skip" and event.batch_idx == 2 and trainer.global_rank == 1:
+                if kind == "skip" and event.batch_idx == 2:
                     event.skip_batch()
 
             trainer.signals.train_batch_start.connect(skip)
             trainer.fit(module, loader(20))
             ends.append(state(module, trainer.optimizers))
         results[kind] = ends
+    return results
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "backward": {"reshard_after_backward": False},
+    "both": {"reshard_after_backward": False, "reshard_after_forward": False},
+}
+
+
+@check
+def gathered(folder: Path) -> Any:
+    """Count the all-gathers of two windows of four batches; validate and save in a window, and resume there."""
+    results = {}
+    for kind, options in OPTIONS.items():
+        ends: list[Any] = []
+        counts: list[int] = []
+        for path in (None, folder / f"gathered-{kind}.ckpt"):
+            module = Model()
+            processes = FullyShardedDataParallel(units=(Block,), timeout=TIMEOUT, **options)
+            trainer = new_trainer(
+                GradientAccumulation(4), ExponentialMovingAverage(0.5), processes=processes, max_epochs=1, val_check_interval=6
+            )
+
+            def save(trainer: Any, event: Any, kind: str = kind) -> None:
+                if trainer.total_batch_idx in (1, 5):
+                    trainer.save_checkpoint(folder / f"gathered-{kind}.ckpt")
+
+            trainer.signals.safe_point.connect(save)
+            trainer.fit(module, loader(32), loader(4, shuffle=False), ckpt_path=path)
+            ends.append((outcome(module, trainer), plain(trainer.callback_metrics)))
+        module = Model()
+        trainer = new_trainer(
+            GradientAccumulation(4),
+            processes=FullyShardedDataParallel(units=(Block,), timeout=TIMEOUT, **options),
+            max_epochs=1,
+        )
+        with Calls("all_gather") as calls:
+            trainer.signals.safe_point.connect(
+                lambda trainer, event, calls=calls, counts=counts: counts.append(calls.count), weak=False
+            )
+            trainer.fit(module, loader(32))
+        results[kind] = {"ends": ends, "counts": counts}
     return results
 
 

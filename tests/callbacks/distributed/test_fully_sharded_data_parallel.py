@@ -78,6 +78,23 @@ def test_gradients_are_reduced_once_per_window(results: list[Any]) -> None:
         assert rank["automatic"]["scatters"] == 6 * units_and_module
 
 
+def test_weights_can_stay_gathered_in_a_window(results: list[Any]) -> None:
+    units, module, batches = 2, 1, 4
+    once = units + module
+    for rank in results:
+        counts = {kind: gathered["counts"][-1] for kind, gathered in rank["gathered"].items()}
+        assert counts["default"] == 2 * batches * (once + units)  # the module's own weights stay between forward and backward
+        assert counts["backward"] == 2 * (once + batches * units)  # once in a forward, and in each backward
+        assert counts["both"] == 2 * once
+
+
+def test_weights_that_stay_gathered_are_saved_resumed_and_averaged_in_a_window(results: list[Any]) -> None:
+    for rank in results:
+        expected, _ = rank["gathered"]["default"]["ends"]
+        for gathered in rank["gathered"].values():
+            assert all(equal(end, expected) for end in gathered["ends"])
+
+
 def test_gradient_norms_count_all_parts(results: list[Any]) -> None:
     for rank in results:
         automatic = rank["automatic"]

@@ -83,7 +83,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(gradients))
         return compute(gradients, norm_type)
 
-    monkeypatch.setattr(implementation, "get_total_norm", count)
+    monkeypatch.setattr(implementation, "total_norm", count)
     return calls
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from eventtrain.callbacks.distributed.sharded_tensors import Box, StoredTensor, check_boxes
-from eventtrain.checkpoint import storage
+from eventtrain.checkpoint.archive import verify_checksums
 from eventtrain.errors import MisconfigurationError
 from eventtrain.paths import AnyPath
 
@@ -120,7 +120,7 @@ def read_part(file: Path, offset: int, length: int, box: Box, dtype: torch.dtype
             raise ValueError(f"{file.name} is no file of at least {offset + length} bytes")
         opened.seek(offset)
         content = io.BytesIO(opened.read(length))
-    storage.verify_checksums(content)
+    verify_checksums(content)
     tensor = torch.load(content, map_location="cpu", weights_only=True)
     if type(tensor) is not Tensor or tensor.dtype != dtype or tuple(tensor.shape) != box.sizes:
         raise ValueError(f"{file.name} does not hold the part of shape {box.sizes} that its index names at byte {offset}")

@@ -205,9 +205,11 @@ class CheckpointRead(Event):
 
     Attributes:
         checkpoint: The checkpoint's content. A listener may change it in place.
+        path: Its file.
     """
 
     checkpoint: dict[str, Any]
+    path: AnyPath
 
 
 class LoadCheckpoint(Event):

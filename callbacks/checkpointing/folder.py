@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fnmatch
 import math
+import os
 import shutil
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from eventtrain.checkpoint import storage
@@ -27,11 +31,8 @@ class CheckpointFolder:
     def __init__(self, path: AnyPath) -> None:
         self.path = path
 
-    def prepare(self, surplus: Iterable[str]) -> None:
-        """Make the folder, try to write in it, and delete the files that a killed run left there half written or half deleted.
-
-        Args:
-            surplus: Names of files that an earlier run had still to delete.
+    def prepare(self) -> None:
+        """Make the folder, try to write in it, and delete the files that a killed run left there half written.
 
         Raises:
             OSError: If nothing can be written there.
@@ -39,10 +40,10 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         trial = self.path / f".{LAST}{storage.TEMPORARY}"
         trial.touch()
-        for left in [*self.path.glob(f".*{SUFFIX}{storage.TEMPORARY}"), *(self.path / name for name in surplus)]:
+        for left in self.files(f".*{SUFFIX}{storage.TEMPORARY}"):
             left.unlink(missing_ok=True)
 
-    def write(self, content: Mapping[str, Any], names: list[str], surplus: list[str]) -> None:
+    def write(self, content: Mapping[str, Any], names: list[str], surplus: list[str]) -> dict[str, OSError]:
         """Write a checkpoint, then delete others.
 
         Args:
@@ -50,46 +51,122 @@ class CheckpointFolder:
             names: Its names. If one is ``last.ckpt``, the earlier file of that name becomes ``previous.ckpt``.
             surplus: Names of files to delete once the checkpoint is complete under all of its names.
 
+        Returns:
+            The errors of the files that could not be deleted.
+
         Raises:
             OSError: If it could not be written; the other files are intact.
         """
         first, *more = names
-        previous = self.path / PREVIOUS
-        storage.write(content, self.path / first, previous=previous if first == LAST else None)
+        storage.write(content, self.path / first, before=self._keep_previous if first == LAST else None)
         for name in more:
-            link(self.path / first, self.path / name, previous=previous if name == LAST else None)
-        for name in surplus:
-            (self.path / name).unlink(missing_ok=True)
+            self.link(self.path / first, name)
+        return self.delete(surplus)
+
+    def link(self, path: AnyPath, name: str, *, keeps_previous: bool = True) -> None:
+        """Give a complete checkpoint a name in this folder.
+
+        Args:
+            path: Its file, in this folder or in another one.
+            name: The name. If it is ``last.ckpt``, the earlier file of that name becomes ``previous.ckpt``.
+            keeps_previous: Whether it does.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        link(path, self.path / name, before=self._keep_previous if name == LAST and keeps_previous else None)
+
+    def delete(self, names: Iterable[str]) -> dict[str, OSError]:
+        """Delete files, as far as that is possible; return the errors of the others."""
+        errors = {}
+        for name in names:
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except OSError as error:
+                errors[name] = error
+        return errors
+
+    def files(self, pattern: str = f"*{SUFFIX}") -> list[AnyPath]:
+        """Return the files whose names match, in the order of their names; none if there is no such folder.
+
+        Raises:
+            OSError: If the folder cannot be read.
+        """
+        if isinstance(self.path, RemotePath):
+            return self.path.glob(pattern)
+        try:
+            names = os.listdir(self.path)  # Path.glob takes a folder that may not be read for an empty one
+        except FileNotFoundError:
+            return []
+        return [self.path / name for name in sorted(fnmatch.filter(names, pattern))]
 
     def newest(self) -> list[AnyPath]:
-        """Return the files, newest first. A file with two names is listed once; a remote store has two files then."""
-        files: dict[Any, AnyPath] = {}
-        paths: list[AnyPath] = list(self.path.glob(f"*{SUFFIX}"))
-        for path in sorted(paths, key=lambda path: path.name != LAST):
-            if path.is_file():
+        """Return the checkpoints, newest first. A file with two names is listed once; a remote store has two files then.
+
+        Raises:
+            OSError: If the folder, or a file in it, cannot be read.
+        """
+        files: dict[Any, tuple[Any, AnyPath]] = {}
+        for path in sorted(self.files(), key=lambda path: path.name != LAST):
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # another process may have deleted it by now
                 status = None if isinstance(path, RemotePath) else path.stat()
-                files.setdefault(path if status is None else (status.st_dev, status.st_ino), path)
-        return sorted(files.values(), key=storage.written_at, reverse=True)
+                key = path if status is None else (status.st_dev, status.st_ino)
+                if key not in files:
+                    files[key] = storage.written_at(path), path
+        return [path for _, path in sorted(files.values(), key=lambda each: each[0], reverse=True)]
+
+    def _keep_previous(self) -> None:
+        """Let ``last.ckpt`` be ``previous.ckpt`` too. It is replaced after that, so there is one at every moment."""
+        if (self.path / LAST).exists():
+            link(self.path / LAST, self.path / PREVIOUS)
 
 
-def link(path: AnyPath, new: AnyPath, *, previous: AnyPath | None = None) -> None:
+def link(path: AnyPath, new: AnyPath, *, before: Callable[[], None] | None = None) -> None:
     """Give a checkpoint a second name, without a second copy if the file system has hard links.
 
     Args:
         path: The file.
-        new: Its other name, in the same directory.
-        previous: As in :func:`~eventtrain.checkpoint.storage.write`.
+        new: Its other name, at which there may be another file.
+        before: As in :func:`~eventtrain.checkpoint.storage.write`.
 
     Raises:
         OSError: If the file cannot be written.
     """
-    with storage.renamed_to(new, previous) as temporary:
+    with storage.renamed_to(new, before) as temporary:
         temporary.unlink(missing_ok=True)
         try:
+            if type(path) is not type(new):
+                raise OSError(errno.EXDEV, "a disk and a store share no file")
             temporary.hardlink_to(path)
         except OSError:
             with path.open("rb") as source, storage.writing(temporary) as file:
                 shutil.copyfileobj(source, file)
+
+
+def sequence_of(path: AnyPath) -> float:
+    """Return the sequence number of a checkpoint: 0 if there is none or an older version wrote it, infinity if it is damaged.
+
+    Raises:
+        OSError: If the file cannot be opened.
+    """
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        return storage.written_at(path)[0]
+    return 0
+
+
+def contains(folder: AnyPath, path: AnyPath) -> bool:
+    """Return whether a folder holds a file, however the two are written."""
+    if isinstance(folder, RemotePath) or isinstance(path, RemotePath):
+        return path.parent == folder
+    return path.parent.resolve() == folder.resolve()
+
+
+def is_there(path: AnyPath) -> bool:
+    """Return whether there is a file; True if it cannot be known, because to read the file will tell."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
 
 
 def file_name(template: str, values: Mapping[str, Any]) -> str:
@@ -110,6 +187,24 @@ def file_name(template: str, values: Mapping[str, Any]) -> str:
             value = value if isinstance(value, int) else float(value)
             parts.append(f"{field.replace('/', '_')}={format(value, form or '')}")
     return "".join(parts) + SUFFIX
+
+
+def check_names(names: Iterable[Any], owner: str) -> None:
+    """Check the names that a checkpoint says are those of other checkpoints, because files of these names are deleted.
+
+    Args:
+        names: The names.
+        owner: The class whose state has them, for the message.
+
+    Raises:
+        MisconfigurationError: If one is not the name of a checkpoint's file, such as a path to another folder.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(SUFFIX) or set(name) & set("/\\\0"):
+            raise MisconfigurationError(
+                f"The state of {owner} in the checkpoint names {name!r} as another checkpoint of its folder. {owner} writes no "
+                "such name, so the file was changed. Give another checkpoint."
+            )
 
 
 def check_template(template: Any, owner: str) -> str:

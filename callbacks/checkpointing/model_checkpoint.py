@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from eventtrain.callback import Callback
-from eventtrain.callbacks.checkpointing.folder import LAST, CheckpointFolder, check_template, file_name
+from eventtrain.callbacks.checkpointing.folder import (
+    LAST,
+    CheckpointFolder,
+    check_names,
+    check_template,
+    contains,
+    file_name,
+    is_there,
+    sequence_of,
+)
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
 from eventtrain.callbacks.watched_metric import WatchedMetric
@@ -21,10 +32,12 @@ from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
+    CheckpointRead,
     CheckpointSaved,
     ExceptionRaised,
     FindCheckpoint,
     FitStart,
+    SaveCheckpoint,
     Setup,
     TakeCheckpoint,
     Teardown,
@@ -37,8 +50,9 @@ class ModelCheckpoint(Callback):
     """Writes checkpoints at safe points, from which ``trainer.fit(ckpt_path="last")`` resumes exactly.
 
     Listens to ``take_checkpoint``, when the state of a safe point is final, and to ``find_checkpoint``, at which it offers
-    its files; also to ``setup``, ``fit_start``, ``exception`` and ``teardown``. Emits ``checkpoint_saved``, and the events
-    that the trainer publishes as it gathers a checkpoint. Reads the monitored metric from its device if a checkpoint is due.
+    its files; also to ``setup``, ``checkpoint_read``, ``fit_start``, ``save_checkpoint``, ``exception`` and ``teardown``.
+    Emits ``checkpoint_saved``, and the events that the trainer publishes as it gathers a checkpoint. Reads the monitored
+    metric from its device if a checkpoint is due.
 
     A file gets its name once it is complete on disk, and only then are older files deleted. So a crash, a full disk or a kill
     leaves the earlier checkpoints intact at any moment. ``last.ckpt`` is the newest; its predecessor is ``previous.ckpt``,
@@ -113,22 +127,32 @@ class ModelCheckpoint(Callback):
         self._folder = CheckpointFolder(self.dirpath)
         self._thread: ThreadPoolExecutor | None = None
         self._staging = Staging()  # for the thread
-        self._exception_staging = Staging()  # for save_on_exception
+        # For save_on_exception: while one of them copies, the other holds the last copy that is complete.
+        self._exception_stagings = Staging(), Staging()
         self._begin()
 
     def _begin(self) -> None:
         self._top = TopK(self.save_top_k, self.mode if self.monitor is not None else None)
         self._reached: tuple[int, ...] | None = None  # the last safe point
         self._saved: tuple[int, ...] | None = None  # the safe point of the last checkpoint
+        self._names: list[str] = []  # its names
         self._path: AnyPath | None = None  # its file
+        self._round: Round | None = None  # the last decisions
+        self._planned: tuple[list[str], dict[str, float | None]] | None = None  # the names to write, and the scores before
+        self._resumed: AnyPath | None = None  # the file that the run resumes from
+        self._takes_newest = False  # by ckpt_path="last"
+        self._newest = 0.0  # the largest sequence number of the folder, as the run begins
         self._steps = self._validations = 0  # the counters at that safe point
         self._time = time.monotonic()
         self._metric = (
             None if self.monitor is None else WatchedMetric(self.monitor, f"ModelCheckpoint(monitor={self.monitor!r})")
         )
         self._is_new = False  # the metric was logged between the last two safe points
-        self._writing: tuple[dict[str, float | None], Future[None]] | None = None  # the scores before, and the thread's work
-        self._copy: dict[str, Any] | None = None  # the state of the last safe point, with save_on_exception
+        self._writing: tuple[dict[str, float | None], Future[dict[str, OSError]]] | None = (
+            None  # the scores before, and the thread's work
+        )
+        # With save_on_exception: the state of the last safe point, and that safe point.
+        self._copy: tuple[dict[str, Any], tuple[int, ...]] | None = None
 
     # ------------------------------------------------------------------ the policy
 
@@ -173,11 +197,15 @@ class ModelCheckpoint(Callback):
             self._begin()
             self._folder = CheckpointFolder(trainer.root / self.dirpath)
 
+    def on_checkpoint_read(self, trainer: Trainer, event: CheckpointRead) -> None:
+        if trainer.stage == "fit":
+            self._resumed = event.path
+
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         if trainer.fast_dev_run:
             return
-        for other in trainer.callbacks:
-            if isinstance(other, ModelCheckpoint) and other is not self and other._folder.path == self._folder.path:
+        for other in keepers(trainer):
+            if other is not self and other._folder.path == self._folder.path:
                 raise MisconfigurationError(
                     f"Two ModelCheckpoints write to {str(self.dirpath)!r}, and each would delete the files of the other. "
                     "Give each of them another dirpath."
@@ -186,46 +214,60 @@ class ModelCheckpoint(Callback):
         storage.loadable(
             {name: value for name, value in trainer.collect_checkpoint(publish=False).items() if name != "state_dict"}
         )
+        names: list[str] = []
         if trainer.is_global_zero:
             try:
-                self._folder.prepare(self._top.surplus)
+                self._folder.prepare()
+                self._finish(trainer)
+                self._newest = max(
+                    (number for path in self._folder.files() if (number := sequence_of(path)) < math.inf), default=0
+                )
+                # The run may be resumed from a checkpoint of another folder.
+                names = [name for name in self.kept if (self._folder.path / name).is_file()]
             except OSError as error:
                 raise MisconfigurationError(
                     f"ModelCheckpoint(dirpath={str(self.dirpath)!r}): nothing can be written there: "
                     f"{storage.first_line(error)}. Give another directory."
                 ) from error
         self._top.surplus.clear()
-        # The run may be resumed from a checkpoint of another folder.
-        names = trainer.processes.broadcast([name for name in self.kept if (self._folder.path / name).is_file()])
-        self._top.scores = {name: self.kept[name] for name in names}
+        self._top.scores = {name: self.kept[name] for name in trainer.processes.broadcast(names)}
         self._reached = self._saved = current_place(trainer)
         self._time = time.monotonic()
+        self._resumed = None
 
     def on_take_checkpoint(self, trainer: Trainer, event: TakeCheckpoint) -> None:
         if self._writing is not None and self._writing[1].done():
             self.wait(trainer)
         if trainer.fast_dev_run:
             return
-        place = current_place(trainer)
-        if self._saved != place:
-            is_new_place, self._reached = self._reached != place, place
-            # An epoch that the run leaves logs its metrics after its last safe point, whose weights are not theirs.
-            self._is_new = self._metric is not None and self._metric.look(trainer) and is_new_place
-            if self.is_due(trainer, event):
-                self._save(trainer, ranked=True)
-            if self.save_on_exception:
-                self._copy = self._exception_staging.copy(trainer.collect_checkpoint())
+        if self._round is None or self._round.event is not event:
+            decide(trainer, event)
+        if self._planned is not None:
+            self._save(trainer)
+        if self.save_on_exception:
+            content = trainer.collect_checkpoint()
+            self._exception_stagings = self._exception_stagings[::-1]
+            self._copy = self._exception_stagings[0].copy(content), current_place(trainer)
         if event.reason is not None:
-            if self._saved != place or self._path is None:
-                self._save(trainer, ranked=False)
             self.wait(trainer)
             event.path = None if self._path is None else str(self._path)
+
+    def on_save_checkpoint(self, trainer: Trainer, event: SaveCheckpoint) -> None:
+        # The folder may hold files of a run that this one does not continue.
+        event.checkpoint["sequence"] = max(event.checkpoint["sequence"], int(self._newest) + 1)
 
     def on_find_checkpoint(self, trainer: Trainer, event: FindCheckpoint) -> None:
         self._folder = CheckpointFolder(trainer.root / self.dirpath)
         self.wait(trainer)
         if event.which == "last":
-            event.offer(*self._folder.newest())
+            self._takes_newest = True
+            try:
+                event.offer(*self._folder.newest())
+            except OSError as error:
+                raise MisconfigurationError(
+                    f"ModelCheckpoint(dirpath={str(self.dirpath)!r}): its checkpoints cannot be read, so it is not known which "
+                    f"is the newest: {storage.first_line(error)}. Try again, move the file away, or give the path of one."
+                ) from error
         elif self.monitor is None or event.is_best_of_fit:
             event.offer(*self._best())
         else:  # before the files of listeners that monitor no metric, after those of the first that does
@@ -233,10 +275,16 @@ class ModelCheckpoint(Callback):
             event.paths = [*self._best(), *(event.paths or ())]
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        content, self._copy = self._copy, None
-        if content is not None and isinstance(event.exception, Exception) and trainer.is_global_zero:
+        copy, self._copy = self._copy, None
+        try:
             self.wait(trainer)
-            self._folder.write(content, [LAST], [])
+        finally:
+            is_new = copy is not None and copy[1] != self._saved
+            if copy is not None and is_new and isinstance(event.exception, Exception) and trainer.is_global_zero:
+                try:
+                    self._folder.write(copy[0], [LAST], [])
+                except OSError as error:
+                    self._report(self._folder.path / LAST, error)
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         try:
@@ -249,26 +297,53 @@ class ModelCheckpoint(Callback):
 
     # ------------------------------------------------------------------ writing
 
-    def _save(self, trainer: Trainer, *, ranked: bool) -> None:
-        """Write a checkpoint of the current safe point.
+    def _look(self, trainer: Trainer, event: TakeCheckpoint) -> bool | None:
+        """Decide whether a checkpoint of the current safe point is due.
+
+        Returns:
+            True if it is one that may be kept besides the last one, False if it is only the last one; None if none is due.
+        """
+        place = current_place(trainer)
+        if self._planned is not None:
+            if self._saved == place:
+                return None  # it is about to be written
+            self._top.scores, self._planned, self._saved = self._planned[1], None, None  # an error came between
+        if self._saved != place:
+            is_new_place, self._reached = self._reached != place, place
+            # An epoch that the run leaves logs its metrics after its last safe point, whose weights are not theirs.
+            self._is_new = self._metric is not None and self._metric.look(trainer) and is_new_place
+            if self.is_due(trainer, event):
+                return True
+        is_asked_for = event.reason is not None and (self._saved != place or self._path is None)
+        return False if is_asked_for else None
+
+    def _plan(self, trainer: Trainer, *, ranked: bool) -> None:
+        """Choose the names of a checkpoint of the current safe point.
 
         Args:
             trainer: The trainer.
             ranked: Whether it may be kept besides the last one.
         """
-        self.wait(trainer)
         before = dict(self._top.scores)
         name = file_name(self.filename, {**trainer.callback_metrics, **self.file_name_values(trainer)})
-        names = [name] if ranked and self._rank(trainer, name) else []
+        self._names = [name] if ranked and self._rank(trainer, name) else []
         if self.save_last or not ranked:
-            names.append(LAST)
+            self._names.append(LAST)
         progress = trainer.progress
         self._saved, self._steps, self._validations = current_place(trainer), progress.global_step, progress.validations
         self._time = time.monotonic()
+        self._planned = self._names, before
+
+    def _save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of the current safe point, under the names that were chosen."""
+        assert self._planned is not None and self._round is not None
+        (names, before), self._planned = self._planned, None
         if not names:
             return
         self._path = self._folder.path / names[0]
         content = trainer.collect_checkpoint()
+        # All files of a safe point have one number, by which a resumed run knows those that are there already.
+        content["sequence"] = self._round.sequence = self._round.sequence or content["sequence"]
         if not trainer.is_global_zero:
             return
         content = storage.loadable(content)
@@ -310,35 +385,78 @@ class ModelCheckpoint(Callback):
             (before, future), self._writing = self._writing, None
             self._settle(trainer, before, future.result)
 
-    def _settle(self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], None]) -> None:
+    def _settle(self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], dict[str, OSError]]) -> None:
         """Publish that a file is written; if it could not be, keep the files of before."""
+        assert self._path is not None
         try:
-            written()
+            left = written()
         except OSError as error:
-            failed, self._path, self._saved = self._path, None, None
+            failed, self._path, self._saved, self._names = self._path, None, None, []
             self._top.scores = before
             self._top.surplus = [name for name in self._top.surplus if name not in before]
-            intact = [path.name for path in self._folder.newest()]
-            message = (
-                f"ModelCheckpoint could not write {failed}: {storage.first_line(error)}. Earlier files are intact: {intact}. "
-                "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
-                "checkpoint."
+            if failed.name not in (LAST, *before):
+                self._top.surplus.append(failed.name)  # it may be complete, and only have no second name
+            self._report(failed, error)
+            return
+        self._top.surplus = list(left)
+        trainer.signals.checkpoint_saved.publish(CheckpointSaved(str(self._path)))
+        if left:
+            name, reason = next(iter(left.items()))
+            self._complain(
+                reason,
+                f"ModelCheckpoint could not delete {self._folder.path / name}: {storage.first_line(reason)}. The new one "
+                f"{self._path} is complete. Delete the old one; with ModelCheckpoint(on_error='warn') a run continues, and "
+                "tries it again with the next checkpoint.",
             )
-            if self.on_error == "raise":
-                raise OSError(error.errno or errno.EIO, message) from error
-            warnings.warn(message, stacklevel=2)
-        else:
-            assert self._path is not None
-            self._top.surplus.clear()
-            trainer.signals.checkpoint_saved.publish(CheckpointSaved(str(self._path)))
+
+    def _report(self, failed: AnyPath, error: OSError) -> None:
+        """Say that a checkpoint could not be written."""
+        try:
+            intact = f": {[path.name for path in self._folder.newest()]}"
+        except OSError:
+            intact = ""
+        self._complain(
+            error,
+            f"ModelCheckpoint could not write {failed}: {storage.first_line(error)}. Earlier files are intact{intact}. "
+            "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
+            "checkpoint.",
+        )
+
+    def _complain(self, error: OSError, message: str) -> None:
+        """Raise an error that tells of another one, or warn of it."""
+        if self.on_error == "raise":
+            raise OSError(error.errno or errno.EIO, message) from error
+        warnings.warn(message, stacklevel=2)
 
     # ------------------------------------------------------------------ the files
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Do what a killed run had still to do when its checkpoint was complete, from which this run resumes.
+
+        It had been decided at that safe point under which names each ModelCheckpoint keeps it.
+
+        Raises:
+            OSError: If a file cannot be written or deleted.
+        """
+        path = self._resumed
+        if path is None or not any(contains(other._folder.path, path) for other in keepers(trainer)):
+            return
+        sequence = sequence_of(path)
+        for name in self._names if self._saved == current_place(trainer) else ():
+            other = sequence_of(self._folder.path / name)
+            if other < sequence:
+                self._folder.link(path, name)
+            elif other > sequence and self._takes_newest:  # it was passed over, because it is damaged
+                self._folder.link(path, name, keeps_previous=False)
+        for error in self._folder.delete(self._top.surplus).values():
+            raise error
 
     def _best(self) -> list[AnyPath]:
         """Return the kept files, best first. If this process has kept none, its newest checkpoint names them."""
         if not self.kept and (content := storage.read_first(self._folder.newest())[1]) is not None:
             self._top.scores = dict(content["callbacks"].get(self.state_key, {}).get("kept", {}))
-        return [path for name in self._top.best() if (path := self._folder.path / name).exists()]
+            check_names(self._top.scores, "ModelCheckpoint")
+        return [path for name in self._top.best() if is_there(path := self._folder.path / name)]
 
     @property
     def kept(self) -> dict[str, float | None]:
@@ -375,13 +493,52 @@ class ModelCheckpoint(Callback):
             "steps": self._steps,
             "validations": self._validations,
             "seen": 0 if self._metric is None else self._metric.seen,
+            "names": list(self._names),
+            "place": list(self._saved or ()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._top.scores, self._top.surplus = dict(state["kept"]), list(state["surplus"])
+        check_names([*state["kept"], *state["surplus"], *state.get("names", ())], "ModelCheckpoint")
         self._steps, self._validations = state["steps"], state["validations"]
+        self._names, self._saved = list(state.get("names", ())), tuple(state.get("place", ()))
         if self._metric is not None:
             self._metric.seen = state["seen"]
+
+
+@dataclass
+class Round:
+    """The decisions of all ModelCheckpoints at one safe point.
+
+    They come before the first file of that safe point is written, so that each file holds all of them. A run that is killed
+    between two files finishes the others when it resumes.
+
+    Attributes:
+        event: The safe point's event.
+        sequence: The number of the checkpoints that are written there; 0 before the first.
+    """
+
+    event: TakeCheckpoint
+    sequence: int = 0
+
+
+def decide(trainer: Trainer, event: TakeCheckpoint) -> None:
+    """Let each ModelCheckpoint of a trainer decide whether and under which names it keeps a checkpoint."""
+    together = Round(event)
+    due: list[tuple[ModelCheckpoint, bool]] = []
+    for each in keepers(trainer):
+        each._round = together
+        if (ranked := each._look(trainer, event)) is not None:
+            due.append((each, ranked))
+    for each in keepers(trainer) if due else ():
+        each.wait(trainer)  # the files of earlier safe points are complete before there is one of this
+    for each, ranked in due:
+        each._plan(trainer, ranked=ranked)
+
+
+def keepers(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Return the ModelCheckpoints of a trainer."""
+    return [each for each in trainer.callbacks if isinstance(each, ModelCheckpoint)]
 
 
 def current_place(trainer: Trainer) -> tuple[int, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,13 +26,15 @@ TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
 
 
-def write(content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath, *, previous: AnyPath | None = None) -> None:
+def write(
+    content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath, *, before: Callable[[], None] | None = None
+) -> None:
     """Write a checkpoint; it gets its final name only when it is whole on disk.
 
     Args:
         content: The checkpoint.
         path: The file; its directory is made.
-        previous: The new name of the file that was there before; None to replace that file.
+        before: Called once the file is whole, before it gets its name and replaces the file that was there before.
 
     Raises:
         MisconfigurationError: If the content has a value that could not be read back.
@@ -47,7 +50,7 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath,
     content = loadable(content)
     target = check_path(path, "storage.write", "path")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with renamed_to(target, previous) as temporary, crc32_computed(), writing(temporary) as file:
+    with renamed_to(target, before) as temporary, crc32_computed(), writing(temporary) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
@@ -56,7 +59,7 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath,
 
 
 @contextmanager
-def renamed_to(target: AnyPath, previous: AnyPath | None) -> Generator[Any, None, None]:
+def renamed_to(target: AnyPath, before: Callable[[], None] | None = None) -> Generator[Any, None, None]:
     """Yield a temporary path next to a file, and rename it to the file after the ``with`` block has written it.
 
     A process that is killed leaves the temporary file; the next writer of the same file overwrites it. In a remote store too,
@@ -64,13 +67,13 @@ def renamed_to(target: AnyPath, previous: AnyPath | None) -> Generator[Any, None
 
     Args:
         target: The file.
-        previous: As in :func:`write`.
+        before: As in :func:`write`.
     """
     temporary: Any = target.with_name(f".{target.name}{TEMPORARY}")
     try:
         yield temporary
-        if previous is not None and target.exists():
-            target.replace(previous)  # type: ignore[arg-type]
+        if before is not None:
+            before()
         temporary.replace(target)
     finally:
         # It is still there after an error, and after a rename to another name of the same file, which does nothing.
@@ -183,16 +186,25 @@ def without_tensors(path: AnyPath) -> dict[str, Any]:
     return content
 
 
-def written_at(path: AnyPath) -> float:
-    """Return when a checkpoint was written, in seconds since 1970.
+def written_at(path: AnyPath) -> tuple[float, float, float]:
+    """Return the place of a checkpoint in the order in which checkpoints were written, as numbers to sort by.
 
-    The time is read from the checkpoint, because a copy of a file has another date. For a damaged checkpoint it is the
-    date of the file, so that it is sorted into its place, and is named when its turn comes.
+    They are its sequence number, its number of batches and its time, so a clock that is set back changes nothing. Files of
+    older versions have only the time. A damaged file counts as the newest, so that it is named and passed over.
+
+    Raises:
+        OSError: If the file cannot be opened.
     """
-    try:
-        return float(without_tensors(path)["written_at"])
-    except Exception:
-        return float(path.stat().st_mtime)
+    for attempt in (without_tensors, read):  # twice, because what failed may have been the disk, and not the file
+        try:
+            content = attempt(path)
+            sequence = int(content.get("sequence", 0))
+            return sequence, content["progress"]["total_batch_idx"] if sequence else 0, float(content.get("written_at", 0))
+        except OSError:
+            raise
+        except Exception:
+            continue
+    return math.inf, 0, 0
 
 
 def read_first(paths: Sequence[AnyPath], map_location: Any = None) -> tuple[AnyPath | None, dict[str, Any] | None]:

@@ -70,7 +70,7 @@ class Evaluation(Run):
             )
         path, checkpoint = read_checkpoint(self.trainer, self.ckpt_path, best_of_fit=self.continues_fit)
         if checkpoint is not None:
-            self.signals.checkpoint_read.publish(CheckpointRead(checkpoint))
+            self.signals.checkpoint_read.publish(CheckpointRead(checkpoint, path))
             self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
             load_weights(module, checkpoint, path)
         loop = self.evaluation_loop(stage, context=self._evaluating)

@@ -216,7 +216,8 @@ def kill_at(name: str, folder: Path, places: Iterable[tuple[int, ...]], straight
 
 def every_place(kinds: list[str], writes: int = 1) -> list[tuple[int, ...]]:
     """Return all places of a run, with one in so many of the writes of each file."""
-    count, places = 0, []
+    count = 0
+    places: list[tuple[int, ...]] = []
     for number, kind in enumerate(kinds, 1):
         count = count + 1 if kind == "write" else 0
         if kind != "write" or count % writes == 1 % writes:

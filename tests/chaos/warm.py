@@ -3,6 +3,7 @@
 Only the server of forks imports this module.
 """
 
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.chaos.kinds import fit
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
+logging.getLogger("eventtrain").addHandler(logging.NullHandler())  # else it prints the file of each resumed run
 for name in ("the default", "manual, fp16"):
     with tempfile.TemporaryDirectory() as folder:
         fit(name, Path(folder))

@@ -136,8 +136,10 @@ class ModelCheckpoint(Callback):
         self._reached: tuple[int, ...] | None = None  # the last safe point
         self._saved: tuple[int, ...] | None = None  # the safe point of the last checkpoint
         self._names: list[str] = []  # its names
+        self._named_at: tuple[int, ...] | None = None  # the safe point at which they were chosen, maybe of an earlier run
         self._path: AnyPath | None = None  # its file
         self._round: Round | None = None  # the last decisions
+        self._left: list[str] = []  # names of files that could not be deleted yet
         self._planned: tuple[list[str], dict[str, float | None]] | None = None  # the names to write, and the scores before
         self._resumed: AnyPath | None = None  # the file that the run resumes from
         self._takes_newest = False  # by ckpt_path="last"
@@ -229,7 +231,6 @@ class ModelCheckpoint(Callback):
                     f"ModelCheckpoint(dirpath={str(self.dirpath)!r}): nothing can be written there: "
                     f"{storage.first_line(error)}. Give another directory."
                 ) from error
-        self._top.surplus.clear()
         self._top.scores = {name: self.kept[name] for name in trainer.processes.broadcast(names)}
         self._reached = self._saved = current_place(trainer)
         self._time = time.monotonic()
@@ -324,7 +325,7 @@ class ModelCheckpoint(Callback):
             trainer: The trainer.
             ranked: Whether it may be kept besides the last one.
         """
-        before = dict(self._top.scores)
+        before, self._top.surplus = dict(self._top.scores), self._left
         name = file_name(self.filename, {**trainer.callback_metrics, **self.file_name_values(trainer)})
         self._names = [name] if ranked and self._rank(trainer, name) else []
         if self.save_last or not ranked:
@@ -332,7 +333,7 @@ class ModelCheckpoint(Callback):
         progress = trainer.progress
         self._saved, self._steps, self._validations = current_place(trainer), progress.global_step, progress.validations
         self._time = time.monotonic()
-        self._planned = self._names, before
+        self._planned, self._named_at = (self._names, before), self._saved
 
     def _save(self, trainer: Trainer) -> None:
         """Write a checkpoint of the current safe point, under the names that were chosen."""
@@ -393,12 +394,13 @@ class ModelCheckpoint(Callback):
         except OSError as error:
             failed, self._path, self._saved, self._names = self._path, None, None, []
             self._top.scores = before
-            self._top.surplus = [name for name in self._top.surplus if name not in before]
+            self._left = [name for name in self._top.surplus if name not in before]
             if failed.name not in (LAST, *before):
-                self._top.surplus.append(failed.name)  # it may be complete, and only have no second name
+                self._left.append(failed.name)  # it may be complete, and only have no second name
+            self._top.surplus = self._left
             self._report(failed, error)
             return
-        self._top.surplus = list(left)
+        self._left = list(left)
         trainer.signals.checkpoint_saved.publish(CheckpointSaved(str(self._path)))
         if left:
             name, reason = next(iter(left.items()))
@@ -440,15 +442,18 @@ class ModelCheckpoint(Callback):
         """
         path = self._resumed
         if path is None or not any(contains(other._folder.path, path) for other in keepers(trainer)):
+            self._top.surplus = []
             return
         sequence = sequence_of(path)
-        for name in self._names if self._saved == current_place(trainer) else ():
+        for name in self._names if self._named_at == current_place(trainer) else ():
             other = sequence_of(self._folder.path / name)
             if other < sequence:
                 self._folder.link(path, name)
             elif other > sequence and self._takes_newest:  # it was passed over, because it is damaged
                 self._folder.link(path, name, keeps_previous=False)
-        for error in self._folder.delete(self._top.surplus).values():
+        # A newer file of such a name is that of a run which this one does not continue.
+        older = [name for name in self._top.surplus if sequence_of(self._folder.path / name) <= sequence]
+        for error in self._folder.delete(older).values():
             raise error
 
     def _best(self) -> list[AnyPath]:
@@ -494,14 +499,14 @@ class ModelCheckpoint(Callback):
             "validations": self._validations,
             "seen": 0 if self._metric is None else self._metric.seen,
             "names": list(self._names),
-            "place": list(self._saved or ()),
+            "named_at": list(self._named_at or ()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._top.scores, self._top.surplus = dict(state["kept"]), list(state["surplus"])
         check_names([*state["kept"], *state["surplus"], *state.get("names", ())], "ModelCheckpoint")
         self._steps, self._validations = state["steps"], state["validations"]
-        self._names, self._saved = list(state.get("names", ())), tuple(state.get("place", ()))
+        self._names, self._named_at = list(state.get("names", ())), tuple(state.get("named_at", ()))
         if self._metric is not None:
             self._metric.seen = state["seen"]
 

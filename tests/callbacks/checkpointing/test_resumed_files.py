@@ -99,12 +99,16 @@ def ways_of_keeping() -> dict[str, Callable[[], list[ModelCheckpoint]]]:
     }
 
 
-@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 @pytest.mark.parametrize("way", ways_of_keeping())
+@pytest.mark.parametrize(
+    ("links", "every"),
+    [(True, 6), pytest.param(True, 1, marks=pytest.mark.slow), pytest.param(False, 1, marks=pytest.mark.slow)],
+    ids=["some", "all", "without links"],
+)
 def test_the_files_of_a_resumed_run_are_those_of_one_that_was_not_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, links: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, links: bool, every: int
 ) -> None:
-    """Killed at operations of the steps 6 and 12, of which the last leaves nothing to train."""
+    """Killed at operations of the last step, after which nothing is left to train."""
     keep = ways_of_keeping()[way]
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", refuse)
@@ -112,7 +116,7 @@ def test_the_files_of_a_resumed_run_are_those_of_one_that_was_not_killed(
     operations = fit_killed(straight, None, *keep())
     expected = checkpoints(straight)
     changes = [number for number, kind in enumerate(operations, 1) if kind in ("rename", "link", "unlink", "fsync")]
-    for at in [number for number in changes if number > len(operations) * 11 // 12][::2] + changes[len(changes) // 2 :: 9]:
+    for at in changes[-14::every]:
         root = tmp_path / "killed"
         shutil.rmtree(root, ignore_errors=True)
         fit_killed(root, at, *keep())
@@ -139,7 +143,7 @@ def test_last_is_the_newest_even_if_nothing_is_left_to_train(tmp_path: Path, mon
         fit(tmp_path, ModelCheckpoint(every_n_steps=2))
     monkeypatch.setattr(CheckpointFolder, "link", link)
     assert steps_of(tmp_path / "checkpoints") == {
-        "epoch=1-step=10.ckpt": 10,
+        "epoch=2-step=10.ckpt": 10,
         "epoch=2-step=12.ckpt": 12,
         "last.ckpt": 10,
         "previous.ckpt": 8,
@@ -176,7 +180,7 @@ def test_there_is_a_last_checkpoint_at_every_moment(tmp_path: Path, monkeypatch:
     steps: list[int] = []
 
     def check(kind: str) -> None:
-        if kind != "write" and (steps or last.exists()):
+        if kind not in ("write", "create") and (steps or last.exists()):
             places.counts = False
             steps.append(storage.read(last)["global_step"])
             places.counts = True
@@ -189,11 +193,11 @@ def test_there_is_a_last_checkpoint_at_every_moment(tmp_path: Path, monkeypatch:
         places = Places(before=check, within=".ckpt")
         places.count_file_operations()
         try:
-            fit(tmp_path, ModelCheckpoint(every_n_steps=1, save_top_k=0))
-            fit(tmp_path, ModelCheckpoint(every_n_steps=1), ckpt_path=None, max_epochs=1)
+            fit(tmp_path, ModelCheckpoint(every_n_steps=1, save_top_k=0), max_epochs=1)
+            fit(tmp_path, ModelCheckpoint(every_n_steps=1), max_epochs=1)
         finally:
             places.stop()
-        assert len(steps) > 100 and set(steps) == set(range(1, 13))
+        assert len(steps) > 40 and set(steps) == {1, 2, 3, 4}
 
 
 def test_there_is_a_last_checkpoint_in_a_store_at_every_moment(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,9 +232,11 @@ def test_a_reader_that_opens_last_again_and_again_never_fails(tmp_path: Path) ->
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     reader = subprocess.Popen([sys.executable, "-c", script], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    fit(tmp_path, ModelCheckpoint(every_n_steps=1), max_epochs=15)
-    (folder / "done").touch()
-    output, error = reader.communicate()
+    try:
+        fit(tmp_path, ModelCheckpoint(every_n_steps=1), max_epochs=10)
+    finally:
+        (folder / "done").touch()
+    output, error = reader.communicate(timeout=60)
     assert reader.returncode == 0, error.decode()
     assert int(output) > 100
 
@@ -338,7 +344,7 @@ def test_files_of_a_version_without_numbers_are_ordered_by_their_time_and_older(
     assert ordered == [8, 6, 4, 2]
     for path in folder.glob("*.ckpt"):
         content = storage.read(path)
-        content.pop("sequence")
+        content.pop("sequence", None)
         content["written_at"] = -content["global_step"]
         torch.save(content, path)
     ordered = [storage.read(path)["global_step"] for path in CheckpointFolder(folder).newest()]
@@ -348,7 +354,8 @@ def test_files_of_a_version_without_numbers_are_ordered_by_their_time_and_older(
 # ------------------------------------------------------------------ save_on_exception
 
 
-def test_a_copy_that_is_not_complete_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_copy_that_is_not_complete_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     """The memory is used up at each tensor of the copy of step 6: the copy of step 5 is the newest checkpoint."""
     straight = fit(tmp_path / "straight", ModelCheckpoint(every_n_steps=4))
     copy_tensor = Staging._copy_tensor
@@ -369,7 +376,7 @@ def test_a_copy_that_is_not_complete_is_never_kept(tmp_path: Path, monkeypatch: 
                 raise MemoryError
             return copy_tensor(staging, tensor)
 
-    for tensor in itertools.count(1):
+    for tensor in itertools.count(1, every):
         root = tmp_path / str(tensor)
         fails = FailsAt(tensor)
         monkeypatch.setattr(Staging, "_copy_tensor", lambda staging, value, fails=fails: fails.copy(staging, value))
@@ -380,7 +387,7 @@ def test_a_copy_that_is_not_complete_is_never_kept(tmp_path: Path, monkeypatch: 
         assert storage.read(root / "checkpoints" / "last.ckpt")["global_step"] == 5
         resumed = fit(root, ModelCheckpoint(every_n_steps=4), ckpt_path="last")
         assert_same_run(resumed, straight, f"resumed after an error at tensor {tensor}")
-    assert tensor > 20
+    assert tensor > 20  # is the first that no copy reached
 
 
 def test_an_error_after_a_checkpoint_does_not_write_it_again(tmp_path: Path) -> None:
@@ -404,7 +411,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, key: str, name: A
     (tmp_path / "victim.ckpt").write_text("a file of somebody else")
     for path in (tmp_path / "checkpoints").iterdir():
         content = storage.read(path)
-        (state,) = content["callbacks"].values()
+        state = next(state for key, state in content["callbacks"].items() if key.startswith("ModelCheckpoint"))
         state[key] = {name: None} if key == "kept" else [name]
         torch.save(content, path)
     with pytest.raises(MisconfigurationError, match=r"The state of ModelCheckpoint in the checkpoint names .* was changed"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import tempfile
@@ -24,11 +23,10 @@ LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, st
 """The types that ``torch.load(weights_only=True)`` reads, besides tensors, and lists, tuples, sets and dicts of them."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
+Action = Callable[[], None]
 
 
-def write(
-    content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath, *, before: Callable[[], None] | None = None
-) -> None:
+def write(content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath, *, before: Action | None = None) -> None:
     """Write a checkpoint; it gets its final name only when it is whole on disk.
 
     Args:
@@ -59,7 +57,7 @@ def write(
 
 
 @contextmanager
-def renamed_to(target: AnyPath, before: Callable[[], None] | None = None) -> Generator[Any, None, None]:
+def renamed_to(target: AnyPath, before: Action | None = None) -> Generator[Any, None, None]:
     """Yield a temporary path next to a file, and rename it to the file after the ``with`` block has written it.
 
     A process that is killed leaves the temporary file; the next writer of the same file overwrites it. In a remote store too,
@@ -195,16 +193,14 @@ def written_at(path: AnyPath) -> tuple[float, float, float]:
     Raises:
         OSError: If the file cannot be opened.
     """
-    for attempt in (without_tensors, read):  # twice, because what failed may have been the disk, and not the file
-        try:
-            content = attempt(path)
-            sequence = int(content.get("sequence", 0))
-            return sequence, content["progress"]["total_batch_idx"] if sequence else 0, float(content.get("written_at", 0))
-        except OSError:
-            raise
-        except Exception:
-            continue
-    return math.inf, 0, 0
+    try:
+        content = without_tensors(path)
+        sequence = int(content.get("sequence", 0))
+        return sequence, content["progress"]["total_batch_idx"] if sequence else 0, float(content.get("written_at", 0))
+    except OSError:
+        raise
+    except Exception:
+        return float("inf"), 0, 0
 
 
 def read_first(paths: Sequence[AnyPath], map_location: Any = None) -> tuple[AnyPath | None, dict[str, Any] | None]:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS := -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint examples slow chaos bench floor clean
+.PHONY: demo test lint examples slow chaos bench bench-distributed floor clean
 
 demo: $(VENV)/examples.stamp  ## install, train a real model on real data, and say where to look
 	$(BIN)/python examples/digits.py
@@ -31,6 +31,9 @@ examples: $(VENV)/examples.stamp  ## run every example at its full length
 
 bench: $(VENV)/bench.stamp  ## measure the cost of a step beside the hand-written loop and other trainers; rewrites docs/performance.md
 	for part in overhead dispatch memory imports checkpoint; do $(BIN)/python -m benchmarks.$$part --save || exit 1; done
+
+bench-distributed: $(VENV)/bench.stamp  ## the same for two processes, five minutes, and their exchanges; rewrites docs/performance.md and docs/scaling.md
+	for part in distributed scaling; do $(BIN)/python -m benchmarks.$$part --save || exit 1; done
 
 floor: $(VENV)-floor/stamp  ## run the fast tests with the oldest versions that setup.cfg admits
 	$(VENV)-floor/bin/python -m pytest -m "not slow" $(WORKERS)

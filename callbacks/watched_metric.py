@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from eventtrain.errors import MisconfigurationError, nearest
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class WatchedMetric:
         self.watcher = watcher
         self.seen = 0
         self._warned = False
+        self._logged_elsewhere = False
 
     def has_new_value(self, trainer: Trainer) -> bool:
         """Return whether the metric was logged since the last look."""
@@ -55,10 +58,46 @@ class WatchedMetric:
         """
         return trainer.callback_metrics[self.name]
 
+    def agreed(self, trainer: Trainer, is_new: bool) -> Any | None:
+        """Return the latest value, one for all processes, so that they decide alike. All of them have to call this.
+
+        Values of steps differ between processes: then it is the mean of those that have a new one.
+
+        Args:
+            trainer: The trainer.
+            is_new: Whether this process has a new value to decide by.
+
+        Returns:
+            The value, a scalar tensor; None if no process has a new one.
+
+        Example:
+            >>> from eventtrain import Callback
+            >>> class StopAtZero(Callback):
+            ...     def __init__(self):
+            ...         self.loss = WatchedMetric("loss", "StopAtZero()")
+            ...     def on_train_epoch_end(self, trainer, event):
+            ...         loss = self.loss.agreed(trainer, self.loss.look(trainer))
+            ...         if loss is not None and float(loss) == 0:
+            ...             trainer.stop("the loss is zero")
+        """
+        value = self.value(trainer) if is_new else None
+        if trainer.world_size == 1:
+            return value
+        everywhere = trainer.processes.gather_for_all(None if value is None else float(value))
+        values = [each for each in everywhere if each is not None]
+        self._logged_elsewhere |= bool(values)
+        if not values or (value is not None and values.count(values[0]) == len(values)):
+            return value
+        return torch.tensor(sum(values) / len(values), dtype=torch.float64)
+
+    def was_logged(self, trainer: Trainer) -> bool:
+        """Return whether the metric was ever logged: in this process, or in another when :meth:`agreed` asked."""
+        return trainer.times_logged(self.name) > 0 or self._logged_elsewhere
+
     def is_missing(self, trainer: Trainer) -> bool:
         """Return whether the metric was never logged, although a validation that might log it is over."""
         may_come = trainer.validates and trainer.progress.validations == 0
-        return trainer.times_logged(self.name) == 0 and not may_come
+        return not self.was_logged(trainer) and not may_come
 
     def report_missing(self, trainer: Trainer, *, strict: bool, remedy: str = "") -> None:
         """Say that the metric was never logged, and which metrics there are; warn once.

@@ -221,20 +221,6 @@ def hold_gradient(record: Any, gradient: Tensor | None) -> None:
         record._unsharded_param.grad = None
 
 
-def index_parts() -> Mapping[tuple[str, str], Any]:
-    """Return the private classes and functions that the index of a sharded checkpoint names, by module and name.
-
-    ``torch.distributed.checkpoint`` reads the index by an unrestricted ``pickle.load``, which would run code in a file.
-    Missing: a safe reader, as ``torch.load(weights_only=True)`` is for other checkpoints.
-    """
-    from torch.distributed.checkpoint import filesystem
-
-    return {
-        (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    }
-
-
 # ------------------------------------------------------------------ torchmetrics, which the library does not import
 
 

@@ -11,6 +11,7 @@ from typing import Literal, Protocol, TypeVar
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "min", "max"]
+Place = Literal["batch_end", "in_between", "meeting"]
 T = TypeVar("T")
 
 
@@ -41,6 +42,25 @@ class Processes(Protocol):
     def any_of(self, flags: list[bool]) -> list[bool]:
         """Return for each flag whether it holds in any process, by one exchange."""
 
+    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+        """Return for each flag whether all processes act on it from here on. It is true once.
+
+        Only at a ``"meeting"`` all processes wait for each other; there a flag of any process holds. At other places nothing is
+        exchanged if no process sets a flag. If all processes set a flag at the same place, it holds there. Else it holds at
+        the end of the next batch, at the latest of the one that closes the accumulation window.
+
+        Args:
+            flags: What this process asks for.
+            place: ``"batch_end"``, ``"meeting"``, or ``"in_between"`` for another place that all processes pass.
+        """
+
+    @property
+    def is_called_off(self) -> bool:
+        """Whether a process has called off the current evaluation, as far as this one has heard; until the next meeting."""
+
+    def call_off(self) -> None:
+        """Tell the others that this process leaves the current evaluation."""
+
     def broadcast(self, value: T) -> T:
         """Return the first process's value, any object that can be pickled; tensors arrive on the CPU."""
 
@@ -60,6 +80,7 @@ class SingleProcess:
     world_size = 1
     global_rank = 0
     local_rank = 0
+    is_called_off = False
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Return the value."""
@@ -72,6 +93,13 @@ class SingleProcess:
     def any_of(self, flags: list[bool]) -> list[bool]:
         """Return the flags, each as :meth:`any` answers it."""
         return [self.any(flag) for flag in flags]
+
+    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+        """Return the flags."""
+        return flags
+
+    def call_off(self) -> None:
+        """Do nothing."""
 
     def broadcast(self, value: T) -> T:
         """Return the value."""

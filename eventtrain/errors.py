@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MisconfigurationError(Exception):
@@ -17,6 +18,9 @@ class MisconfigurationError(Exception):
         Traceback (most recent call last):
         eventtrain.errors.MisconfigurationError: Trainer(max_epochs=0.5): give a whole number from -1.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n\t")
 
 
 class StepSkipped(BaseException):
@@ -38,6 +42,26 @@ class EvaluationInterrupted(BaseException):
 
     It is a ``BaseException`` for the same reason.
     """
+
+
+def printable(text: Any, *, keep: str = "") -> str:
+    """Return a text in which escapes stand for the characters that a terminal obeys or hides: names in files are input.
+
+    Args:
+        text: The text, or an object whose ``str`` is meant.
+        keep: Characters that stay, such as the newlines of a message that is not one name.
+
+    Example:
+        >>> print(printable("loss\x1b[2J"))
+        loss\\x1b[2J
+    """
+    return "".join(each if each.isprintable() or each in keep else ascii(each)[1:-1] for each in str(text))
+
+
+def escaped(error: Exception) -> Exception:
+    """Make an error's message printable, so that a trace can show it as the cause of another error; return the error."""
+    error.args = tuple(printable(each, keep="\n\t") if isinstance(each, str) else each for each in error.args)
+    return error
 
 
 def nearest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:

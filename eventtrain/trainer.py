@@ -323,8 +323,8 @@ class Trainer:
             request.reason = reason
         request.force |= force or at_once
         request.at_once |= at_once
-        request.is_agreed |= by_all
-        request.force_is_agreed |= by_all and request.force
+        if by_all and request is self.run_state.stop_request:
+            self.run_state.stop.reason, self.run_state.stop.force = request.reason, request.force
 
     def interrupt(self, reason: str | None) -> None:
         """Interrupt the fit at its next safe point: write a checkpoint there and return from ``fit``, so that
@@ -347,8 +347,7 @@ class Trainer:
             2
         """
         request = self._request(f"interrupt({reason!r})")
-        if reason is not None or not request.interruption_is_agreed:
-            request.interruption = reason
+        request.interruption = reason
 
     def end_epoch(self, reason: str) -> None:
         """End the training epoch after the current batch. Validation still runs; nothing that counts epochs steps for it.
@@ -536,10 +535,10 @@ class Trainer:
             ['layer.bias', 'layer.weight']
         """
         target = check_path(path, "Trainer.save_checkpoint", "path")
-        checkpoint = self.collect_checkpoint()
+        storage.write(self.collect_checkpoint(), target if self.is_global_zero else None)
         if self.is_global_zero:
-            storage.write(checkpoint, target)
             self.signals.checkpoint_saved.publish(events.CheckpointSaved(str(target)))
+        self.processes.barrier()  # the others wait here, as long as it takes
 
     def keep_checkpoint(self, reason: str) -> str | None:
         """Have a checkpoint written because the run is about to end early: by the listeners of ``take_checkpoint``, or, if none
@@ -561,14 +560,12 @@ class Trainer:
         if self.fast_dev_run:
             return None
         event = events.TakeCheckpoint(self.progress.epoch_is_over, self.window_open, reason)
-        try:
-            self.signals.take_checkpoint.publish(event)
-            if event.path is None:
-                event.path = str(interrupted_path(self))
-                self.save_checkpoint(event.path)
-        finally:
-            # The first process that ends has its launcher end the others: not before all have written.
-            self.processes.barrier()
+        self.signals.take_checkpoint.publish(event)
+        if event.path is None:
+            event.path = str(interrupted_path(self))
+            self.save_checkpoint(event.path)
+        # The first process that ends has its launcher end the others: not before all have written.
+        self.processes.barrier()
         return event.path
 
     def describe(self, *, all_events: bool = True) -> str:
@@ -779,7 +776,7 @@ class Trainer:
     def should_stop(self, should_stop: bool) -> None:
         if should_stop:
             self.stop("trainer.should_stop = True")
-        elif not (request := self.run_state.stop_request).is_agreed:
+        elif (request := self.run_state.stop_request) is self.run_state.stop or self.run_state.stop.reason is None:
             request.reason, request.force, request.at_once = None, False, False
 
     @property

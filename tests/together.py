@@ -179,6 +179,8 @@ def checkpoint(path: Path) -> dict[str, Any]:
     del content["written_at"]
     for name, key in (
         ("JSONLinesLogger(metrics.jsonl)", "position"),
+        ("JSONLinesLogger(metrics.jsonl)", "run"),
+        ("TensorBoardLogger(runs, None)", "run"),
         ("TensorBoardLogger(runs, None)", "event_files"),
         ("TensorBoardLogger(runs, None)", "seconds"),
         ("Timer", "elapsed"),

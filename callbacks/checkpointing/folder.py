@@ -7,17 +7,21 @@ import errno
 import fnmatch
 import math
 import os
+import re
 import shutil
 import string
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from eventtrain.callbacks.saved_state import file_names, is_of, items
 from eventtrain.checkpoint import storage
 from eventtrain.errors import MisconfigurationError
 from eventtrain.paths import AnyPath, RemotePath
 
 SUFFIX = ".ckpt"
 LAST, PREVIOUS = f"last{SUFFIX}", f"previous{SUFFIX}"
+HALF_WRITTEN = re.compile(rf"\..+{re.escape(SUFFIX)}(\.[0-9a-f]{{16}})?{re.escape(storage.TEMPORARY)}")
+KEPT = rf"(?!(?:{re.escape(LAST)}|{re.escape(PREVIOUS)})\Z).+{re.escape(SUFFIX)}"
 TEMPLATE = "'{epoch}-{step}-{val_loss:.3f}'"
 
 
@@ -38,10 +42,10 @@ class CheckpointFolder:
             OSError: If nothing can be written there.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        trial = self.path / f".{LAST}{storage.TEMPORARY}"
-        trial.touch()
-        for left in self.files(f".*{SUFFIX}{storage.TEMPORARY}"):
-            left.unlink(missing_ok=True)
+        storage.temporary_name(self.path / LAST).touch(exist_ok=False)
+        for left in self.files(f".*{storage.TEMPORARY}"):
+            if HALF_WRITTEN.fullmatch(left.name):
+                left.unlink(missing_ok=True)
 
     def write(self, content: Mapping[str, Any], names: list[str], surplus: list[str]) -> dict[str, OSError]:
         """Write a checkpoint, then delete others.
@@ -133,7 +137,6 @@ def link(path: AnyPath, new: AnyPath, *, before: Callable[[], None] | None = Non
         OSError: If the file cannot be written.
     """
     with storage.renamed_to(new, before) as temporary:
-        temporary.unlink(missing_ok=True)
         try:
             if type(path) is not type(new):
                 raise OSError(errno.EXDEV, "a disk and a store share no file")
@@ -169,6 +172,42 @@ def is_there(path: AnyPath) -> bool:
         return True
 
 
+def kept_names(names: Any, key: str) -> list[str]:
+    """Return the names of checkpoints that a state lists, if each can only be a file of the folder.
+
+    Args:
+        names: The names, in a list or as the keys of a dict.
+        key: Their name in the state, for the error.
+
+    Raises:
+        MisconfigurationError: If one is a path, or no checkpoint besides the last two.
+    """
+    return file_names(names, key, KEPT, f"the name of a file that ModelCheckpoint keeps, such as 'epoch=3-step=99{SUFFIX}'")
+
+
+def written_names(names: Any) -> list[str]:
+    """Return the names under which a state says that its checkpoint is kept, ``last.ckpt`` included.
+
+    Raises:
+        MisconfigurationError: If one is a path, or no checkpoint.
+    """
+    return file_names(names, "names", rf".+{re.escape(SUFFIX)}", f"the name of a checkpoint, such as {LAST!r}")
+
+
+def kept_scores(state: Any) -> dict[str, float | None]:
+    """Return the kept files of a callback's state with their scores.
+
+    Args:
+        state: The state, as a checkpoint holds it.
+
+    Raises:
+        MisconfigurationError: If a name is no name of such a file, or a score is no number.
+    """
+    scores = items(state, "kept", lambda _, score: is_of(score, float) or score is None, "a number or None for each file")
+    kept_names(scores, "kept")
+    return scores
+
+
 def file_name(template: str, values: Mapping[str, Any]) -> str:
     """Fill in the fields of a template, each as ``name=value``.
 
@@ -187,24 +226,6 @@ def file_name(template: str, values: Mapping[str, Any]) -> str:
             value = value if isinstance(value, int) else float(value)
             parts.append(f"{field.replace('/', '_')}={format(value, form or '')}")
     return "".join(parts) + SUFFIX
-
-
-def check_names(names: Iterable[Any], owner: str) -> None:
-    """Check the names that a checkpoint says are those of other checkpoints, because files of these names are deleted.
-
-    Args:
-        names: The names.
-        owner: The class whose state has them, for the message.
-
-    Raises:
-        MisconfigurationError: If one is not the name of a checkpoint's file, such as a path to another folder.
-    """
-    for name in names:
-        if not isinstance(name, str) or not name.endswith(SUFFIX) or set(name) & set("/\\\0"):
-            raise MisconfigurationError(
-                f"The state of {owner} in the checkpoint names {name!r} as another checkpoint of its folder. {owner} writes no "
-                "such name, so the file was changed. Give another checkpoint."
-            )
 
 
 def check_template(template: Any, owner: str) -> str:

@@ -18,19 +18,22 @@ from eventtrain.callback import Callback
 from eventtrain.callbacks.checkpointing.folder import (
     LAST,
     CheckpointFolder,
-    check_names,
     check_template,
     contains,
     file_name,
     is_there,
+    kept_names,
+    kept_scores,
     sequence_of,
+    written_names,
 )
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
+from eventtrain.callbacks.saved_state import field, whole
 from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_number, check_option, check_whole_number
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.events import (
     CheckpointRead,
     CheckpointSaved,
@@ -150,11 +153,11 @@ class ModelCheckpoint(Callback):
             None if self.monitor is None else WatchedMetric(self.monitor, f"ModelCheckpoint(monitor={self.monitor!r})")
         )
         self._is_new = False  # the metric was logged between the last two safe points
-        self._writing: tuple[dict[str, float | None], Future[dict[str, OSError]]] | None = (
-            None  # the scores before, and the thread's work
-        )
+        # The scores before, and the thread's work.
+        self._writing: tuple[dict[str, float | None], Future[dict[str, OSError] | None]] | None = None
         # With save_on_exception: the state of the last safe point, and that safe point.
         self._copy: tuple[dict[str, Any], tuple[int, ...]] | None = None
+        self._is_failing = False  # an error ends the run, so other processes may be gone
 
     # ------------------------------------------------------------------ the policy
 
@@ -237,7 +240,8 @@ class ModelCheckpoint(Callback):
         self._resumed = None
 
     def on_take_checkpoint(self, trainer: Trainer, event: TakeCheckpoint) -> None:
-        if self._writing is not None and self._writing[1].done():
+        # Several processes wait at the same place, because they tell each other the result.
+        if self._writing is not None and (event.reason is not None or (trainer.world_size == 1 and self._writing[1].done())):
             self.wait(trainer)
         if trainer.fast_dev_run:
             return
@@ -276,16 +280,15 @@ class ModelCheckpoint(Callback):
             event.paths = [*self._best(), *(event.paths or ())]
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        copy, self._copy = self._copy, None
+        copy, self._copy, self._is_failing = self._copy, None, True
+        if copy is None or not isinstance(event.exception, Exception):
+            return
+        content, place = copy
         try:
             self.wait(trainer)
         finally:
-            is_new = copy is not None and copy[1] != self._saved
-            if copy is not None and is_new and isinstance(event.exception, Exception) and trainer.is_global_zero:
-                try:
-                    self._folder.write(copy[0], [LAST], [])
-                except OSError as error:
-                    self._report(self._folder.path / LAST, error)
+            if place != self._saved:
+                self._write_copy(trainer, content)
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         try:
@@ -326,8 +329,12 @@ class ModelCheckpoint(Callback):
             ranked: Whether it may be kept besides the last one.
         """
         before, self._top.surplus = dict(self._top.scores), self._left
-        name = file_name(self.filename, {**trainer.callback_metrics, **self.file_name_values(trainer)})
-        self._names = [name] if ranked and self._rank(trainer, name) else []
+        values = {**trainer.callback_metrics, **self.file_name_values(trainer)}
+        score = None if self._metric is None or not ranked else self._metric.agreed(trainer, self._is_new)
+        if score is not None:
+            values[str(self.monitor)] = score
+        name = trainer.processes.broadcast(file_name(self.filename, values))  # values of steps differ between processes
+        self._names = [name] if ranked and self._rank(trainer, name, score) else []
         if self.save_last or not ranked:
             self._names.append(LAST)
         progress = trainer.progress
@@ -345,10 +352,12 @@ class ModelCheckpoint(Callback):
         content = trainer.collect_checkpoint()
         # All files of a safe point have one number, by which a resumed run knows those that are there already.
         content["sequence"] = self._round.sequence = self._round.sequence or content["sequence"]
-        if not trainer.is_global_zero:
-            return
-        content = storage.loadable(content)
-        write = partial(self._folder.write, names=names, surplus=list(self._top.surplus))
+        write: Callable[[dict[str, Any]], dict[str, OSError] | None]
+        if trainer.is_global_zero:
+            content = storage.loadable(content)
+            write = partial(self._folder.write, names=names, surplus=list(self._top.surplus))
+        else:
+            content, write = dict(storage.parts_of(content)), partial(storage.write, path=None)
         if not self.in_background:
             self._settle(trainer, before, partial(write, content))
             return
@@ -356,19 +365,17 @@ class ModelCheckpoint(Callback):
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = before, self._thread.submit(write, self._staging.copy(content))
 
-    def _rank(self, trainer: Trainer, name: str) -> bool:
+    def _rank(self, trainer: Trainer, name: str, score: Any) -> bool:
         """Add the current checkpoint to the top k if it is good enough; return whether it is."""
         if self._metric is None:
             return self._top.add(name, None)
-        score = float(self._metric.value(trainer)) if self._is_new else None
         self._warn_if_missing(trainer, self._metric)
-        score = trainer.processes.broadcast(score)  # values that are logged on step differ between processes
-        return score is not None and self._top.add(name, score)
+        return score is not None and self._top.add(name, float(score))
 
     def _warn_if_missing(self, trainer: Trainer, metric: WatchedMetric) -> None:
         """Warn once if the metric was never logged, when the stages that may log it are over."""
         is_complete = trainer.is_ending and not trainer.should_stop
-        never_logged = is_complete and trainer.times_logged(metric.name) == 0
+        never_logged = is_complete and not metric.was_logged(trainer)
         if never_logged or (trainer.progress.epochs_done > 0 and metric.is_missing(trainer)):
             last = "only the last checkpoint is" if self.save_last else "no checkpoint is"
             metric.report_missing(trainer, strict=False, remedy=f"Until then {last} kept.")
@@ -386,48 +393,76 @@ class ModelCheckpoint(Callback):
             (before, future), self._writing = self._writing, None
             self._settle(trainer, before, future.result)
 
-    def _settle(self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], dict[str, OSError]]) -> None:
-        """Publish that a file is written; if it could not be, keep the files of before."""
-        assert self._path is not None
+    def _write_copy(self, trainer: Trainer, content: dict[str, Any]) -> None:
+        """Write the copy of the last safe point, with ``save_on_exception``."""
+        for part in storage.parts_of(content).values():
+            part.meet()
+        if not trainer.is_global_zero:
+            storage.write(content, None)
+            return
         try:
-            left = written()
+            self._folder.write(content, [LAST], [])
         except OSError as error:
+            self._report(self._folder.path / LAST, error.errno, storage.first_line(error), error)
+
+    def _settle(
+        self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], dict[str, OSError] | None]
+    ) -> None:
+        """Publish that a file is written; if it could not be, keep the files of before, in all processes."""
+        failure: OSError | None = None
+        left: dict[str, OSError] = {}
+        try:
+            left = written() or {}
+        except OSError as error:
+            failure = error
+        failure = failure or next(iter(left.values()), None)
+        # The number and the text of the error; and the files that could not be deleted, if the checkpoint is written.
+        problem = None if failure is None else (failure.errno, storage.first_line(failure), list(left))
+        if not self._is_failing:
+            trainer.processes.barrier()  # as long as the write takes, not in an exchange with a timeout
+        gathered = [problem] if self._is_failing else trainer.processes.gather_for_all(problem)
+        problems = [each for each in gathered if each is not None]
+        assert self._path is not None
+        if unwritten := [each for each in problems if not each[2]]:
             failed, self._path, self._saved, self._names = self._path, None, None, []
             self._top.scores = before
             self._left = [name for name in self._top.surplus if name not in before]
             if failed.name not in (LAST, *before):
                 self._left.append(failed.name)  # it may be complete, and only have no second name
             self._top.surplus = self._left
-            self._report(failed, error)
+            self._report(failed, *unwritten[0][:2], failure)
             return
-        self._left = list(left)
-        trainer.signals.checkpoint_saved.publish(CheckpointSaved(str(self._path)))
-        if left:
-            name, reason = next(iter(left.items()))
+        self._left = [name for each in problems for name in each[2]]
+        if trainer.is_global_zero:
+            trainer.signals.checkpoint_saved.publish(CheckpointSaved(str(self._path)))
+        if problems:
+            code, reason, (name, *_) = problems[0]
             self._complain(
-                reason,
-                f"ModelCheckpoint could not delete {self._folder.path / name}: {storage.first_line(reason)}. The new one "
-                f"{self._path} is complete. Delete the old one; with ModelCheckpoint(on_error='warn') a run continues, and "
-                "tries it again with the next checkpoint.",
+                code,
+                f"ModelCheckpoint could not delete {printable(self._folder.path / name)}: {reason}. The new one "
+                f"{printable(self._path)} is complete. Delete the old one; with ModelCheckpoint(on_error='warn') a run "
+                "continues, and tries it again with the next checkpoint.",
+                failure,
             )
 
-    def _report(self, failed: AnyPath, error: OSError) -> None:
+    def _report(self, failed: AnyPath, code: int | None, reason: str, cause: OSError | None) -> None:
         """Say that a checkpoint could not be written."""
         try:
             intact = f": {[path.name for path in self._folder.newest()]}"
         except OSError:
             intact = ""
         self._complain(
-            error,
-            f"ModelCheckpoint could not write {failed}: {storage.first_line(error)}. Earlier files are intact{intact}. "
+            code,
+            f"ModelCheckpoint could not write {printable(failed)}: {reason}. Earlier files are intact{intact}. "
             "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
             "checkpoint.",
+            cause,
         )
 
-    def _complain(self, error: OSError, message: str) -> None:
+    def _complain(self, code: int | None, message: str, cause: OSError | None) -> None:
         """Raise an error that tells of another one, or warn of it."""
         if self.on_error == "raise":
-            raise OSError(error.errno or errno.EIO, message) from error
+            raise OSError(code or errno.EIO, message) from cause
         warnings.warn(message, stacklevel=2)
 
     # ------------------------------------------------------------------ the files
@@ -459,8 +494,8 @@ class ModelCheckpoint(Callback):
     def _best(self) -> list[AnyPath]:
         """Return the kept files, best first. If this process has kept none, its newest checkpoint names them."""
         if not self.kept and (content := storage.read_first(self._folder.newest())[1]) is not None:
-            self._top.scores = dict(content["callbacks"].get(self.state_key, {}).get("kept", {}))
-            check_names(self._top.scores, "ModelCheckpoint")
+            states = field(content, "callbacks", dict, default={})
+            self._top.scores = kept_scores(states[self.state_key]) if self.state_key in states else {}
         return [path for name in self._top.best() if is_there(path := self._folder.path / name)]
 
     @property
@@ -503,12 +538,13 @@ class ModelCheckpoint(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._top.scores, self._top.surplus = dict(state["kept"]), list(state["surplus"])
-        check_names([*state["kept"], *state["surplus"], *state.get("names", ())], "ModelCheckpoint")
-        self._steps, self._validations = state["steps"], state["validations"]
-        self._names, self._named_at = list(state.get("names", ())), tuple(state.get("named_at", ()))
+        self._top.scores = kept_scores(state)
+        self._top.surplus = kept_names(field(state, "surplus", list, tuple), "surplus")
+        self._steps, self._validations = whole(state, "steps"), whole(state, "validations")
+        self._names = written_names(field(state, "names", list, default=[]))
+        self._named_at = tuple(field(state, "named_at", list, default=[]))
         if self._metric is not None:
-            self._metric.seen = state["seen"]
+            self._metric.seen = whole(state, "seen")
 
 
 @dataclass

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eventtrain.checkpoint.storage import Part
+
 
 class Staging:
     """Copies checkpoints into memory that it reuses for the next one, because allocating takes longer than copying.
@@ -40,6 +42,8 @@ class Staging:
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._copy_tensor(value.detach())
+        if isinstance(value, Part):
+            return value.copied(self._copy_tensor)
         if isinstance(value, Mapping):
             copied = type(value)({self._copy(key): self._copy(item) for key, item in value.items()})  # type: ignore[call-arg]
             if type(value) is not dict:

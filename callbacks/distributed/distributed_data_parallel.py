@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as TorchDistributedDataParallel
 
 from eventtrain.callback import Callback, on_demand
+from eventtrain.callbacks.distributed.buckets import Arrivals
 from eventtrain.callbacks.distributed.data_parallel import DataParallel
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import BeforeForward, ReduceGradients, Setup, Teardown, TrainEpochStart
@@ -49,11 +50,13 @@ class DistributedDataParallel(DataParallel, Callback):
 
     - ``join_processes``: joins the other processes over gloo, or over NCCL with the GPU of the local rank;
     - ``setup``: all processes get rank zero's weights; in automatic optimization torch's wrapper is put around the module;
-    - ``prepare_loader``: each loader reads only this process's share;
+    - ``load_checkpoint`` and ``prepare_loader``: each loader reads only this process's share, also of the rest of an epoch
+      that another number of processes began;
     - ``fit_start``: refuses optimizers that decide by the loss how often they evaluate their closure;
     - ``train_epoch_start``: reads the module's parameters anew in the next step;
-    - ``before_forward``: training steps are called through the wrapper, a new one if layers were frozen or thawed (only if
-      there are other processes);
+    - ``before_forward``: training steps are called through the wrapper, a new one if layers were frozen or thawed; in a
+      resumed run of three or more processes, gradients are sent in the order of the run before (only if there are other
+      processes);
     - ``reduce_gradients``: averages the gradients that the wrapper does not average: those of manual optimization, and those
       of a window whose last batch was skipped, or froze or thawed layers (only if there are other processes);
     - ``validation_epoch_start``, ``test_epoch_start`` and ``predict_epoch_start``: all processes get rank zero's buffers, such
@@ -93,6 +96,9 @@ class DistributedDataParallel(DataParallel, Callback):
         self._wrapper: TorchDistributedDataParallel | None = None
         self._parameters: list[nn.Parameter] = []
         self._wrapped: list[nn.Parameter] = []  # those of them that were trained when the wrapper was made
+        self._names: dict[nn.Parameter, str] = {}
+        self._arrivals: Arrivals | None = None
+        self._order: list[str] | None = None  # of a checkpoint: the names of the parameters, as their gradients were sent
         self._window_open = False
 
     def wrap(self, module: nn.Module) -> TorchDistributedDataParallel:
@@ -133,7 +139,11 @@ class DistributedDataParallel(DataParallel, Callback):
             if self._window_open:  # the new wrapper does not know what the window holds for layers that are frozen now
                 self.average_gradients([parameter for parameter in self._parameters if not parameter.requires_grad])
             self._wrap(trainer.module)
+        if self._order is not None:
+            self._send_in_order(trainer.module)
         self._window_open = not event.closes_window
+        if self._arrivals is not None and self._arrivals.is_open:
+            self._arrivals.begin(event.closes_window)
         if self._wrapper is not None:
             event.call = self._wrapper
             self._wrapper.require_backward_grad_sync = True
@@ -149,8 +159,9 @@ class DistributedDataParallel(DataParallel, Callback):
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         super().on_teardown(trainer, event)
-        self._wrapper = None
+        self._wrapper = self._arrivals = self._order = None
         self._parameters = self._wrapped = []
+        self._names = {}
 
     def average_gradients(self, parameters: list[Tensor]) -> None:
         """Average gradients over all processes.
@@ -182,7 +193,35 @@ class DistributedDataParallel(DataParallel, Callback):
     def _wrap(self, module: LightningModule) -> None:
         """Make torch's wrapper for the parameters that are trained now."""
         self._wrapped = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        if self._arrivals is not None:
+            self._arrivals.stop()
         self._wrapper = self.wrap(Step(module, self._expect_nothing)) if self._wrapped else None
+        self._arrivals = None if self._wrapper is None else Arrivals(self._wrapper, self._wrapped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seeds by which the data are shuffled, and the order in which gradients are sent."""
+        state = super().state_dict()
+        order = self._order
+        if self._arrivals is not None and (arrived := self._arrivals.complete_order) is not None:
+            order = [self._names[self._wrapped[index]] for index in arrived]
+        return state | {"gradient_order": order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Shuffle the training data by the seed of a checkpoint, and send gradients in its order.
+
+        Args:
+            state: The result of :meth:`state_dict`.
+        """
+        super().load_state_dict(state)
+        self._order = state.get("gradient_order")
+
+    def _send_in_order(self, module: LightningModule) -> None:
+        """Have the wrapper send gradients in the order of a checkpoint, if it reduces the same parameters."""
+        order, self._order = self._order, None
+        numbers = {self._names[parameter]: index for index, parameter in enumerate(self._wrapped)}
+        if order is not None and self._arrivals is not None and sorted(order) == sorted(numbers):
+            self._arrivals.repeat([numbers[name] for name in order])
 
     def _expect_nothing(self) -> None:
         """Have the wrapper wait for no backward: the module has taken its own step, or had nothing to train in this batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,24 +14,23 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.distributed.data_parallel import DataParallel
-from eventtrain.callbacks.distributed.sharded_checkpoint import KEY, Shards, refuse_remote_places
+from eventtrain.callbacks.distributed.sharded_checkpoint import KEY, put_back, refuse_remote_places, take_out
 from eventtrain.callbacks.distributed.sharded_module import drop_gradients, held_gradients, hold_gradients, reshard, units
 from eventtrain.callbacks.distributed.sharded_tensors import Placement, ShardedProcesses, part_of
-from eventtrain.distributed import SingleProcess
+from eventtrain.callbacks.distributed.shared_writing import Writers
+from eventtrain.checkpoint.find import in_all
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     AfterZeroGrad,
     BeforeForward,
     CheckpointGathered,
     CheckpointRead,
-    CheckpointSaved,
     ExceptionRaised,
     FitStart,
     ReduceGradients,
     Setup,
 )
 from eventtrain.hints import check_arguments
-from eventtrain.paths import check_path
 from eventtrain.trainer import Trainer
 
 CALL = "_call_step"
@@ -47,16 +47,16 @@ class FullyShardedDataParallel(DataParallel, Callback):
 
     - ``join_processes``: joins the other processes over gloo, or over NCCL with the GPU of the local rank;
     - ``setup``: all processes get rank zero's weights, and :meth:`shard` spreads the module by torch's ``fully_shard``;
-    - ``prepare_loader``: each loader reads only this process's share;
-    - ``fit_start``: refuses optimizers that decide by the loss how often they evaluate their closure, loss scaling, and
-      ``save_on_exception``;
+    - ``load_checkpoint`` and ``prepare_loader``: each loader reads only this process's share, also of the rest of an epoch
+      that another number of processes began;
+    - ``fit_start``: refuses optimizers that decide by the loss how often they evaluate their closure, and loss scaling;
     - ``before_forward``: each step is called as a forward of the sharded module; gradients are only reduced if the batch
       closes a window (only if there are other processes);
     - ``after_zero_grad`` and ``reduce_gradients``: handle windows that were never closed, or closed by a skipped batch (only
       if there are other processes);
     - ``validation_epoch_start``, ``test_epoch_start`` and ``predict_epoch_start``: all processes get rank zero's buffers;
-    - ``checkpoint_gathered``: moves sharded tensors out of a checkpoint, to their folder; ``checkpoint_saved`` removes folders
-      that no file refers to; ``checkpoint_read`` puts sharded tensors back;
+    - ``checkpoint_gathered``: takes sharded tensors out of a checkpoint, for each process to write its own;
+      ``checkpoint_read`` puts them back;
     - ``exception`` and ``teardown``: clean up.
 
     Emits no metrics; reads nothing from the device. Override :meth:`shard` for another layout.
@@ -64,11 +64,10 @@ class FullyShardedDataParallel(DataParallel, Callback):
     **Evaluation counts up to** ``world_size - 1`` **samples twice.** A forward waits for all processes, so each process needs
     the same number of batches: the shares of validation, test and prediction are filled up with samples from the beginning.
 
-    **Checkpoints.** ``torch.distributed.checkpoint`` writes sharded tensors, each process its part, to a new folder in
-    ``checkpoints/shards`` under the trainer's ``default_root_dir``, which all processes have to see. Then rank zero writes the
-    checkpoint's file, which names the folder; if the run is killed in between, the checkpoints before it are intact. Any
-    number of processes can read them, and can also read checkpoints of runs that do not shard. To convert sharded tensors to a
-    file of weights: ``python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE``.
+    **Checkpoints.** Each process writes the tensors that it holds to the checkpoint's file, which has to be on a disk that all
+    processes see. It gets its name once all of them have written. Any number of processes can read it, and can also read
+    checkpoints of runs that do not shard. To write a file with whole tensors, for ``load_from_checkpoint``:
+    ``python -m eventtrain.callbacks.distributed.whole_checkpoint FILE NEW_FILE``.
 
     While a window of several batches is open, each process holds the whole sum of its gradients, as torch does.
 
@@ -121,7 +120,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
         check_arguments("FullyShardedDataParallel", options, ["units", "shares_data", "timeout", *known])
         self.options = options
         self._mesh: DeviceMesh | None = None
-        self._shards: Shards | None = None
+        self._writers: Writers | None = None
         self._syncs: bool | None = None  # the last value of the module's requires_gradient_sync
         self._may_hold_gradients = True  # of a window, not reduced yet
         self._has_called_a_step = False  # in this run
@@ -138,8 +137,6 @@ class FullyShardedDataParallel(DataParallel, Callback):
     # ------------------------------------------------------------------ the beginning of a run
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
-        root = trainer.root / "checkpoints" / KEY
-        self._shards = Shards(root, self._processes or SingleProcess())
         if self._processes is None:
             return
         for handler in (self.on_before_forward, self.on_after_zero_grad, self.on_reduce_gradients):
@@ -161,17 +158,11 @@ class FullyShardedDataParallel(DataParallel, Callback):
         if self._processes is not None:
             refuse_remote_places(trainer)
         for callback in trainer.callbacks if self._processes is not None else ():
-            name = type(callback).__name__
             if getattr(callback, "scaler", None) is not None:
                 raise MisconfigurationError(
-                    f"{name} scales the loss, and each process would only see overflows in its part of the gradients. Use "
-                    "MixedPrecision('bf16'), or "
+                    f"{type(callback).__name__} scales the loss, and each process would only see overflows in its part of the "
+                    "gradients. Use MixedPrecision('bf16'), or "
                     "FullyShardedDataParallel(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))."
-                )
-            if getattr(callback, "save_on_exception", False):
-                raise MisconfigurationError(
-                    f"{name}(save_on_exception=True) copies the run's state in each batch, which FullyShardedDataParallel "
-                    "would write to the disk. Use save_on_exception=False, and every_n_steps."
                 )
 
     # ------------------------------------------------------------------ steps
@@ -209,6 +200,7 @@ class FullyShardedDataParallel(DataParallel, Callback):
         drop_gradients(trainer.module)
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
+        super().on_exception(trainer, event)
         # If the error came in the middle of a step, torch has left whole weights in the module.
         module: Any = trainer.module
         if self._has_called_a_step:
@@ -219,20 +211,19 @@ class FullyShardedDataParallel(DataParallel, Callback):
     def on_checkpoint_gathered(self, trainer: Trainer, event: CheckpointGathered) -> None:
         if self._processes is None:
             return
-        assert self._shards is not None
-        sums = held_gradients(trainer.module) if trainer.window_open else {}
-        self._shards.take_out(event.checkpoint, {f"{trainer.global_rank}.{name}": each for name, each in sums.items()})
-
-    def on_checkpoint_saved(self, trainer: Trainer, event: CheckpointSaved) -> None:
-        if self._shards is not None and trainer.is_global_zero:
-            self._shards.clear(check_path(event.path, "FullyShardedDataParallel", "path"))
+        if self._writers is None:
+            world_size = self._processes.world_size
+            self._writers = Writers(self._processes.global_rank, world_size, self.timeout)
+        progress, sums = trainer.progress, held_gradients(trainer.module) if trainer.window_open else {}
+        moment = (progress.total_batch_idx, progress.validated_at, progress.epochs_done)
+        take_out(event.checkpoint, sums, self._processes, self._writers, moment)
 
     def on_checkpoint_read(self, trainer: Trainer, event: CheckpointRead) -> None:
-        assert self._shards is not None
         content, module = event.checkpoint, trainer.module
         gradients: dict[str, Any] = {}
         if KEY in content:
-            gradients = self._shards.put_back(content, module)
+            read = partial(put_back, content, event.path, module, trainer.global_rank, trainer.root)
+            gradients = in_all(trainer.processes, read)
         elif self._processes is not None:
             gradients = self._take_gradients_out(content, trainer.global_rank)
             Placement(module).distribute(content)

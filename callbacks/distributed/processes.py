@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import io
 import os
+import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,14 +19,23 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from eventtrain.callbacks.distributed.exchanges import GIVEN_UP, INLINE, Exchanges, is_of_an_exchange, raised_in
+from eventtrain.callbacks.distributed.notices import ExchangeError, Notices, clone, open_notices
+from eventtrain.callbacks.distributed.requests import Requests
 from eventtrain.checks import check_number
-from eventtrain.distributed import Reduction
+from eventtrain.distributed import Place, Reduction
 from eventtrain.errors import MisconfigurationError
 
 T = TypeVar("T")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables by which torchrun tells each process about the others."""
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+COMBINATIONS: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": torch.add,
+    "sum": torch.add,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
 OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
@@ -39,18 +51,100 @@ class TorchProcesses:
 
     def __init__(self, local_rank: int, timeout: timedelta | None = None) -> None:
         self.world_size, self.global_rank, self.local_rank = dist.get_world_size(), dist.get_rank(), local_rank
+        self._timeout = timeout or dist.default_pg_timeout
+        self.notices: Notices | None = None
+        self._requests: Requests | None = None
         # None is the default group, in all of torch's calls.
         self._control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        self.exchanges = Exchanges(self.global_rank, self.world_size, self._timeout, clone(group_store()))
+        atexit.register(self._depart)
+
+    def begin_run(self, place: Callable[[], str] = str) -> None:
+        """Begin to hear the notices of a run, which all processes begin.
+
+        Args:
+            place: Returns the place in the run, for errors.
+        """
+        self.notices = open_notices(group_store(), self.global_rank, self.world_size, self._timeout)
+        self._requests = requests = Requests(self.notices)
+        self.exchanges.begin_run(self.notices, place, lambda: list(requests.passed))
+        self.notices.open()
+        self.barrier()
+
+    def end_run(self, error: BaseException | None = None) -> None:
+        """End the notices of the run, if this process still hears them.
+
+        Args:
+            error: The error by which this process leaves the run, for the others.
+        """
+        if self.notices is not None and error is not None:
+            self.notices.fail(error)
+        elif self.notices is not None:
+            self.notices.close()
+
+    def explain(self, error: BaseException) -> ExchangeError | None:
+        """Return an error that says which process has failed, if an error says only that an exchange with it has.
+
+        Args:
+            error: The error.
+        """
+        if isinstance(error, ExchangeError) or not is_of_an_exchange(error):
+            return None
+        explanation = self.exchanges.explanation(raised_in(error.__traceback__))
+        for note in getattr(error, "__notes__", ()):
+            explanation.add_note(note)
+        return explanation
+
+    def _depart(self) -> None:
+        error = getattr(sys, "last_value", None)  # the error by which the program ends
+        if error is not None and not isinstance(error, ExchangeError):
+            record(error)
+        self.exchanges.depart(error)
+
+    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+        """Return for each flag whether all processes act on it at this place; without an exchange if none is set anywhere."""
+        assert self._requests is not None
+        if place == "meeting":
+            flags = self.any_of(flags)
+            self._requests.meet()
+            return flags
+        return self._requests.pass_tick(flags, ends_batch=place == "batch_end")
+
+    @property
+    def is_called_off(self) -> bool:
+        """Whether a process has left the current evaluation, as far as this one has heard."""
+        return self._requests is not None and self._requests.is_called_off
+
+    def call_off(self) -> None:
+        """Tell the others that this process leaves the current evaluation."""
+        assert self._requests is not None
+        self._requests.call_off()
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Combine a tensor of every process; return the result, a new tensor, on all of them."""
-        combined = value.detach().clone()
-        dist.all_reduce(combined, OPERATIONS[reduction], self._group_of(combined))
+        value = value.detach()
+        if value.device.type != "cpu":
+            combined = value.clone()
+            dist.all_reduce(combined, OPERATIONS[reduction])
+        else:
+            combined = self._reduce_on_cpu(value, reduction)
         return combined / self.world_size if reduction == "mean" else combined
+
+    def _reduce_on_cpu(self, value: Tensor, reduction: Reduction) -> Tensor:
+        content = value.contiguous().reshape(-1).view(torch.uint8) if value.numel() else value.new_empty(0, dtype=torch.uint8)
+        is_short = content.numel() <= INLINE
+        kind = f"reduce {reduction} {value.dtype} {list(value.shape)}"
+        contents, _ = self.exchanges.share(kind, bytes(content.tolist()) if is_short else b"", self._gloo)
+        if not is_short:
+            combined = value.clone(memory_format=torch.contiguous_format)
+            self._wait(dist.all_reduce(combined, OPERATIONS[reduction], self._control, async_op=True), combined)
+            return combined
+        tensors = [torch.frombuffer(bytearray(each), dtype=value.dtype).view(value.shape) for each in contents if each]
+        return functools.reduce(COMBINATIONS[reduction], tensors) if tensors else value.clone()
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag holds in any process."""
-        return bool(self.reduce(torch.tensor(flag, dtype=torch.uint8), "max"))
+        return self.any_of([flag])[0]
 
     def any_of(self, flags: list[bool]) -> list[bool]:
         """Return for each flag whether it holds in any process, by one exchange."""
@@ -58,25 +152,50 @@ class TorchProcesses:
 
     def broadcast(self, value: T) -> T:
         """Return the value of rank zero; tensors arrive on the CPU."""
-        received: list[Any] = [to_bytes(value) if self.global_rank == 0 else None]
-        dist.broadcast_object_list(received, 0, self._control)
-        return value if self.global_rank == 0 else from_bytes(received[0])
+        content = to_bytes(value) if self.global_rank == 0 else b""
+        contents, lengths = self.exchanges.share("broadcast", content, self._gloo)
+        if lengths[0] > INLINE:
+            tensor = padded(content, lengths[0])
+            self._wait(dist.broadcast(tensor, 0, self._control, async_op=True), tensor)
+            contents = [tensor.numpy().tobytes()]
+        return value if self.global_rank == 0 else from_bytes(contents[0])
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks on rank zero, and an empty list on the others; tensors arrive on the CPU."""
-        received: list[Any] | None = [None] * self.world_size if self.global_rank == 0 else None
-        dist.gather_object(to_bytes(value), received, 0, self._control)
-        return [from_bytes(each) for each in received or ()]
+        return self._gather("gather", value, for_all=False)
 
     def gather_for_all(self, value: T) -> list[T]:
         """Return the values of all ranks, on every rank; tensors arrive on the CPU."""
-        received: list[Any] = [None] * self.world_size
-        dist.all_gather_object(received, to_bytes(value), self._control)
-        return [from_bytes(each) for each in received]
+        return self._gather("gather_for_all", value, for_all=True)
+
+    def _gather(self, kind: str, value: T, *, for_all: bool) -> list[T]:
+        content = to_bytes(value)
+        contents, lengths = self.exchanges.share(kind, content, self._gloo)
+        receives = for_all or self.global_rank == 0
+        if max(lengths) > INLINE:
+            sent = padded(content, max(lengths))
+            received = [torch.empty_like(sent) for _ in lengths] if receives else None
+            if for_all:
+                self._wait(dist.all_gather(received, sent, self._control, async_op=True), sent)
+            else:
+                self._wait(dist.gather(sent, received, 0, self._control, async_op=True), sent)
+            contents = [each[:size].numpy().tobytes() for each, size in zip(received or (), lengths, strict=False)]
+        return [from_bytes(each) for each in contents] if receives else []
 
     def barrier(self) -> None:
         """Wait until every process has come here, but for no GPU."""
-        dist.barrier(self._control)
+        self.exchanges.share("barrier", b"", self._gloo)
+
+    def _wait(self, work: Any, tensor: Tensor) -> None:
+        """Wait for an operation on a tensor; on the CPU, look after the other processes meanwhile."""
+        if tensor.device.type == "cpu":
+            self.exchanges.wait(work)
+        else:
+            work.wait()
+
+    @property
+    def _gloo(self) -> Any:
+        return self._control or dist.group.WORLD
 
     def overwrite(self, tensors: Iterable[Tensor]) -> None:
         """Copy rank zero's values into tensors, in place.
@@ -85,7 +204,7 @@ class TorchProcesses:
             tensors: The same tensors on all ranks, such as a module's buffers.
         """
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), 0, self._group_of(tensor))
+            self._wait(dist.broadcast(tensor.detach(), 0, self._group_of(tensor), async_op=True), tensor)
 
     def average(self, tensors: list[Tensor], most: int = 2**23) -> None:
         """Replace each tensor by its mean over all ranks, in place.
@@ -107,13 +226,18 @@ class TorchProcesses:
     def _average_together(self, bucket: list[Tensor]) -> None:
         # Divided before they are added up, as torch does, so that the sum does not overflow.
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket]).mul_(1 / self.world_size)
-        dist.all_reduce(flat, group=self._group_of(flat))
+        self._wait(dist.all_reduce(flat, group=self._group_of(flat), async_op=True), flat)
         parts = torch.split(flat, [tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
             tensor.detach().copy_(part.view_as(tensor))
 
     def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._control if tensor.device.type == "cpu" else None
+
+
+def padded(content: bytes, size: int) -> Tensor:
+    """Return bytes as a tensor of a given size."""
+    return torch.frombuffer(bytearray(content.ljust(size, b"\0")), dtype=torch.uint8)
 
 
 def to_bytes(value: Any) -> bytes:
@@ -230,9 +354,36 @@ def store_of_this_start(store: Store) -> Store:
     return PrefixStore(f"restart_{restarts}", store) if is_one_machine else store
 
 
+def record(error: BaseException) -> None:
+    """Write an error to the file that torchrun reads a process's error from, unless there is one already."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not os.path.exists(path):
+        # It takes long to load, and is not needed otherwise.
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        try:
+            raise error  # the handler takes the traceback from the current exception
+        except BaseException:
+            get_error_handler().record_exception(error)
+
+
+def group_store() -> Store:
+    """Return the store of the default process group."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group.get_group_store()
+
+
+def hold(group: Any) -> None:
+    """Refer to a group until the process has ended."""
+    threading.Event().wait()
+
+
 def leave() -> None:
     """Leave the process group, if it still exists, because the process ends."""
-    if dist.is_initialized():
+    if GIVEN_UP:  # to destroy the group would wait for them, and they do not end
+        threading.Thread(target=hold, args=(dist.group.WORLD,), daemon=True).start()
+    elif dist.is_initialized():
         dist.destroy_process_group()
     # Gloo's threads release the tensors of the last exchange, for which they need the interpreter: if it is gone, they abort
     # the process. This thread sleeps so that they can finish.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +67,7 @@ class Placement:
         if model is not None:
             return zeros(*shape, dtype=dtype, device_mesh=model.device_mesh, placements=model.placements)
         if dim is None or not self.named:
-            return torch.empty(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype)
         other = next(iter(self.named.values()))
         placements = [Shard(dim) if each.is_shard() else each for each in other.placements]
         return zeros(*shape, dtype=dtype, device_mesh=other.device_mesh, placements=placements)
@@ -149,6 +152,118 @@ def shard_dim(tensor: DTensor) -> int | None:
     return next((each.dim for each in tensor.placements if isinstance(each, Shard)), None)
 
 
-def dotted(place: Place) -> str:
-    """Return a place as a name: its keys and indices with dots between them."""
-    return ".".join(map(str, place))
+# ------------------------------------------------------------------ the parts of one tensor
+
+
+@dataclass(frozen=True)
+class Box:
+    """The part of a tensor that one process holds.
+
+    Attributes:
+        offsets: The index of its first element in the whole tensor.
+        sizes: Its shape.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of elements."""
+        return math.prod(self.sizes)
+
+    def overlap(self, other: Box) -> Box | None:
+        """Return the elements that two parts have in common; None if there are none."""
+        bounds = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        ranges = [(max(a, b), min(a + m, b + n)) for a, m, b, n in bounds]
+        if any(begin >= end for begin, end in ranges):
+            return None
+        return Box(tuple(begin for begin, _ in ranges), tuple(end - begin for begin, end in ranges))
+
+    def of(self, tensor: Tensor, outer: Box) -> Tensor:
+        """Return a view of this part.
+
+        Args:
+            tensor: A tensor that holds another part.
+            outer: That part, which this one is a part of.
+        """
+        for dim, size in enumerate(self.sizes):
+            tensor = tensor.narrow(dim, self.offsets[dim] - outer.offsets[dim], size)
+        return tensor
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A sharded tensor of a checkpoint, with the parts that were written.
+
+    Attributes:
+        place: Its place in the checkpoint; or its name, if only one process holds it.
+        owner: The process that holds it; None if all of them hold parts.
+        dim: The dimension along which it was divided; None if it was not.
+        shape: Its shape.
+        dtype: Its type.
+        parts: The parts, each with a function that reads a part of it.
+    """
+
+    place: Place
+    owner: int | None
+    dim: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Sequence[tuple[Box, Callable[[Box], Tensor]]]
+
+    def read_into(self, tensor: Tensor) -> None:
+        """Fill the part of a tensor that this process holds."""
+        box = box_of(tensor)
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for written, read in self.parts:
+            if common := box.overlap(written):
+                common.of(local, box).copy_(read(common))
+
+
+def box_of(tensor: Tensor) -> Box:
+    """Return the part of a tensor that this process holds."""
+    if not isinstance(tensor, DTensor):
+        return Box((0,) * tensor.ndim, tuple(tensor.shape))
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def is_written_here(tensor: DTensor, place: Place) -> bool:
+    """Return whether this process writes its part. Of several that hold the same part one does, another one for each tensor."""
+    coordinates = tensor.device_mesh.get_coordinate()
+    if coordinates is None:
+        return False
+    number = zlib.crc32(repr(place).encode())
+    copies = [dim for dim, each in enumerate(tensor.placements) if each.is_replicate()]
+    return all(coordinates[dim] == number % tensor.device_mesh.size(dim) for dim in copies)
+
+
+def check_boxes(shape: Sequence[int], boxes: Sequence[Box]) -> None:
+    """Check that parts make up a whole tensor.
+
+    Args:
+        shape: The tensor's shape.
+        boxes: The parts.
+
+    Raises:
+        ValueError: If a part is not in the tensor, two parts overlap, or one is missing.
+    """
+    for box in boxes:
+        if not len(box.offsets) == len(box.sizes) == len(shape):
+            raise ValueError(f"a part has another number of dimensions than {tuple(shape)}")
+        if any(
+            begin < 0 or size < 1 or begin + size > all_
+            for begin, size, all_ in zip(box.offsets, box.sizes, shape, strict=True)
+        ):
+            raise ValueError(f"a part of a tensor of shape {tuple(shape)} is not in it")
+    if sum(box.count for box in boxes) != math.prod(shape):
+        raise ValueError(f"the parts are not all of a tensor of shape {tuple(shape)}")
+    # Along the dimension with the most cuts, only neighbours can overlap.
+    dim = max(range(len(shape)), key=lambda dim: len({box.offsets[dim] for box in boxes}), default=-1)
+    current: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.offsets[dim]) if shape else ():
+        current = [each for each in current if each.offsets[dim] + each.sizes[dim] > box.offsets[dim]]
+        if any(box.overlap(each) for each in current):
+            raise ValueError(f"two parts of a tensor of shape {tuple(shape)} overlap")
+        current.append(box)

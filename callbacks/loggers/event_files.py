@@ -19,8 +19,9 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from eventtrain._torch import summary_writer
-from eventtrain.callbacks.loggers.run_files import RunFile
+from eventtrain.callbacks.loggers.run_files import RunFile, copy_beginning
 from eventtrain.checkpoint.rng import isolated_rng
+from eventtrain.checkpoint.storage import first_line
 from eventtrain.data.device import transfer_to
 from eventtrain.module.modes import restore_modes
 from eventtrain.paths import AnyPath
@@ -90,6 +91,16 @@ class EventFile:
         self._file.flush(now=now)
         self._flushed = time.monotonic()
 
+    @property
+    def length(self) -> dict[str, int]:
+        """The file's length in bytes as of the last flush, by its name."""
+        return {self._file.path.name: self._file.position}
+
+    @property
+    def works(self) -> bool:
+        """Whether there was no failure, and the file is open."""
+        return self._file.works
+
     def close(self) -> None:
         """Flush and close the file."""
         self._file.close()
@@ -104,6 +115,41 @@ def event_file_stamps(directory: AnyPath) -> list[int]:
     """Return the seconds in the names of a directory's event files."""
     matches = (EVENT_FILE.match(path.name) for path in event_files(directory))
     return [int(match.group(1)) for match in matches if match]
+
+
+def lengths_of(directory: AnyPath) -> dict[str, int]:
+    """Return the lengths in bytes of a directory's event files, by their names.
+
+    Raises:
+        OSError: If they cannot be read.
+    """
+    return {path.name: path.stat().st_size for path in event_files(directory)}
+
+
+def is_longer(lengths: Mapping[str, int], others: Mapping[str, int]) -> bool:
+    """Return whether one of some files is longer than it was at another time, or was not there.
+
+    Args:
+        lengths: The lengths of the files by name.
+        others: Their lengths at the other time.
+    """
+    return any(length > others.get(name, 0) for name, length in lengths.items())
+
+
+def copy_up_to(source: AnyPath, target: AnyPath, lengths: Mapping[str, int]) -> None:
+    """Copy the beginnings of a directory's event files.
+
+    Args:
+        source: The directory.
+        target: The other directory.
+        lengths: The number of bytes of each file, by its name. Other files are left out.
+
+    Raises:
+        OSError: If they cannot be copied.
+    """
+    for path in event_files(source):
+        if path.name in lengths:
+            copy_beginning(path, target / path.name, lengths[path.name])
 
 
 def cut_off(directory: AnyPath, owner: str, lengths: Mapping[str, int]) -> None:
@@ -223,7 +269,7 @@ def draw_graph(writer: SummaryWriter, module: LightningModule) -> None:
             example = transfer_to(module, module.device)(module.example_input_array)
             writer.add_graph(module, example)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = first_line(error)
         warnings.warn(f"No graph of {name} is logged, because its forward cannot be traced: {reason}", stacklevel=2)
     finally:
         restore_modes(training)

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from eventtrain.errors import MisconfigurationError
+from eventtrain.callbacks.saved_state import is_name
+from eventtrain.checkpoint import storage
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.paths import AnyPath, RemotePath
 from eventtrain.version import __version__
 
@@ -80,7 +82,54 @@ def portable(path: AnyPath | None, root: AnyPath) -> str | None:
     return (full.relative_to(base) if full.is_relative_to(base) else full).as_posix()
 
 
+def own_place(root: AnyPath, name: str, parent: AnyPath, pattern: re.Pattern[str]) -> Any:
+    """Return the file or directory that a checkpoint names if it is an entry of the logger's own directory, and no link.
+
+    Args:
+        root: The root directory of the run.
+        name: The result of :func:`portable`, as the checkpoint holds it.
+        parent: The logger's directory.
+        pattern: The form of its entries' names.
+
+    Returns:
+        The path; None if it is another place, which a run never touches because a file names it.
+    """
+    if "\0" in name or not is_name(last := re.split(r"[/\\]", name)[-1]) or not pattern.fullmatch(last):
+        return None
+    if isinstance(root / name if "://" not in name else parent, RemotePath) or isinstance(parent, RemotePath):
+        return parent / last if str(root / name if "://" not in name else name) == str(parent / last) else None
+    path = Path(str(root / name))
+    is_own = not path.is_symlink() and path.parent.resolve() == Path(str(parent)).resolve()
+    return path if is_own else None
+
+
+def warn_of_other_place(owner: str, name: str, parent: AnyPath) -> None:
+    """Warn that a checkpoint names a place at which the run does not continue."""
+    warnings.warn(
+        f"{owner}: the checkpoint names {name!r}, which is not a place of this logger in {printable(parent)}. Nothing is "
+        "changed there, and the run begins a new one.",
+        stacklevel=2,
+    )
+
+
 # ------------------------------------------------------------------ files
+
+
+def copy_beginning(source: AnyPath, target: AnyPath, length: int) -> None:
+    """Write the first bytes of a file to another one, which exists.
+
+    Args:
+        source: The file.
+        target: The other file.
+        length: The number of bytes.
+
+    Raises:
+        OSError: If they cannot be copied.
+    """
+    with storage.reading(source) as file, storage.writing(target) as copy:
+        while length > 0 and (part := file.read(min(length, 1 << 20))):
+            copy.write(part)
+            length -= len(part)
 
 
 @contextlib.contextmanager
@@ -117,6 +166,11 @@ def local_copy(path: RemotePath) -> Any:
     return file
 
 
+def append_to(path: Path) -> Any:
+    """Open a local file to append to it; fail if a symbolic link has its name."""
+    return open(path, "ab", opener=storage.without_following)  # the caller closes it
+
+
 class RunFile:
     """Append to a file for as long as that works.
 
@@ -139,13 +193,18 @@ class RunFile:
         self.path = path.absolute()  # the program may change its directory
         self.owner = owner
         path.parent.mkdir(parents=True, exist_ok=True)
-        file: Any = path.open("ab") if isinstance(path, Path) else local_copy(path)
+        file: Any = append_to(path) if isinstance(path, Path) else local_copy(path)
         self.position = file.seek(0, os.SEEK_END)
         if position is not None and position < self.position:
             file.truncate(position)
             self.position = file.seek(0, os.SEEK_END)
         self._file: Any = file
         self._sent = time.monotonic()
+
+    @property
+    def works(self) -> bool:
+        """Whether there was no failure, and the file is open."""
+        return self._file is not None
 
     def write(self, data: bytes) -> None:
         """Append to a buffer, which :meth:`flush` writes."""
@@ -181,8 +240,8 @@ class RunFile:
         with contextlib.suppress(OSError):  # its buffer can't be written either
             file.close()
         warnings.warn(
-            f"{self.owner} has stopped writing: {self.path} cannot be written to any more ({error.strerror or error}). The run "
-            "continues, and nothing more is logged there.",
+            f"{self.owner} has stopped writing: {printable(self.path)} cannot be written to any more "
+            f"({error.strerror or error}). The run continues, and nothing more is logged there.",
             stacklevel=3,
         )
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,11 +18,15 @@ from torch.nn.parameter import is_lazy
 
 from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.loggers import event_files, run_files
+from eventtrain.callbacks.loggers.claims import Claim, Extents
+from eventtrain.callbacks.saved_state import field, is_name, is_of, items, whole
+from eventtrain.checkpoint.storage import first_line
 from eventtrain.checks import check_option, check_whole_number
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.events import (
     AfterUpdate,
     BeforeOptimizerStep,
+    CheckpointSaved,
     FitEnd,
     FitStart,
     MetricsLogged,
@@ -36,14 +43,16 @@ if TYPE_CHECKING:
 
 XAxis = Literal["global_step", "batches", "samples", "wall_time"]
 OWNER = "TensorBoardLogger"
+VERSION = re.compile(r"version_\d+")
 X_AXES: tuple[XAxis, ...] = ("global_step", "batches", "samples", "wall_time")
 
 
 class TensorBoardLogger(Callback):
     """Write metrics, hyperparameters and a description of the run for TensorBoard, to a new directory for each run.
 
-    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end`` and ``teardown``; and, only if you ask for them, to
-    ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and ``after_update`` for histograms.
+    Listens to ``metrics_logged``, ``setup``, ``fit_start``, ``fit_end``, ``checkpoint_saved`` and ``teardown``; and, only if
+    you ask for them, to ``train_batch_start`` for the x-axis of samples, and to ``before_optimizer_step`` and
+    ``after_update`` for histograms.
     Writes the logged scalars under their names (values logged on step only for the updates that are due) and ``epoch``; the
     texts ``run/environment``, ``run/configuration`` and ``run/module``; and the ``hparams`` of module and datamodule for the
     HParams page, whose columns are the hyperparameters and scalars of all runs below TensorBoard's ``logdir``. Write anything
@@ -51,10 +60,12 @@ class TensorBoardLogger(Callback):
 
     Values that a validation or test logs on step are all written; their x is the count of evaluation batches. The x of all
     others never falls. An evaluation after the fit is drawn at the end of the fit. A batch in which several
-    optimizers step is one update. A run that resumes a checkpoint continues at the position of the checkpoint, in the
-    directory of the checkpoint's run if it still exists. Everything that was written there after the checkpoint is cut off,
-    so that each step is there once. The new event file begins with the mark of ``SummaryWriter(purge_step=...)``, so that
-    TensorBoard drops these values even if it has read them.
+    optimizers step is one update. A run that resumes the newest checkpoint of a run continues at its position, in the
+    directory of that run if it still exists. Everything that was written there after the checkpoint is cut off, so that each
+    step is there once. The new event file begins with the mark of ``SummaryWriter(purge_step=...)``, so that TensorBoard drops
+    these values even if it has read them. A run that begins at an older checkpoint leaves this directory as it is, and
+    continues a copy of its values up to the checkpoint in a new one. The hidden file ``.run`` in a directory says which run
+    writes there; while it does, another one gets an error.
 
     Values are buffered. They are written to disk after each epoch, before a checkpoint, after an error, at the end of the
     run, and every few seconds. A directory that cannot be written to is an error before training. If it vanishes or the disk
@@ -109,6 +120,10 @@ class TensorBoardLogger(Callback):
         self._event_files: dict[str, int] | None = None  # of the checkpoint's run, with their lengths at the checkpoint
         self._run_dir: AnyPath | None = None
         self._resumed = False
+        self._claim: Claim | None = None  # on the directory
+        self._lengths: dict[str, int] | None = None  # of the event files, when they could be read last
+        self._is_readable = True
+        self._extents = Extents(self.state_key, itemgetter("event_files"))
         self._gradients: dict[str, Tensor] = {}
         self._last_x = 0
         self._evaluated = 0  # the highest x of values that an evaluation logged on step
@@ -146,9 +161,16 @@ class TensorBoardLogger(Callback):
             # The checkpoint has the values up to here. The later ones are to be written again.
             purge_step = max(self._place(trainer), self._evaluated) + 1 if self._resumed else None
             with run_files.refusing_bad_places(OWNER, "log_dir"):
-                if self._resumed and self._event_files is not None:
-                    event_files.cut_off(self.run_dir, OWNER, self._event_files)
-                self._writer = event_files.open_writer(self.run_dir, OWNER, purge_step)
+                self._claim = self._claim or claim_on(self.run_dir)
+                if trainer.stage is not None:  # between runs it would last until the next one ends
+                    self._claim.take()
+                try:
+                    if self._resumed and self._event_files is not None:
+                        event_files.cut_off(self.run_dir, OWNER, self._event_files)
+                    self._writer = event_files.open_writer(self.run_dir, OWNER, purge_step)
+                except BaseException:
+                    self._claim.release()
+                    raise
         return self._writer
 
     @property
@@ -186,7 +208,7 @@ class TensorBoardLogger(Callback):
         if event.stage == "fit":
             self._run_dir = None  # made at its first use, because a checkpoint may bring another one
             self._resumed = False
-            self._event_files = None
+            self._event_files = self._claim = self._lengths = None
             self._last_x = self._evaluated = self._samples = 0
             self._seconds_before = self._began = 0.0
         elif event.stage != "predict":
@@ -238,15 +260,30 @@ class TensorBoardLogger(Callback):
         if self._writes(trainer) and run_files.logged_hparams(trainer):
             self._add_summary(event_files.session_end())
 
+    def on_checkpoint_saved(self, trainer: Trainer, event: CheckpointSaved) -> None:
+        lengths = self._extents.in_checkpoint(event.path)
+        if self._claim is not None and self._works() and lengths and event_files.is_longer(lengths, self._claim.saved or {}):
+            self._claim.note(lengths)
+
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         self._gradients.clear()
         self._close()  # after an error too
-        self._resumed = False
+        self._resumed, self._is_readable = False, True
+
+    def _works(self) -> bool:
+        """Return whether values are written: there was no failure."""
+        return self._events() is not None and self._events().works
+
+    def _events(self) -> Any:
+        """Return the event file that is open; None if there is none."""
+        return getattr(getattr(self._writer, "file_writer", None), "event_writer", None)
 
     def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None  # the next use opens another file in the same directory
+        if self._claim is not None:
+            self._claim.release()
 
     # ------------------------------------------------------------------ histograms
 
@@ -331,9 +368,11 @@ class TensorBoardLogger(Callback):
             run_dir = run_files.portable(self._run_dir, self._running().root)
             if self._writer is not None:
                 self._writer.flush()  # a run that resumes here does not write these values again
-                files = {path.name: path.stat().st_size for path in event_files.event_files(self._run_dir)}
+                files = self._read_lengths(self._run_dir)
+                self._extents.add(files)
         return {
             "run_dir": run_dir,
+            "run": None if self._claim is None else self._claim.run,
             "event_files": files,
             "x_axis": self.x_axis,
             "samples": self._samples,
@@ -341,17 +380,70 @@ class TensorBoardLogger(Callback):
             "seconds": self._seconds(),
         }
 
+    def _read_lengths(self, directory: AnyPath) -> dict[str, int] | None:
+        """Return the lengths of the event files. If they cannot be read, the others have their last ones, with one warning."""
+        try:
+            self._lengths = event_files.lengths_of(directory)
+        except OSError as error:
+            if self._is_readable and self._works():  # else there was a warning
+                warnings.warn(
+                    f"{OWNER} cannot read {printable(directory)}: {first_line(error)}. The run continues. A run that resumes a "
+                    "checkpoint of this time may have values twice there, if other programs write events there too.",
+                    stacklevel=2,
+                )
+            self._is_readable = False
+            if self._lengths is not None:
+                self._lengths = self._lengths | self._events().length
+        return self._lengths
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._samples = state["samples"]
-        self._evaluated = state.get("evaluated", 0)
-        self._seconds_before = state["seconds"]
+        self._samples = whole(state, "samples")
+        self._evaluated = whole(state, "evaluated", default=0)  # older states have neither this nor a run
+        self._seconds_before = field(state, "seconds", float)
         self._began = 0.0
-        run_dir = state["run_dir"] and self._running().root / check_path(state["run_dir"], OWNER, "log_dir")
-        if run_dir and run_dir.is_dir() and self.resume == "same" and state["x_axis"] == self.x_axis:
-            self._close()  # the writer of the new run's directory may be in use
-            self._run_dir = run_dir
-            self._resumed = True
-            self._event_files = state.get("event_files")
+        run_dir, run = field(state, "run_dir", str, None), field(state, "run", str, None, default=None)
+        lengths = state.get("event_files")
+        if lengths is not None:
+            wanted = "the length of each event file"
+            lengths = items(state, "event_files", lambda name, length: is_name(name) and is_of(length, int), wanted)
+        if run_dir is not None and self.resume == "same" and field(state, "x_axis", str) == self.x_axis:
+            with run_files.refusing_bad_places(OWNER, "log_dir"):
+                self._continue(run_dir, run, lengths)
+
+    def _continue(self, name: str, run: str | None, lengths: dict[str, int] | None) -> None:
+        """Continue in the directory of the checkpoint's run, or in a copy of it, if it is a directory of this logger.
+
+        Args:
+            name: The directory, as the checkpoint names it.
+            run: The run's identity in the checkpoint.
+            lengths: The lengths of the event files at the checkpoint, by their names; None if it has none.
+        """
+        trainer = self._running()
+        parents = [*re.split(r"[/\\]", name), ""][-3:-2]  # of an older name of the module
+        parent = trainer.root / self.log_dir / (self.name or (parents[0] if parents and is_name(parents[0]) else "version"))
+        before = run_files.own_place(trainer.root, name, parent, VERSION)
+        if before is None:
+            run_files.warn_of_other_place(OWNER, name, parent)
+        if before is None or not before.is_dir():
+            return
+        claim, new = claim_on(before), None
+        if self._writes(trainer) and (not claim.exists or claim.run == run):
+            # Older versions left no claim: then only files that would not be shortened are continued.
+            longest = claim.saved or {} if claim.exists else event_files.lengths_of(before)
+            if lengths is not None and event_files.is_longer(longest, lengths):
+                new = run_files.new_version(parent)
+                event_files.copy_up_to(before, new, lengths)
+        elif self._writes(trainer):
+            return  # the name is another run's by now
+        self._close()  # the writer of the new run's directory may be in use
+        self._run_dir, self._claim = (before, claim) if new is None else (new, claim_on(new))
+        self._resumed = True
+        self._event_files = lengths if new is None else None
+
+
+def claim_on(directory: AnyPath) -> Claim:
+    """Return a claim on the directory of a run."""
+    return Claim(directory / ".run", directory, OWNER, "log_dir")
 
 
 class SilentWriter:

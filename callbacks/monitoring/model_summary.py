@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from eventtrain._torch import COMPILED_NAME, is_compiled_in_place, original_module
 from eventtrain.callback import Callback
+from eventtrain.callbacks.terminal import show
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.checks import check_whole_number
 from eventtrain.data.device import transfer_to
@@ -65,7 +66,7 @@ class ModelSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         summary = self.summary(trainer)  # on every rank, because the forward of a sharded module needs them all
-        trainer.print(summary)
+        show(trainer, summary, "ModelSummary")
 
 
 # ------------------------------------------------------------------ the parts of a summary

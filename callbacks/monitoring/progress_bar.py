@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 from eventtrain.callback import Callback, on_demand
+from eventtrain.callbacks.terminal import BROKEN, warn_of_silence
 from eventtrain.checks import check_number
+from eventtrain.errors import printable
 from eventtrain.events import (
     ExceptionRaised,
     PredictBatchEnd,
@@ -46,7 +51,8 @@ class ProgressBar(Callback):
     ``test_batch_end`` and ``predict_batch_end``. Bars open at the start of each epoch of training or evaluation
     (``train_epoch_start``, ``validation_epoch_start``, ...) and close at its end (``safe_point``, ``train_end``,
     ``validation_end``, ``test_end``, ``predict_end``), or at ``exception`` and ``teardown``. Emits no metrics. Override
-    :meth:`metrics` to show other values.
+    :meth:`metrics` to show other values. If the output breaks, such as a pipe whose reader has left or a full disk, there is
+    one warning, and nothing more is shown in this run.
 
     Args:
         interval: Seconds between two redraws of a bar; 0 to draw each batch.
@@ -74,6 +80,7 @@ class ProgressBar(Callback):
         self._shown: dict[str, Bar | Lines] = {}
         self._loss: Any = None  # of the last batch that was looked at
         self._draws = False  # the current batch is to be drawn if it is time then
+        self._is_silent = False  # the output broke in this run
         self._next = self._before = 0.0
 
     def metrics(self, trainer: Trainer, loss: Any) -> dict[str, float]:
@@ -95,8 +102,12 @@ class ProgressBar(Callback):
         """Print above the bar, with the arguments of :func:`print`."""
         from tqdm import tqdm
 
-        with tqdm.external_write_mode(file=kwargs.get("file")):
+        with ExitStack() as bars:
+            with self._watching_output():
+                bars.enter_context(tqdm.external_write_mode(file=kwargs.get("file")))
             print(*args, **kwargs)
+            with self._watching_output():
+                bars.close()  # draws the bars again
 
     # ------------------------------------------------------------------ training
 
@@ -132,9 +143,9 @@ class ProgressBar(Callback):
         trainer.stop_listening(self.on_train_batch_end)
         self._loss = event.loss
         draws, self._draws = self._draws, False
-        if draws and time.monotonic() >= self._next:
+        if draws and "train" in self._shown and time.monotonic() >= self._next:
             self._show(trainer)
-            interval = self.interval if isinstance(self._shown["train"], Bar) else self.line_interval
+            interval = self.interval if isinstance(self._shown.get("train"), Bar) else self.line_interval
             self._next = time.monotonic() + interval
 
     def on_train_end(self, trainer: Trainer, event: TrainEnd) -> None:
@@ -143,7 +154,8 @@ class ProgressBar(Callback):
     def _show(self, trainer: Trainer) -> None:
         # The epoch's length is known after its start, and may differ from the previous epoch's length.
         values, total = self.metrics(trainer, self._loss), trainer.num_training_batches
-        self._shown["train"].update(trainer.progress.batch_idx + 1, values, total)
+        with self._watching_output():
+            self._shown["train"].update(trainer.progress.batch_idx + 1, values, total)
 
     def _finish(self, trainer: Trainer) -> None:
         if "train" in self._shown:
@@ -154,7 +166,8 @@ class ProgressBar(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, event: ValidationEpochStart) -> None:
         if "train" in self._shown:
-            self._shown["train"].pause(trainer.progress.batch_idx + 1)
+            with self._watching_output():
+                self._shown["train"].pause(trainer.progress.batch_idx + 1)
         self._evaluate(trainer, "validation", "sanity check" if trainer.sanity_checking else "validation")
 
     def on_validation_batch_end(self, trainer: Trainer, event: ValidationBatchEnd) -> None:
@@ -163,7 +176,8 @@ class ProgressBar(Callback):
     def on_validation_end(self, trainer: Trainer, event: ValidationEnd) -> None:
         self._close("validation")
         if "train" in self._shown:
-            self._shown["train"].resume()
+            with self._watching_output():
+                self._shown["train"].resume()
 
     def on_test_epoch_start(self, trainer: Trainer, event: TestEpochStart) -> None:
         self._evaluate(trainer, "test", "test")
@@ -189,7 +203,10 @@ class ProgressBar(Callback):
 
     def _advance(self, stage: str) -> None:
         if stage in self._shown:
-            self._shown[stage].advance()
+            try:
+                self._shown[stage].advance()
+            except BROKEN as error:
+                self._fall_silent(error)
 
     # ------------------------------------------------------------------ opening and closing
 
@@ -198,26 +215,46 @@ class ProgressBar(Callback):
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         self._close_all()
-        self._loss, self._draws = None, False
+        self._loss, self._draws, self._is_silent = None, False, False
 
     def _open(
         self, trainer: Trainer, stage: str, title: str, total: int | None, *, leave: bool, done: int = 0
     ) -> Bar | Lines | None:
         self._close(stage)
-        if not trainer.is_global_zero or sys.stderr is None:  # a process without a console has none
+        if not trainer.is_global_zero or sys.stderr is None or self._is_silent:  # a process without a console has no stderr
             return None
-        if has_widgets() or sys.stderr.isatty():
-            # Training draws when it is told to. An evaluation draws when it is time, because it has no loss to wait for.
-            interval = 0.0 if stage == "train" else self.interval
-            self._shown[stage] = Bar(title, total, interval, leave=leave, done=done)
-        else:
-            self._shown[stage] = Lines(title, total, self.line_interval, final=leave or stage == "train", done=done)
-        return self._shown[stage]
+        with self._watching_output():
+            if has_widgets() or sys.stderr.isatty():
+                # Training draws when it is told to. An evaluation draws when it is time: it has no loss to wait for.
+                interval = 0.0 if stage == "train" else self.interval
+                self._shown[stage] = Bar(title, total, interval, leave=leave, done=done)
+            else:
+                self._shown[stage] = Lines(title, total, self.line_interval, final=leave or stage == "train", done=done)
+        return self._shown.get(stage)
 
     def _close(self, stage: str) -> None:
         shown = self._shown.pop(stage, None)
         if shown is not None:
-            shown.close()
+            with self._watching_output():
+                shown.close()
+
+    @contextmanager
+    def _watching_output(self) -> Generator[None, None, None]:
+        """Fall silent if the output breaks in the ``with`` block, in which no code of a user may run."""
+        try:
+            yield
+        except BROKEN as error:
+            self._fall_silent(error)
+
+    def _fall_silent(self, error: Exception) -> None:
+        """Let go of everything on the screen, with one warning."""
+        left = list(self._shown.values())
+        self._shown.clear()
+        for shown in left:
+            shown.abandon()
+        if not self._is_silent:
+            self._is_silent = True
+            warn_of_silence("ProgressBar", error)
 
     def _close_all(self) -> None:
         # The lower bar first: it finds its line by its distance from the upper one.
@@ -254,6 +291,7 @@ class Bar:
         self._bar.set_postfix(format_metrics(values), refresh=False)
         if not self._bar.update(done - self._bar.n):  # tqdm draws in `update` if the count has changed
             self._bar.refresh()
+        self._check()
 
     def pause(self, done: int) -> None:
         """Draw the bar with the number of batches done, and stop its clock until :meth:`resume`."""
@@ -265,11 +303,22 @@ class Bar:
 
     def advance(self) -> None:
         """Count a batch, and draw if it is time."""
-        self._bar.update(1)
+        if self._bar.update(1):
+            self._check()
 
     def close(self) -> None:
         """Leave the bar as it is, or remove it."""
         self._bar.close()
+
+    def abandon(self) -> None:
+        """Forget the bar: the output is broken."""
+        with suppress(*BROKEN):
+            self._bar.close()
+
+    def _check(self) -> None:
+        """Raise an ``OSError`` if tqdm has noticed a terminal that is gone: it then draws nothing more, and says nothing."""
+        if self._bar.miniters == math.inf:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 class Lines:
@@ -324,6 +373,9 @@ class Lines:
         if self._final and self._printed < self._done:
             self._print({})
 
+    def abandon(self) -> None:
+        """Forget the lines: the output is broken."""
+
     def _print(self, values: Mapping[str, float]) -> None:
         now = time.monotonic()
         self._next = now + self.interval
@@ -335,8 +387,8 @@ class Lines:
 
 
 def format_metrics(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Return numbers as texts with four significant digits."""
-    return {name: f"{value:.4g}" for name, value in metrics.items()}
+    """Return numbers as texts with four significant digits, under names that a terminal only shows."""
+    return {printable(name): f"{value:.4g}" for name, value in metrics.items()}
 
 
 @cache

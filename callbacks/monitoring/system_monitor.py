@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from eventtrain.callback import Callback
+from eventtrain.checkpoint.storage import first_line
 from eventtrain.checks import check_number
 from eventtrain.events import (
     ExceptionRaised,
@@ -154,7 +155,7 @@ class SystemMonitor(Callback):
             report = self._reports.popleft()
             if isinstance(report, Exception):
                 warnings.warn(
-                    f"SystemMonitor has stopped, and the run continues without it: {type(report).__name__}: {report}",
+                    f"SystemMonitor has stopped, and the run continues without it: {first_line(report)}",
                     stacklevel=2,
                 )
             else:

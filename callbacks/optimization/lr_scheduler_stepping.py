@@ -23,7 +23,8 @@ class LRSchedulerStepping(Callback):
     they step when the epoch's values are final. Steps by ``trainer.step_lr_scheduler``. Does nothing in manual optimization.
     Emits no metrics. Override :meth:`is_due` to step at other counts.
 
-    A monitored scheduler waits until its metric has a new value. If the metric was never logged, although the stage that
+    A monitored scheduler waits until its metric has a new value. Several processes give it one value: the mean
+    of theirs, if they differ, as values of steps do. If the metric was never logged, although the stage that
     should log it is over, that is an error, or one warning if the scheduler's config has ``'strict': False``.
 
     Raises:
@@ -134,14 +135,11 @@ class LRSchedulerStepping(Callback):
         value: Any = None
         if config.monitor is not None:
             metric = self._metrics[index]
-            if trainer.times_logged(config.monitor) == 0:
-                self._report_missing(trainer, config, metric)
+            value = metric.agreed(trainer, metric.look(trainer))
+            if value is None:
+                if not metric.was_logged(trainer):
+                    self._report_missing(trainer, config, metric)
                 return
-            if not metric.look(trainer):
-                return
-            value = metric.value(trainer)
-            if config.interval in ("step", "batch") and trainer.world_size > 1:  # in contrast to an epoch's value
-                value = trainer.processes.reduce(value.clone(), "mean")
         self._last_update[index] = global_step
         trainer.step_lr_scheduler(config, value)
 

@@ -50,7 +50,8 @@ class MixedPrecision(Callback):
 
     Args:
         precision: ``"bf16"``, without loss scaling, or ``"fp16"``, with it.
-        scaler: The loss scaler for fp16; None for a ``torch.amp.GradScaler`` with its defaults.
+        scaler: The loss scaler for fp16; None for a ``torch.amp.GradScaler`` with its defaults. Each fit begins with the state
+            that it has now, unless it resumes a checkpoint.
         max_consecutive_overflows: The number of overflows in a row at which the run ends with an error.
 
     Raises:
@@ -89,10 +90,12 @@ class MixedPrecision(Callback):
         self.precision = precision
         self.scaler = scaler
         self.max_consecutive_overflows = max_consecutive_overflows
+        self._is_given = scaler is not None
+        self._fresh = {} if scaler is None else scaler.state_dict()  # each fit begins with it
         self._autocast: torch.autocast | None = None
         self._manual = False
         self._overflows = 0
-        self._loaded: dict[str, Any] = {"scaler": {}, "overflows": 0}
+        self._loaded: dict[str, Any] = {"scaler": self._fresh, "overflows": 0}
         self._optimizers: list[LightningOptimizer] = []
         # Optimizers that hold scaled gradients; the scale may change only while there are none.
         self._scaled: set[LightningOptimizer] = set()
@@ -116,15 +119,21 @@ class MixedPrecision(Callback):
 
     def on_setup(self, trainer: Trainer, event: Setup) -> None:
         self._autocast = self.autocast(trainer)
-        for optimizers in (self._scaled, self._plain, self._mixed):
-            optimizers.clear()
-        self._unscaled.clear()
-        self._since_update.clear()
-        self._overflows = 0
-        self._loaded = {name: self._loaded[name] for name in ("scaler", "overflows")}
-        if self.precision == "fp16" and self.scaler is None:
+        if event.stage == "fit":
+            self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Forget the fit before this one, whose last scale and open window are not this one's."""
+        if self._since_update and self.scaler is not None:
+            self.scaler.update()  # it keeps what it has unscaled until then
+        for holdings in (self._scaled, self._plain, self._mixed, self._unscaled, self._held, self._since_update):
+            holdings.clear()
+        self._overflows, self._optimizers = 0, []
+        self._loaded = {"scaler": self._fresh, "overflows": 0}
+        if self.precision == "fp16" and not self._is_given:
             self.scaler = GradScaler(device=trainer.device.type)
-            self.load_state_dict(self._loaded)
+        elif self.scaler is not None and self._fresh:  # a disabled scaler has no state
+            self.scaler.load_state_dict(self._fresh)
 
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         self._manual = not trainer.module.automatic_optimization

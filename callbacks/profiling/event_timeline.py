@@ -168,7 +168,7 @@ class EventTimeline(Callback):
             try:
                 self.write()
             except OSError as error:  # the results of the run matter more than its timeline
-                warnings.warn(f"EventTimeline could not write its files: {error}.", stacklevel=2)
+                warnings.warn(f"EventTimeline could not write its files: {storage.first_line(error)}.", stacklevel=2)
         elif not self._error:
             chosen = self.steps if self.steps is not None else f"None, the third to the fifth from {self._first_step}"
             warnings.warn(

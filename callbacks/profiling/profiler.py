@@ -11,6 +11,7 @@ from eventtrain.callbacks.profiling.sampling import Sampling
 from eventtrain.callbacks.profiling.self_times import Clock, DeviceTimes, LayerTimes, SelfTimes, cuda_times
 from eventtrain.callbacks.profiling.spans import CHECKPOINT
 from eventtrain.callbacks.profiling.time_tables import RunTimes, UnitTimes, evaluation_text
+from eventtrain.callbacks.terminal import show
 from eventtrain.checks import check_whole_number
 from eventtrain.events import (
     CheckpointSaved,
@@ -349,7 +350,8 @@ class Profiler(Callback):
         self._release()
         if complete and self.print_summary:
             evaluated = self.times.evaluations.get(event.stage)
-            trainer.print(self.summary() if evaluated is None else evaluation_text(event.stage, evaluated))
+            text = self.summary() if evaluated is None else evaluation_text(event.stage, evaluated)
+            show(trainer, text, "Profiler")
 
     def _log(self, trainer: Trainer) -> None:
         """Log the means since the last call, without observing it."""

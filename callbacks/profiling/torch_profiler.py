@@ -12,6 +12,7 @@ import torch
 from eventtrain import _torch
 from eventtrain.callback import Callback, on_demand
 from eventtrain.callbacks.profiling.spans import Label, Span, Spans
+from eventtrain.callbacks.terminal import show
 from eventtrain.checkpoint import storage
 from eventtrain.checks import check_whole_number
 from eventtrain.errors import MisconfigurationError
@@ -192,7 +193,7 @@ class TorchProfiler(Callback):
         complete, self._complete = self._complete, False
         self._trainer = None
         if complete and self.print_summary and trainer.is_global_zero:
-            trainer.print(self.summary())
+            show(trainer, self.summary(), "TorchProfiler")
 
     def _begin(self, trainer: Trainer, counting: Callable[..., None], whole: int | None) -> None:
         if not trainer.is_global_zero:

@@ -18,8 +18,8 @@ class EarlyStopping(Callback):
 
     Listens to ``metrics_logged``: looks at a metric of the validation after each validation, and at a metric that only
     training logs at the end of each complete epoch. If both log the name, it belongs to the validation once that has run.
-    Only new values count. Each look reads one value from its device; batches read nothing. If one of several processes stops,
-    all of them stop; log with ``sync_dist=True`` for the same value on all.
+    Only new values count. Each look reads one value from its device; batches read nothing. Several processes look at one value:
+    if theirs differ, as values of steps do, at the mean. If one of them stops, all of them stop.
 
     A request waits for the trainer's ``min_epochs`` and ``min_steps``, and stands: there are no more looks. A run that is
     resumed after its request asks again (``fit_start``), unless it has more patience. Also listens to ``setup`` and
@@ -129,16 +129,17 @@ class EarlyStopping(Callback):
             return
         if event.stage == "validation":
             is_new = trainer.times_logged(self.monitor) != self._before_validation
-            self._is_validated |= is_new
         else:
             is_new = event.epoch_complete and self._metric.has_new_value(trainer) and not self._is_validated
-            if self._metric.is_missing(trainer):
-                remedy = "strict=False makes this a warning." if self.strict else ""
-                self._metric.report_missing(trainer, strict=self.strict, remedy=remedy)
+        agreed = self._metric.agreed(trainer, is_new)
+        self._is_validated |= event.stage == "validation" and agreed is not None
+        if event.stage == "train" and self._metric.is_missing(trainer):
+            remedy = "strict=False makes this a warning." if self.strict else ""
+            self._metric.report_missing(trainer, strict=self.strict, remedy=remedy)
         reason = None
-        if is_new:
+        if agreed is not None:
             self._metric.look(trainer)
-            self.value = value = float(self._metric.value(trainer))
+            self.value = value = float(agreed)
             improvement = self.best - value if self.mode == "min" else value - self.best
             if improvement > self.min_delta:  # never true for NaN
                 self.best, self.wait_count = value, 0

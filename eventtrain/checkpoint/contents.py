@@ -79,7 +79,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         trainer: The trainer, in a run or after one.
     """
     state, module = trainer.run_state, trainer.module
-    stop, rank_state = state.stop_request, state_of_this_rank(trainer)
+    stop, rank_state = state.stop, state_of_this_rank(trainer)
     in_epoch = rank_state["data"] is not None and rank_state["data"]["position"] is not None
     return {
         "schema_version": SCHEMA_VERSION,
@@ -197,7 +197,7 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
         setattr(state.progress, name, value)
     if state.progress.epoch_is_over:
         state.progress.count_epoch()  # written at the epoch's last safe point: it is not to be trained again
-    state.stop_request.reason = checkpoint["stop_reason"]
+    state.stop.reason = state.stop_request.reason = checkpoint["stop_reason"]
     restore_window(trainer, checkpoint["window"])
     if checkpoint["metrics"] is not None:
         state.metrics.load_state_dict(checkpoint["metrics"], trainer.module, trainer.device)

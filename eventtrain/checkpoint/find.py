@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.checkpoint import storage
-from eventtrain.errors import MisconfigurationError
+from eventtrain.distributed import Processes
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.events import FindCheckpoint
 from eventtrain.paths import AnyPath, check_path
 
@@ -36,32 +39,60 @@ def read_checkpoint(trainer: Trainer, ckpt_path: Any, *, best_of_fit: bool = Fal
     """
     if ckpt_path is None and not best_of_fit:
         return None, None
-    path: Any = None
-    content: dict[str, Any] | None = None
-    failure: BaseException | None = None
-    if trainer.is_global_zero:
-        try:
-            path, content = find_checkpoint(trainer, ckpt_path)
-        except BaseException as error:
-            failure = error
-    # The first process finds it and says which it is, so that all resume the same.
-    path, problem = trainer.processes.broadcast((path, None if failure is None else storage.first_line(failure)))
-    if failure is not None:
-        raise failure
+    candidates: list[AnyPath] = []
+    processes = trainer.processes
+    # The first process finds them and says which they are, so that all resume the same.
+    try:
+        if trainer.is_global_zero:
+            candidates = find_checkpoints(trainer, ckpt_path)
+    except BaseException as error:
+        processes.broadcast((candidates, storage.first_line(error)))
+        raise
+    candidates, problem = processes.broadcast((candidates, None))
     if problem is not None:
         raise MisconfigurationError(f"The first process found no checkpoint. {problem}")
-    return path, content if path is None or trainer.is_global_zero else storage.read(path)
-
-
-def find_checkpoint(trainer: Trainer, ckpt_path: Any) -> tuple[Any, dict[str, Any] | None]:
-    """Return a checkpoint's path and content; None twice for a fresh start, or if ``None`` finds none that is the best."""
+    share = (processes.global_rank, processes.world_size)
+    read = partial(in_all, processes, partial(storage.read, share=share))
     if ckpt_path not in ("last", "best", None):
-        path = check_path(ckpt_path, f"Trainer.{trainer.stage}", "ckpt_path")
-        return path, storage.read(path)
+        return candidates[0], read(candidates[0])
+    chosen, content = storage.read_first(candidates, read)
+    if chosen is not None and trainer.is_global_zero:
+        say(f"trainer.{trainer.stage} takes the checkpoint {chosen}.")
+    return chosen, content
+
+
+def in_all(processes: Processes, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in all processes; if it raises in one of them, raise the same error in all.
+
+    Args:
+        processes: The processes.
+        function: The function, which raises an error for a file that cannot be read.
+        *arguments: Its arguments.
+
+    Returns:
+        The function's result in this process.
+
+    Raises:
+        MisconfigurationError: If it raises one, or an ``OSError``, in any process.
+    """
+    failure: Any = None
+    try:
+        result = function(*arguments)
+    except (MisconfigurationError, OSError) as error:
+        failure = error
+    for first in filter(None, processes.gather_for_all(failure)):
+        raise first
+    return result
+
+
+def find_checkpoints(trainer: Trainer, ckpt_path: Any) -> list[AnyPath]:
+    """Return the checkpoints that may be read, the best choice first; none for a fresh start, or if ``None`` finds no best."""
+    if ckpt_path not in ("last", "best", None):
+        return [check_path(ckpt_path, f"Trainer.{trainer.stage}", "ckpt_path")]
     event = FindCheckpoint(ckpt_path or "best")
     trainer.signals.find_checkpoint.publish(event)
     if ckpt_path is None and not event.is_best_of_fit:
-        return None, None
+        return []
     if not event.paths and ckpt_path == "last" and interrupted_path(trainer).exists():
         event.offer(interrupted_path(trainer))
     if event.paths is None:
@@ -79,10 +110,7 @@ def find_checkpoint(trainer: Trainer, ckpt_path: Any) -> tuple[Any, dict[str, An
     paths = [check_path(path, "FindCheckpoint.offer", "paths") for path in event.paths]
     if ckpt_path == "last":
         paths.sort(key=storage.written_at, reverse=True)  # the answers of several listeners
-    chosen, content = storage.read_first(paths)
-    if chosen is not None:
-        say(f"trainer.{trainer.stage} takes the checkpoint {chosen}.")
-    return chosen, content
+    return paths
 
 
 LOGGER = logging.getLogger("eventtrain")
@@ -92,6 +120,7 @@ if LOGGER.level == logging.NOTSET:
 
 def say(message: str) -> None:
     """Log a message; print it if nothing handles logs, because Python then shows none below a warning."""
+    message = printable(message)
     if LOGGER.hasHandlers():
         LOGGER.info(message)
     else:

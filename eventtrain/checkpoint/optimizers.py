@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eventtrain.checkpoint.storage import first_line
 from eventtrain.checkpoint.weights import some
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, escaped
 
 if TYPE_CHECKING:
     from eventtrain.run.state import RunState
@@ -91,7 +91,7 @@ def load_state(part: Any, saved: Any, path: Any) -> None:
     try:
         part.load_state_dict(saved)
     except Exception as error:
-        raise _other(path, f"a state that does not fit {type(part).__name__} ({first_line(error)})") from error
+        raise _other(path, f"a state that does not fit {type(part).__name__} ({first_line(error)})") from escaped(error)
 
 
 def _other(path: Any, difference: str) -> MisconfigurationError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.checkpoint.rng import rng_state
-from eventtrain.data.limits import known_length
 from eventtrain.errors import MisconfigurationError
 
 if TYPE_CHECKING:
@@ -57,55 +56,20 @@ def state_of_rank(checkpoint: dict[str, Any], trainer: Trainer) -> dict[str, Any
         trainer: The trainer that resumes it.
 
     Raises:
-        MisconfigurationError: If another number of processes wrote it, at a place from which these cannot continue.
+        MisconfigurationError: If another number of processes wrote it in an epoch or a window, and no callback has a method
+            ``divide_checkpoint``.
     """
     states = [{key: checkpoint[key] for key in PER_RANK}, *checkpoint["ranks"]]
-    if len(states) == trainer.world_size:
-        return {**checkpoint, **states[trainer.global_rank]}
-    return {**checkpoint, **divided_anew(checkpoint, states, trainer)}
-
-
-def divided_anew(checkpoint: dict[str, Any], states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
-    """Return the values for one of another number of processes: the data from where the others left them, and their metrics.
-
-    Args:
-        checkpoint: The checkpoint.
-        states: The per-rank states of the processes that wrote it.
-        trainer: The trainer that resumes it.
-
-    Raises:
-        MisconfigurationError: If they were in an accumulation window, or have not done a whole number of these processes'
-            batches.
-    """
     before, now = len(states), trainer.world_size
-    advice = f"Resume with {before} processes, or from a checkpoint of an epoch's end."
-    if any(state["window"]["open"] for state in states):
-        raise MisconfigurationError(
-            f"The checkpoint was written by {before} processes in an open accumulation window, whose gradients {now} processes "
-            f"cannot share. {advice}"
-        )
-    rank_state = dict(states[min(trainer.global_rank, before - 1)])
-    if rank_state["data"] is None or rank_state["data"]["position"] is None:
-        return rank_state
-    position = dict(rank_state["data"]["position"])
-    if position["state"] is not None:
-        raise MisconfigurationError(
-            f"The checkpoint was written by {before} processes in an epoch, at positions that their loaders keep, and {now} "
-            f"processes cannot share those. {advice}"
-        )
-    batches, rest = divmod(position["batches"] * before, now)
-    if rest:
-        raise MisconfigurationError(
-            f"The checkpoint was written after {position['batches']} batches on each of {before} processes, which is no whole "
-            f"number of batches on each of {now}. {advice}"
-        )
-    done = checkpoint["progress"]["total_batch_idx"] + 1 - position["batches"]
-    assert trainer.run_state.loaders is not None
-    (loader,) = trainer.run_state.loaders.of("train")
-    position |= {"batches": batches, "length": known_length(loader)}
-    rank_state["data"] = rank_state["data"] | {"position": position}
-    entries = [entry for state in states for entry in state["metrics"]["entries"]]
-    # They are summed over all processes in the end, so one process may have them all.
-    rank_state["metrics"] = rank_state["metrics"] | {"entries": entries if trainer.global_rank == 0 else []}
-    progress = checkpoint["progress"] | {"batch_idx": batches - 1, "total_batch_idx": done + batches - 1}
-    return rank_state | {"progress": progress}
+    state = states[min(trainer.global_rank, before - 1)]
+    in_epoch = state["data"] is not None and state["data"]["position"] is not None
+    if before != now and (in_epoch or state["window"]["open"]):
+        divide = next((each.divide_checkpoint for each in trainer.callbacks if hasattr(each, "divide_checkpoint")), None)
+        if divide is None:
+            raise MisconfigurationError(
+                f"The checkpoint was written by {before} processes in an epoch, and no callback divides the rest of it between "
+                f"{now}. Attach DistributedDataParallel(), resume with {before} processes, or from a checkpoint of an epoch's "
+                "end."
+            )
+        state = divide(trainer, checkpoint, states)
+    return {**checkpoint, **state}

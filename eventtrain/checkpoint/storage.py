@@ -9,29 +9,48 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, BinaryIO
 
 import torch
 
 from eventtrain.checkpoint.weights import kind_of, some
-from eventtrain.errors import MisconfigurationError
-from eventtrain.paths import AnyPath, RemotePath, check_path
+from eventtrain.errors import MisconfigurationError, escaped, printable
+from eventtrain.paths import AnyPath, check_path
 
 LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, str, bytes, bytearray, type(None))
 """The types that ``torch.load(weights_only=True)`` reads, besides tensors, and lists, tuples, sets and dicts of them."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
+TWICE = "two of its entries have one name"
+SHARDS = "/shards/"
+"""The names of a file's entries that hold the tensors of several processes begin with the archive's name and this."""
 Action = Callable[[], None]
 
 
-def write(content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath, *, before: Action | None = None) -> None:
+class Part:
+    """A value of a checkpoint that several processes write into its file together, each of them its own tensors.
+
+    Attributes:
+        write: Writes a checkpoint as :func:`write` does. All processes call it.
+        meet: Waits shortly for the other processes, which may never come, because an error ends the run.
+        copied: Returns the same part with copies of its tensors, which the given function makes.
+    """
+
+    write: Callable[[Mapping[str, Any], Any, Any], None]
+    meet: Callable[[], None]
+    copied: Callable[[Callable[[torch.Tensor], torch.Tensor]], Part]
+
+
+def write(content: Mapping[str, Any], path: AnyPath | str | None, *, before: Action | None = None) -> None:
     """Write a checkpoint; it gets its final name only when it is whole on disk.
 
     Args:
         content: The checkpoint.
-        path: The file; its directory is made.
+        path: The file; its directory is made. None in a process that only writes its :class:`Part` of the file.
         before: Called once the file is whole, before it gets its name and replaces the file that was there before.
 
     Raises:
@@ -45,29 +64,55 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str] | RemotePath,
         ...     read(f"{folder}/last.ckpt")["epoch"]
         3
     """
+    for part in parts_of(content).values():
+        part.write(content, path, before)
+        return
+    if path is None:
+        return
     content = loadable(content)
     target = check_path(path, "storage.write", "path")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with renamed_to(target, before) as temporary, crc32_computed(), writing(temporary) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            # The cause is the error of the file; torch then fails to end its archive, and raises that error instead.
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    with renamed_to(target, before) as temporary, writing(temporary) as file:
+        save(content, file)
+
+
+def save(content: Mapping[str, Any], file: BinaryIO) -> None:
+    """Write a checkpoint to a file, with the checksums that :func:`read` verifies, even if the user turned them off.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # The cause is the error of the file; torch then fails to end its archive, and raises that error instead.
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def parts_of(content: Mapping[str, Any]) -> dict[str, Part]:
+    """Return the values of a checkpoint that several processes write."""
+    return {key: value for key, value in content.items() if isinstance(value, Part)}
 
 
 @contextmanager
 def renamed_to(target: AnyPath, before: Action | None = None) -> Generator[Any, None, None]:
     """Yield a temporary path next to a file, and rename it to the file after the ``with`` block has written it.
 
-    A process that is killed leaves the temporary file; the next writer of the same file overwrites it. In a remote store too,
-    no reader sees half a file; in most of them a rename is a copy.
+    Nobody can plant a link under its name, which is drawn. A process that is killed leaves the temporary file; the next writer
+    of the same file deletes it. In a remote store too, no reader sees half a file; in most of them a rename is a copy.
 
     Args:
         target: The file.
         before: As in :func:`write`.
     """
-    temporary: Any = target.with_name(f".{target.name}{TEMPORARY}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # it can be written even if its folder cannot be listed now
+        for left in target.parent.glob(f".{escape(target.name)}.*{TEMPORARY}"):
+            left.unlink(missing_ok=True)
+    temporary: Any = temporary_name(target)
     try:
         yield temporary
         if before is not None:
@@ -85,6 +130,16 @@ def renamed_to(target: AnyPath, before: Action | None = None) -> Generator[Any, 
             os.close(directory)
 
 
+def temporary_name(target: AnyPath) -> AnyPath:
+    """Return a name next to a file that nobody can know."""
+    return target.with_name(f".{target.name}.{token_hex(8)}{TEMPORARY}")
+
+
+def without_following(path: Any, flags: int) -> int:
+    """Open a file as :func:`open` does, for its ``opener``; fail if it is a symbolic link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 @contextmanager
 def reading(path: AnyPath) -> Generator[Any, None, None]:
     """Open a file, of which most will be read: a local copy of a remote one."""
@@ -99,8 +154,12 @@ def reading(path: AnyPath) -> Generator[Any, None, None]:
 
 @contextmanager
 def writing(path: AnyPath) -> Generator[Any, None, None]:
-    """Open a file to write it anew. After the ``with`` block it is on disk, or in its store, to which it goes as a whole."""
-    with open(path, "wb") if isinstance(path, Path) else tempfile.NamedTemporaryFile() as file:
+    """Open a file to write it anew. After the ``with`` block it is on disk, or in its store, to which it goes as a whole.
+
+    Raises:
+        OSError: If the file cannot be opened, or a symbolic link has its name.
+    """
+    with open(path, "wb", opener=without_following) if isinstance(path, Path) else tempfile.NamedTemporaryFile() as file:
         yield file
         file.flush()
         if isinstance(path, Path):
@@ -109,24 +168,14 @@ def writing(path: AnyPath) -> Generator[Any, None, None]:
             path.put(file.name)
 
 
-@contextmanager
-def crc32_computed() -> Generator[None, None, None]:
-    """Let :func:`torch.save` write the checksums that :func:`read` verifies, even if the user turned them off."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
-def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None, *, weights_only: bool = True) -> dict[str, Any]:
+def read(path: Any, map_location: Any = None, *, weights_only: bool = True, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """Read a checkpoint. Its checksums are verified; code in the file is refused, never run.
 
     Args:
         path: The file.
         map_location: The device of the tensors, as in :func:`torch.load`; None for the CPU.
         weights_only: False runs code in the file.
+        share: The index and the number of the processes that read the file. Each verifies its share of their tensors.
 
     Raises:
         OSError: If there is no such file, or if it cannot be opened.
@@ -139,7 +188,7 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None, *,
         raise MisconfigurationError(f"{path} is a folder. {advice}")
     with reading(path) as file:
         try:
-            verify_checksums(file)
+            verify_checksums(file, share)
             content = torch.load(file, map_location=map_location or "cpu", weights_only=weights_only)
         except Exception as error:  # a damaged file can cause any error in its reader
             code = re.search(r"GLOBAL (\S+)", str(error))
@@ -152,29 +201,40 @@ def read(path: str | os.PathLike[str] | RemotePath, map_location: Any = None, *,
                 )
             raise MisconfigurationError(
                 f"{path} is no checkpoint that can be read safely: {problem}. Give a file that trainer.save_checkpoint wrote."
-            ) from error
+            ) from escaped(error)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise MisconfigurationError(f"{path} is no checkpoint: {kind_of(content)}")
     return content
 
 
-def verify_checksums(file: BinaryIO) -> None:
+def verify_checksums(file: BinaryIO, share: tuple[int, int] = (0, 1)) -> None:
     """Read a file and compare the checksum of each of its parts; :func:`torch.load` does not do it for tensors.
+
+    Args:
+        file: The file.
+        share: As in :func:`read`.
 
     Raises:
         ValueError: If a part is damaged.
     """
-    if zipfile.is_zipfile(file):  # else it is in an older format, or no checkpoint: torch.load will tell
+    if file.read(4) == b"PK\3\4":  # else it is in an older format, or no checkpoint: torch.load will tell
         with zipfile.ZipFile(file) as parts:
+            entries = parts.infolist()
+            shards = [each for each in entries if SHARDS in each.filename]
+            parts.filelist = [each for each in entries if SHARDS not in each.filename] + shards[share[0] :: share[1]]
             damaged = parts.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} has another checksum than when it was written")
+        # torch reads nothing for an entry that is marked as a folder, and the memory of its tensor stays as it was.
+        marked = [each.filename for each in entries if each.flag_bits & ~0x808 or each.external_attr & 0xFFFF]
+        if marked or len({each.filename.lower() for each in entries}) < len(entries):
+            raise ValueError(f"the entries {some(marked)} have attributes that torch does not write" if marked else TWICE)
     file.seek(0)
 
 
 def first_line(error: BaseException) -> str:
     """Return the class of an error and the first line of its message."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return printable(f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 def without_tensors(path: AnyPath) -> dict[str, Any]:
@@ -203,12 +263,14 @@ def written_at(path: AnyPath) -> tuple[float, float, float]:
         return float("inf"), 0, 0
 
 
-def read_first(paths: Sequence[AnyPath], map_location: Any = None) -> tuple[AnyPath | None, dict[str, Any] | None]:
+def read_first(
+    paths: Sequence[AnyPath], read: Callable[[AnyPath], dict[str, Any]] = read
+) -> tuple[AnyPath | None, dict[str, Any] | None]:
     """Read the first checkpoint that is whole; name damaged ones in a warning, and pass over them.
 
     Args:
         paths: The files, in the order in which they are tried. A file that is no longer there is passed over too.
-        map_location: As for :func:`read`.
+        read: Reads one file.
 
     Returns:
         The file and the checkpoint; None twice if there are no files.
@@ -219,7 +281,7 @@ def read_first(paths: Sequence[AnyPath], map_location: Any = None) -> tuple[AnyP
     last: MisconfigurationError | OSError | None = None
     for path in paths:
         try:
-            return path, read(path, map_location)
+            return path, read(path)
         except (MisconfigurationError, OSError) as error:
             warnings.warn(f"passed over a checkpoint: {error}", stacklevel=2)
             last = error
@@ -246,7 +308,7 @@ def loadable(value: Any, where: str = "checkpoint") -> Any:
     kind = type(value)
     if kind in LOADABLE:
         return value
-    if hasattr(value, "full_tensor"):  # a part of a tensor: the callback that shards it takes it out before the file is written
+    if hasattr(value, "full_tensor") or isinstance(value, Part):  # a callback takes a sharded tensor out before it is written
         return value
     if kind in TENSORS:
         if vars(value):  # the attributes that a user gave to a tensor are written too

@@ -8,7 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, escaped
+
+SHARDED = (
+    "holds the tensors of several processes. Attach FullyShardedDataParallel, or write a file with whole tensors: "
+    "python -m eventtrain.callbacks.distributed.whole_checkpoint FILE NEW_FILE"
+)
 
 
 def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, strict: bool | None = None) -> None:
@@ -30,6 +35,8 @@ def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, stric
         eventtrain.errors.MisconfigurationError: line.ckpt is a checkpoint of another module than Linear. It lacks 'bias'. ...
     """
     weights = content["state_dict"]
+    if "shards" in content:  # put back by the callback that shards the module
+        raise MisconfigurationError(f"{path} {SHARDED}")
     if strict is None:
         strict = getattr(module, "strict_loading", True)
     options = {} if strict else {"strict": False}  # a module may override load_state_dict(self, state_dict)
@@ -40,7 +47,7 @@ def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, stric
             raise MisconfigurationError(
                 f"{path} is a checkpoint of another module than {type(module).__name__}. {' '.join(problems)} Give the module "
                 "that wrote it, built with the same hyperparameters, or another file."
-            ) from error
+            ) from escaped(error)
         raise
 
 

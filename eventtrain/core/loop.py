@@ -14,6 +14,7 @@ from eventtrain.core.closure import Closure, forward, never_returns_a_value, par
 from eventtrain.core.interfaces import END, Batches, LoggedValues
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
+from eventtrain.distributed import Place
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError, StepSkipped
 
 # Built once, since there is one in every batch and no listener writes to it.
@@ -45,7 +46,8 @@ class TrainLoop:
         signals: The signals on which events are published.
         progress: The counters of the fit.
         batch: The current batch.
-        stop: The requests to stop.
+        stop: The requests to stop that hold in all processes.
+        mine: Those of this process; in a run of one process the same object.
         metrics: The values that the module logs.
         limits: How long the fit is.
         open_epoch: Begins the pass over the training data for an epoch, at a position.
@@ -68,6 +70,7 @@ class TrainLoop:
     progress: Progress
     batch: BatchState
     stop: StopRequest
+    mine: StopRequest
     metrics: LoggedValues
     limits: RunLimits
     open_epoch: Callable[[int, Mapping[str, Any] | None], Batches]
@@ -96,9 +99,10 @@ class TrainLoop:
         if self.resumption is not None:
             self.resumption.restore_last()
         # A checkpoint of a run's last safe point in an epoch was written before the end of that epoch.
-        self.agree()
+        self.agree("meeting")
         while self.resumes_in_epoch() or not (self.is_complete() or self.is_stopping()):
             self.train_epoch()
+        self.agree("meeting")  # nobody leaves before all have passed the last place at which one may ask
         if self.known_request not in (None, (self.stop.reason, self.stop.force)) and signals.take_checkpoint.listeners:
             # The run was asked to stop after its last safe point, at which no listener knew of its end.
             signals.take_checkpoint.publish(events.TakeCheckpoint(False, self.batch.window_open))
@@ -108,6 +112,7 @@ class TrainLoop:
     def train_epoch(self) -> None:
         """Train an epoch: all of it, or the rest after the checkpoint that the run resumes from."""
         progress, stop, signals, max_steps = self.progress, self.stop, self.signals, self.limits.max_steps
+        several = self.batch.processes is not None
         batches, ends_epoch = self.begin_epoch()
         while ends_epoch or (
             (max_steps is None or progress.global_step < max_steps) and (stop.reason is None or not self.is_stopping())
@@ -127,14 +132,17 @@ class TrainLoop:
                 signals.safe_point.publish(events.SafePoint(True, self.batch.window_open) if ends_epoch else safe_point)
             if signals.request_stop.listeners:
                 signals.request_stop.publish(events.RequestStop(ends_epoch, self.batch.window_open))
-                self.agree()
+            if several and (signals.safe_point.listeners or signals.request_stop.listeners):
+                self.agree("in_between")
             self.known_request = stop.reason, stop.force
             interrupted = stop.interruption is not None and self.interrupt()  # takes a checkpoint too
             if signals.take_checkpoint.listeners and not interrupted:
                 signals.take_checkpoint.publish(events.TakeCheckpoint(ends_epoch, self.batch.window_open))
             if ends_epoch:
                 progress.count_epoch()
-                self.agree()
+            if several and (ends_epoch or signals.take_checkpoint.listeners):
+                self.agree("in_between")
+            if ends_epoch:
                 return
         self.leave_epoch()
 
@@ -150,15 +158,16 @@ class TrainLoop:
         self.steps_before_epoch = None
         if position is None:
             progress.batch_idx, self.steps_before_epoch = -1, progress.global_step
-        stop.epoch_reason = self.batch.skip_reason = None
+        stop.epoch_reason = self.mine.epoch_reason = self.batch.skip_reason = None
         self.batch.had_loss = False
         self.metrics.enter("train", "start")
         self.signals.train_epoch_start.publish(events.TrainEpochStart(progress.current_epoch, progress.batch_idx + 1))
+        self.agree("meeting")
         batches = self.batches = self.open_epoch(progress.current_epoch, position)
         if resumption is None or position is None:
             return batches, False
         resumption.restore_last()
-        stop.epoch_reason = resumption.epoch_reason
+        stop.epoch_reason = resumption.epoch_reason or stop.epoch_reason
         self.is_last_batch = batches.is_last
         # A validation that was interrupted is left to do for the last batch, and then the epoch's end.
         ends_epoch = self.validate_if_due(progress.batch_idx, batches.is_last or stop.epoch_reason is not None)
@@ -210,7 +219,7 @@ class TrainLoop:
         elif updated and signals.metrics_logged.listeners:
             signals.metrics_logged.publish(events.MetricsLogged("train", "step", progress.global_step, metrics.take_fresh()))
         if state.processes is not None:
-            self.agree()
+            self.agree("batch_end")
         ends_epoch = is_last or self.stop.epoch_reason is not None
         return ends_epoch if self.validate is None else self.validate_if_due(batch_idx, ends_epoch)
 
@@ -224,12 +233,13 @@ class TrainLoop:
         event = events.TrainBatchStart(batch, batch_idx, is_last, plan)
         self.signals.train_batch_start.publish(event)
         state.plan = event.plan
-        state.skipped, ends_epoch = event.skipped, event.ends_epoch
+        state.skipped = event.skipped
         if state.processes is not None:
-            state.skipped, ends_epoch = state.processes.any_of([state.skipped, ends_epoch])
-        if ends_epoch:
+            state.skipped = state.processes.any(event.skipped)
+            return self.agree("in_between", event.ends_epoch)
+        if event.ends_epoch:
             self.stop.epoch_reason = "a listener of train_batch_start"
-        return ends_epoch
+        return event.ends_epoch
 
     # ------------------------------------------------------------------ optimization
 
@@ -295,12 +305,12 @@ class TrainLoop:
             self.validate()
         except EvaluationInterrupted:
             progress.validated_at = before
-            self.agree()
+            self.agree("meeting")
             return False
         finally:
             self.metrics.enter("train", "epoch")
         progress.validations += 1
-        self.agree()
+        self.agree("meeting")
         return ends_epoch
 
     def validation_is_due(self, batch_idx: int, ends_epoch: bool) -> bool:
@@ -341,7 +351,7 @@ class TrainLoop:
         self.close_metrics(complete)
         batches.close()
         self.batches = None
-        self.agree()
+        self.agree("meeting")
         if self.progress.global_step == self.steps_before_epoch:
             self.report_no_update()
         self.progress.epoch_is_over = True  # for a checkpoint that is written at the safe point
@@ -362,25 +372,25 @@ class TrainLoop:
         signals.metrics_logged.publish(events.MetricsLogged("train", "epoch", progress.global_step, values, complete))
 
     def interrupt(self) -> bool:
-        """Have a checkpoint of this safe point written and stop, if all processes know of the interruption.
+        """Have a checkpoint of this safe point written and stop, if the run is to be interrupted.
 
         Returns:
             Whether the run was interrupted.
         """
         stop, reason = self.stop, self.stop.interruption
-        if reason is None or not (stop.interruption_is_agreed or self.batch.processes is None):
+        if reason is None:
             return False
         path = self.keep_checkpoint(reason)
-        stop.reason, stop.force, stop.is_agreed, stop.force_is_agreed = reason, True, True, True
+        stop.reason = self.mine.reason = reason
+        stop.force = True
         self.known_request = reason, True
         self.signals.run_interrupted.publish(events.RunInterrupted(reason, path))
         return True
 
-    def agree(self) -> None:
-        """Let all processes know of the requests of each. A request that one makes after this is known to all after the next
-        batch."""
-        if self.batch.processes is not None:
-            self.stop.agree(self.batch.processes)
+    def agree(self, place: Place, ends_epoch: bool = False) -> bool:
+        """Take up the requests that hold from here on, see :meth:`StopRequest.take_up`."""
+        processes = self.batch.processes
+        return processes is not None and self.stop.take_up(self.mine, processes, place, ends_epoch)
 
     def warn_of_no_data(self, batches: Batches) -> None:
         """Warn of an epoch without a single batch; raise if nothing but ``max_steps`` would end the run."""
@@ -444,11 +454,10 @@ class TrainLoop:
     def is_stopping(self) -> bool:
         """Return whether a request to stop holds now."""
         stop, progress = self.stop, self.progress
-        is_single = self.batch.processes is None
-        if stop.reason is None or not (is_single or stop.is_agreed):
+        if stop.reason is None:
             return False
         early = progress.epochs_done < self.limits.min_epochs or progress.global_step < self.limits.min_steps
-        return not early or (stop.force and (is_single or stop.force_is_agreed))
+        return not early or stop.force
 
 
 def detached_outputs(state: BatchState) -> tuple[Any, Tensor | None]:

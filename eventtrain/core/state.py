@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from eventtrain.distributed import Processes
+    from eventtrain.distributed import Place, Processes
 
 RunStage = Literal["fit", "validate", "test", "predict"]
 
@@ -163,7 +163,8 @@ def nonzero(weight: Tensor | float) -> Any:
 
 @dataclass(slots=True)
 class StopRequest:
-    """The requests to end the run, its epoch or an evaluation.
+    """The requests to end the run, its epoch or an evaluation: those that hold in all processes, or those of this process. In
+    a run of one process they are one object.
 
     Attributes:
         reason: Why the run is to stop; None if it is not.
@@ -171,9 +172,6 @@ class StopRequest:
         at_once: An evaluation in the fit is left at its next batch.
         epoch_reason: Why the current epoch is to end; None if it is not.
         interruption: Why the run is to be interrupted at its next safe point; None if it is not.
-        is_agreed: All processes know of the request to stop. Nothing has to be agreed in a run of one process.
-        force_is_agreed: All processes know that it does not wait.
-        interruption_is_agreed: All processes know of the interruption.
     """
 
     reason: str | None = None
@@ -181,22 +179,38 @@ class StopRequest:
     at_once: bool = False
     epoch_reason: str | None = None
     interruption: str | None = None
-    is_agreed: bool = False
-    force_is_agreed: bool = False
-    interruption_is_agreed: bool = False
 
-    def agree(self, processes: Processes) -> None:
-        """Take up the requests of all processes, by one exchange."""
-        requests = [self.reason, self.force, self.at_once, self.epoch_reason, self.interruption]
-        asked = processes.any_of([request not in (None, False) for request in requests])
-        self.is_agreed, self.force_is_agreed, at_once, ends_epoch, self.interruption_is_agreed = asked
-        # A signal handler may have asked for more during the exchange.
-        self.force |= self.force_is_agreed
-        self.at_once |= at_once
+    def take_up(self, mine: StopRequest, processes: Processes, place: Place, ends_epoch: bool) -> bool:
+        """Take up the requests that hold from here on in all processes.
+
+        Args:
+            mine: The requests of this process.
+            processes: The processes.
+            place: The kind of place in the run, see :meth:`~eventtrain.distributed.Processes.agree`.
+            ends_epoch: Whether a listener of this process ends the epoch before the current batch.
+
+        Returns:
+            Whether ``ends_epoch`` holds in all processes. If it holds in some, they end the epoch after the batch.
+        """
+        asked = [
+            mine.reason is not None and self.reason is None,
+            mine.force and not self.force,
+            mine.at_once and not self.at_once,
+            mine.epoch_reason is not None and self.epoch_reason is None,
+            mine.interruption is not None and self.interruption is None,
+            ends_epoch,
+        ]
+        holding = processes.agree(asked, place)
+        if True not in holding:
+            return False
+        stops, forces, at_once, ends, interrupts, ends_before = holding
         elsewhere = "another process asked for it"
-        if self.is_agreed and self.reason is None:
-            self.reason = elsewhere
-        if ends_epoch and self.epoch_reason is None:
-            self.epoch_reason = elsewhere
-        if self.interruption_is_agreed and self.interruption is None:
-            self.interruption = elsewhere
+        if stops:
+            self.reason = mine.reason = mine.reason or elsewhere
+        if ends or ends_before:
+            gate = "a listener of train_batch_start"
+            self.epoch_reason = mine.epoch_reason = mine.epoch_reason or (gate if ends_before else elsewhere)
+        if interrupts:
+            self.interruption = mine.interruption = mine.interruption or elsewhere
+        self.force, self.at_once = self.force or forces, self.at_once or at_once
+        return ends_before

@@ -22,6 +22,11 @@ def known_length(loader: Any) -> int | None:
         return None
 
 
+def samples_per_batch(loader: Any) -> int | None:
+    """Return the number of samples in a whole batch of a loader; None if the loader does not say."""
+    return getattr(loader.batch_sampler, "batch_size", 1) if isinstance(loader, DataLoader) else None
+
+
 def check_limit(limit: Limit, named: str) -> None:
     """Check the value of an argument that limits batches.
 

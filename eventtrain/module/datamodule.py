@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 
 
 class DataHooks:
-    """The methods that modules and datamodules share: loaders, and the transfer of batches."""
+    """The methods that modules and datamodules share: loaders, and the transfer of batches.
+
+    Attributes:
+        prepare_data_per_node: Of several processes, whether the first on each machine prepares the data, for disks that no
+            other machine sees; if it is False, only the first of all.
+    """
+
+    prepare_data_per_node = True
 
     def prepare_data(self) -> None:
-        """Download the data, or prepare it in another way; called once per run in each process, before :meth:`setup`.
+        """Download the data, or prepare it in another way; called once per run, before :meth:`setup`.
+
+        Of several processes, the first on each machine calls it, and the others wait until it is done, however long it takes.
+        So do not set attributes here, which only that process would have; set them in :meth:`setup`.
 
         Example:
             >>> class Digits(LightningDataModule):

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from eventtrain.errors import printable
+
 BEFORE = "modes_before_evaluation"
 """The attribute of a module that holds the modes from before the current evaluation."""
 
@@ -65,7 +67,7 @@ def warn_of_evaluation_mode(module: nn.Module) -> None:
         if not name or (is_trained and not hasattr(part, "running_mean")):
             names.append(name)
     if names:
-        which = "The module" if names == [""] else f"A part of the module ({', '.join(names)})"
+        which = "The module" if names == [""] else f"A part of the module ({printable(', '.join(names))})"
         warnings.warn(
             f"{which} is in evaluation mode at the start of the fit: {type(module).__name__}. Dropout does nothing there, and "
             "batch norm keeps its statistics. Call train() before fit; or, if it is on purpose, requires_grad_(False).",

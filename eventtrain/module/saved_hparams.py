@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from eventtrain.checkpoint.storage import LOADABLE, first_line, loadable, reading
-from eventtrain.errors import MisconfigurationError, nearest
+from eventtrain.errors import MisconfigurationError, nearest, printable
 from eventtrain.module.hparams import AttributeDict, fields_of, kind_of
 from eventtrain.paths import check_path
 
@@ -118,7 +118,8 @@ def _as(note: str | None, value: Any) -> Any:
         kind = None
     if not isinstance(kind, type):
         warnings.warn(
-            f"A hyperparameter was of the class {name}, which {module} does not have now: it is {value!r}.", stacklevel=2
+            printable(f"A hyperparameter was of the class {name}, which {module} does not have now: it is {value!r}."),
+            stacklevel=2,
         )
         return AttributeDict(value) if isinstance(value, dict) else value
     if sort == "enum" and issubclass(kind, Enum) and len(kind):

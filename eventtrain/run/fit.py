@@ -19,7 +19,7 @@ from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.core.closure import Closure
 from eventtrain.core.evaluation import EvaluationLoop, step_arguments
 from eventtrain.core.loop import TrainLoop
-from eventtrain.core.state import BatchState
+from eventtrain.core.state import BatchState, StopRequest
 from eventtrain.core.stepping import Stepping
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
 from eventtrain.events import FitEnd, FitStart, Stage
@@ -130,6 +130,7 @@ class Fit(Run):
         state.lr_scheduler_configs = configuration.schedulers
         state.configured_groups = parameter_groups(module, configuration.optimizers)
         state.batch = BatchState(automatic=automatic, processes=trainer.processes if trainer.world_size > 1 else None)
+        state.stop = state.stop_request if state.batch.processes is None else StopRequest()
         clip_hook = overridden_method(module, "configure_gradient_clipping") if automatic else None
         for optimizer in configuration.optimizers:
             stepping = Stepping(optimizer, self.signals, state.batch, module.toggled_optimizer, clip_hook, version)
@@ -157,7 +158,8 @@ class Fit(Run):
             signals=self.signals,
             progress=state.progress,
             batch=state.batch,
-            stop=state.stop_request,
+            stop=state.stop,
+            mine=state.stop_request,
             metrics=state.metrics,
             limits=state.limits,
             open_epoch=partial(self.loaders.open, "train", loader, self._measure),

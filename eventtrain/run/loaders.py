@@ -14,7 +14,7 @@ from eventtrain.data.batches import LoaderPass
 from eventtrain.data.combined import CombinedLoader, as_loaders, as_one_loader, check_loader, loaders_in
 from eventtrain.data.device import transfer_to
 from eventtrain.data.generators import generator_states, set_generator_states
-from eventtrain.data.limits import Limit, known_length, limit_name, limited_length
+from eventtrain.data.limits import Limit, known_length, limit_name, limited_length, samples_per_batch
 from eventtrain.data.resumable import ResumableCombination, ResumableLoader, set_epoch
 from eventtrain.distributed import Processes
 from eventtrain.events import PrepareLoader, Stage
@@ -184,6 +184,7 @@ class RunLoaders:
         return {
             "seed": self.seed,
             "passes": passes,
+            "batch_sizes": [samples_per_batch(loader) for loader in loaders_in(train)],
             "loader": None if in_epoch else self._source("train", train, 0).state(),
             "generators": {stage: [generator_states(loader) for loader in self.of(stage)] for stage in FIT_STAGES},
         }

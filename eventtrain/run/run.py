@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from eventtrain.callback import Callback, listed, make_idle
 from eventtrain.checkpoint.rng import seed_everything
+from eventtrain.checkpoint.storage import first_line
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage
 from eventtrain.core.state import RunStage
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import ExceptionRaised, JoinProcesses, Setup, Stage, Teardown
 from eventtrain.metrics.torchmetrics import unused_metrics
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.module import LightningModule
-from eventtrain.module.overriding import method_of
+from eventtrain.module.overriding import method_of, overridden
 from eventtrain.run.arguments import check_module
 from eventtrain.run.compiled import ModuleSteps
 from eventtrain.run.datamodules import data_of_call
@@ -73,6 +75,8 @@ class Run(ABC):
         self._module_callbacks: list[Any] = []
         self._unused_metrics: list[Any] = []
         self._replaced_callbacks: list[tuple[int, Any]] = []
+        # A fit of another trainer may be running, which validates its module by this one.
+        self._outer, self._toggles = vars(self.module).get("_trainer"), 0
 
     @abstractmethod
     def body(self) -> None:
@@ -106,14 +110,18 @@ class Run(ABC):
     def _attach(self) -> None:
         """Attach the module's callbacks, then connect the hooks: they come after all callbacks, because they come last."""
         trainer, module, datamodule = self.trainer, self.module, self.state.datamodule
-        module.attach_trainer(trainer)
-        if datamodule is not None:
-            with suppress(AttributeError):  # an object with slots, or a frozen one, does without it
-                datamodule.trainer = trainer
+        self._attach_to(trainer)
+        self._toggles = len(module._toggle_stack())
         self._attach_callbacks(listed(method_of(module, "configure_callbacks", LightningModule)()))
         for part in (datamodule, module):
             if part is not None:
                 self._hooks.append(ConnectedHooks(part, trainer.signals))
+
+    def _attach_to(self, trainer: Trainer) -> None:
+        self.module.attach_trainer(trainer)
+        if self.state.datamodule is not None:
+            with suppress(AttributeError):  # an object with slots, or a frozen one, does without it
+                self.state.datamodule.trainer = trainer
 
     def _attach_callbacks(self, callbacks: list[Any]) -> None:
         """Attach the module's callbacks for the run. A callback of the same class, or of a base of it, rests meanwhile."""
@@ -152,7 +160,8 @@ class Run(ABC):
         )
         parts = [part for part in (datamodule, module) if part is not None]
         for part in parts:
-            method_of(part, "prepare_data", DataHooks)()
+            if overridden(part, "prepare_data", DataHooks):
+                self._prepare_data(part)
         for part in parts:
             method_of(part, "setup", DataHooks)(self.stage)
         method_of(module, "configure_model", LightningModule)()
@@ -162,6 +171,23 @@ class Run(ABC):
             metric.reset()
         self._unused_metrics = unused_metrics(module)
         self.signals.setup.publish(Setup(self.stage))
+
+    def _prepare_data(self, part: Any) -> None:
+        """Prepare data in one process of each machine, or in the first of all; if it raises, all end."""
+        processes = self.trainer.processes
+        per_node = getattr(part, "prepare_data_per_node", True)
+        failure: BaseException | None = None
+        if (processes.local_rank if per_node else processes.global_rank) == 0:
+            try:
+                method_of(part, "prepare_data", DataHooks)()
+            except BaseException as error:
+                failure = error
+        problems = processes.gather_for_all(None if failure is None else first_line(failure))
+        if failure is not None:
+            raise failure
+        for rank, problem in enumerate(problems):
+            if problem is not None:
+                raise MisconfigurationError(f"{type(part).__name__}.prepare_data has failed on rank {rank}: {problem}")
 
     # ------------------------------------------------------------------ evaluation
 
@@ -207,7 +233,7 @@ class Run(ABC):
     def _tear_down(self) -> None:
         trainer, state = self.trainer, self.state
         try:
-            self.module.untoggle_all()
+            self.module.untoggle_all(self._toggles)
             self.signals.teardown.publish_to_all(Teardown(self.stage))
         finally:
             for hooks in self._hooks:
@@ -220,6 +246,8 @@ class Run(ABC):
                 make_idle(callback, trainer.signals)
             self.release()
             state.metrics.enter("train", None)
+            if self._outer is not None and self._outer.stage is not None:
+                self._attach_to(self._outer)
 
     def release(self) -> None:
         """Let go of the loaders' workers."""
@@ -227,10 +255,11 @@ class Run(ABC):
             self.loaders.release()
 
     def _after_error(self, first: BaseException | None, action: Callable[[], None]) -> None:
-        """Do something that has to be done after an error too. If it raises, its error becomes a note of the first."""
+        """Do something that has to be done after an error too. If it raises, its error becomes a note of the first, or replaces
+        it if it was raised from it."""
         try:
             action()
         except BaseException as later:
-            if first is None:
+            if first is None or later.__cause__ is first:
                 raise
             first.add_note(f"and afterwards: {type(later).__name__}: {later}")

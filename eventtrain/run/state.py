@@ -30,7 +30,8 @@ class RunState:
         metrics: The values that the module logs in the current run, or in the last one.
         fit_metrics: Those of the fit, which checkpoints keep.
         progress: The counters of the fit.
-        stop_request: The requests to end it.
+        stop_request: The requests of this process to end it.
+        stop: Those that hold in all processes.
         batch: The current training batch.
         module: The module of the run.
         fitted: The module of the fit; None if there was none.
@@ -51,6 +52,7 @@ class RunState:
     fit_metrics: Metrics = field(init=False)
     progress: Progress = field(default_factory=Progress)
     stop_request: StopRequest = field(default_factory=StopRequest)
+    stop: StopRequest = field(init=False)
     batch: BatchState = field(default_factory=BatchState)
     module: LightningModule | None = None
     fitted: LightningModule | None = None
@@ -67,6 +69,7 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.fit_metrics = self.metrics
+        self.stop = self.stop_request
 
 
 def stepping_batches(limits: RunLimits, signals: SignalTable) -> int:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+import tests.chaos.ranks
 from tests.chaos.kinds import fit
 
+assert tests.chaos.ranks.KINDS  # imported for the processes that are ranks
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 logging.getLogger("eventtrain").addHandler(logging.NullHandler())  # else it prints the file of each resumed run

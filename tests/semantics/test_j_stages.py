@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eventtrain import LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
+from eventtrain.distributed import Place
 from tests.kit import FakeProcesses, On, Probe, Recorder, batches, new_trainer, train
 
 
@@ -759,16 +760,14 @@ def test_j4_a_skipped_batch_is_skipped_in_all_processes() -> None:
 @pytest.mark.parametrize("part", ["the run", "the epoch"])
 def test_j4_an_end_that_another_process_asks_for_holds_in_all_processes(part: str) -> None:
     class Asks(FakeProcesses):
-        """The other process asks in its second batch."""
+        """The other process asks in its first batch, so that its request holds at the end of the second."""
 
-        exchanges = 0
+        ends = 0
 
-        def any_of(self, flags: list[bool]) -> list[bool]:
-            if len(flags) == 2:
-                return flags
-            self.exchanges += 1
-            asks = self.exchanges == 3  # before the first batch, after it, after the second
-            return [flag or (asks and at == (0 if part == "the run" else 3)) for at, flag in enumerate(flags)]
+        def agree(self, flags: list[bool], place: Place) -> list[bool]:
+            self.ends += place == "batch_end"
+            holds = place == "batch_end" and self.ends == 2
+            return [flag or (holds and at == (0 if part == "the run" else 3)) for at, flag in enumerate(flags)]
 
     module = Probe()
     trainer = new_trainer()

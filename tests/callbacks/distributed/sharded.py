@@ -367,7 +367,7 @@ def resumed(folder: Path, points_of: dict[str, Any] = POINTS) -> Any:
 
 @check
 def checkpointed(folder: Path) -> Any:
-    """Resume a run from its last checkpoint, and list the folders of sharded tensors before and after."""
+    """Resume a run from its last checkpoint, and list the files before and after."""
 
     def fit(max_epochs: int) -> tuple[Any, Trainer]:
         module = Model()
@@ -381,9 +381,6 @@ def checkpointed(folder: Path) -> Any:
     dist.barrier()
     first = names(root)
     dist.barrier()
-    orphan = root / "checkpoints" / "shards" / "step=1-of-a-run-that-was-killed"
-    if RANK == 0:
-        orphan.mkdir()
     module, resumed = fit(2)
     resumed_state = state(module, resumed.optimizers)
     dist.barrier()
@@ -394,10 +391,8 @@ def checkpointed(folder: Path) -> Any:
 
 
 def names(root: Path) -> Any:
-    """Return the names of the folders of sharded tensors, and the names that checkpoints refer to."""
-    files = (root / "checkpoints").glob("*.ckpt")
-    referred = {torch.load(file, weights_only=True)["shards"]["name"] for file in files}
-    return {each.name for each in (root / "checkpoints" / "shards").iterdir()}, referred
+    """Return the names of the files under a folder."""
+    return sorted(path.name for path in root.rglob("*"))
 
 
 @check
@@ -658,7 +653,6 @@ def refused(folder: Path) -> Any:
     for module, callbacks in (
         (LineSearching(), ()),
         (Model(), (MixedPrecision("fp16"),)),
-        (Model(), (ModelCheckpoint(save_on_exception=True),)),
     ):
         try:
             new_trainer(*callbacks, default_root_dir=folder / "refused").fit(module, loader())

@@ -236,14 +236,14 @@ def test_a_run_resumes_after_one_of_its_processes_was_killed(results: list[Any],
 
 def test_a_signal_to_one_rank_ends_all_at_a_safe_point(results: list[Any]) -> None:
     for rank in results:
-        assert rank["preempted"] == {"batches": 2, "saved": True}
+        assert rank["preempted"] == {"batches": 3, "saved": True}, "one batch later"
 
 
 def test_one_rank_ends_the_run_or_the_epoch_for_all(results: list[Any]) -> None:
     for rank in results:
         stopped, *ended = rank["stopped"]
-        assert stopped == (1, 6 + 3)
-        assert ended == [(3, 6 + 3 + 6)] * 2
+        assert stopped == (1, 6 + 4), "one batch later"
+        assert ended == [(3, 6 + 4 + 6)] * 2
 
 
 # ------------------------------------------------------------------ one process

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from eventtrain import Callback, Trainer, events
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 from eventtrain.core.state import StopRequest
-from eventtrain.distributed import SingleProcess
+from eventtrain.distributed import Place, SingleProcess
 from tests.resuming import Build, Model
 
 INTERRUPTED = Path("checkpoints") / "interrupted.ckpt"
@@ -49,7 +49,8 @@ class TwoProcesses(SingleProcess):
     """This process, and another one that answers as a test tells it.
 
     Attributes:
-        request: The requests that the other process makes, which the processes exchange.
+        request: The requests that the other process makes. If only one of the two makes a request, it holds at the end of the
+            next batch, or when they meet.
         flag: The other process's answer to other questions.
         exchanges: The number of exchanges so far.
     """
@@ -60,26 +61,30 @@ class TwoProcesses(SingleProcess):
         self.request = StopRequest()
         self.flag = False
         self.exchanges = 0
+        self.pending = [False] * 6
 
     def any(self, flag: bool) -> bool:
         self.exchanges += 1
         return flag or self.flag
 
-    def any_of(self, flags: list[bool]) -> list[bool]:
-        self.exchanges += 1
+    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+        self.exchanges += place == "meeting"
         other = Flags()
-        self.request.agree(other)
-        if len(flags) != len(other.flags):
-            return flags  # no exchange of requests
-        return [mine or theirs for mine, theirs in zip(flags, other.flags, strict=True)]
+        StopRequest().take_up(self.request, other, place, False)
+        pairs = list(zip(flags, other.flags, strict=True))
+        holding = [all(pair) or (place != "in_between" and pending) for pair, pending in zip(pairs, self.pending, strict=True)]
+        if place == "meeting":
+            holding = [any(pair) for pair in pairs]
+        self.pending = [any(pair) and not holds for pair, holds in zip(pairs, holding, strict=True)]
+        return holding
 
 
 class Flags(SingleProcess):
     """Notes the flags of one exchange."""
 
-    def any_of(self, flags: list[bool]) -> list[bool]:
-        self.flags = flags
-        return flags
+    def agree(self, flags: list[bool], place: Place) -> list[bool]:
+        self.flags = list(flags)
+        return [False] * len(flags)
 
 
 def train_as(processes: TwoProcesses, folder: Path, *callbacks: Any) -> Trainer:

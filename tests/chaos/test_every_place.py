@@ -15,7 +15,7 @@ from tests.chaos.kinds import KINDS
 
 EVERYWHERE = "CHAOS_KILLS" in os.environ  # make chaos
 WRITES = int(os.environ.get("CHAOS_WRITES", "1"))  # one in so many of the writes of a file
-SAMPLE = 6  # of each kind of run, in the test suite
+SAMPLE = 3  # of each kind of run, in the test suite: with one more, and a pair, some 190 kills in a minute
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from eventtrain.callbacks.saved_state import file_names, is_of, items
 from eventtrain.checkpoint import storage
-from eventtrain.errors import MisconfigurationError
+from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.paths import AnyPath, RemotePath
 
 SUFFIX = ".ckpt"
@@ -23,6 +23,9 @@ LAST, PREVIOUS = f"last{SUFFIX}", f"previous{SUFFIX}"
 HALF_WRITTEN = re.compile(rf"\..+{re.escape(SUFFIX)}(\.[0-9a-f]{{16}})?{re.escape(storage.TEMPORARY)}")
 KEPT = rf"(?!(?:{re.escape(LAST)}|{re.escape(PREVIOUS)})\Z).+{re.escape(SUFFIX)}"
 TEMPLATE = "'{epoch}-{step}-{val_loss:.3f}'"
+
+Written = dict[str, OSError] | None
+"""The errors of the files that could not be deleted after a checkpoint was written; None in other processes than the first."""
 
 
 class CheckpointFolder:
@@ -118,6 +121,66 @@ class CheckpointFolder:
                 if key not in files:
                     files[key] = storage.written_at(path), path
         return [path for _, path in sorted(files.values(), key=lambda each: each[0], reverse=True)]
+
+    def offered(self, dirpath: str) -> list[AnyPath]:
+        """Return the checkpoints, newest first.
+
+        Args:
+            dirpath: The folder as the user gave it, for the message.
+
+        Raises:
+            MisconfigurationError: If it is not known which is the newest, because the folder or a file cannot be read.
+        """
+        try:
+            return self.newest()
+        except OSError as error:
+            raise MisconfigurationError(
+                f"ModelCheckpoint(dirpath={dirpath!r}): its checkpoints cannot be read, so it is not known which is the "
+                f"newest: {storage.first_line(error)}. Try again, move the file away, or give the path of one."
+            ) from error
+
+    def finish(self, path: AnyPath, names: list[str], surplus: list[str], *, passes_over_newer: bool) -> None:
+        """Do what a killed run had still to do when a checkpoint was complete.
+
+        Args:
+            path: The checkpoint, in this folder or in another one.
+            names: The names that it has to have here.
+            surplus: The names of files to delete.
+            passes_over_newer: Whether newer files were passed over, because they are damaged.
+
+        Raises:
+            OSError: If a file cannot be written or deleted.
+        """
+        sequence = sequence_of(path)
+        for name in names:
+            other = sequence_of(self.path / name)
+            if other < sequence:
+                self.link(path, name)
+            elif other > sequence and passes_over_newer:
+                self.link(path, name, keeps_previous=False)
+        # A newer file of such a name is that of a run which this one does not continue.
+        for error in self.delete(name for name in surplus if sequence_of(self.path / name) <= sequence).values():
+            raise error
+
+    def unwritten(self, failed: AnyPath, reason: str) -> str:
+        """Return a message: a checkpoint could not be written."""
+        try:
+            intact = f": {[path.name for path in self.newest()]}"
+        except OSError:
+            intact = ""
+        return (
+            f"ModelCheckpoint could not write {printable(failed)}: {reason}. Earlier files are intact{intact}. "
+            "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
+            "checkpoint."
+        )
+
+    def undeleted(self, name: str, saved: AnyPath, reason: str) -> str:
+        """Return a message: a file could not be deleted after a new one was saved."""
+        return (
+            f"ModelCheckpoint could not delete {printable(self.path / name)}: {reason}. The new one {printable(saved)} is "
+            "complete. Delete the old one; with ModelCheckpoint(on_error='warn') a run continues, and tries it again with the "
+            "next checkpoint."
+        )
 
     def _keep_previous(self) -> None:
         """Let ``last.ckpt`` be ``previous.ckpt`` too. It is replaced after that, so there is one at every moment."""
@@ -226,6 +289,24 @@ def file_name(template: str, values: Mapping[str, Any]) -> str:
             value = value if isinstance(value, int) else float(value)
             parts.append(f"{field.replace('/', '_')}={format(value, form or '')}")
     return "".join(parts) + SUFFIX
+
+
+def check_folder(path: AnyPath, paths: list[AnyPath], dirpath: str) -> None:
+    """Check that a folder is that of one ModelCheckpoint.
+
+    Args:
+        path: The folder.
+        paths: The folders of all ModelCheckpoints of a trainer.
+        dirpath: The folder as the user gave it, for the message.
+
+    Raises:
+        MisconfigurationError: If two have it.
+    """
+    if paths.count(path) > 1:
+        raise MisconfigurationError(
+            f"Two ModelCheckpoints write to {dirpath!r}, and each would delete the files of the other. "
+            "Give each of them another dirpath."
+        )
 
 
 def check_template(template: Any, owner: str) -> str:

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,8 @@ from eventtrain.callback import Callback
 from eventtrain.callbacks.checkpointing.folder import (
     LAST,
     CheckpointFolder,
+    Written,
+    check_folder,
     check_template,
     contains,
     file_name,
@@ -27,13 +28,14 @@ from eventtrain.callbacks.checkpointing.folder import (
     sequence_of,
     written_names,
 )
+from eventtrain.callbacks.checkpointing.rounds import Round, check_schedule, current_place, decide
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
 from eventtrain.callbacks.saved_state import field, whole
 from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checkpoint import storage
-from eventtrain.checks import check_number, check_option, check_whole_number
-from eventtrain.errors import MisconfigurationError, printable
+from eventtrain.checks import check_option, check_whole_number
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
     CheckpointRead,
     CheckpointSaved,
@@ -111,11 +113,7 @@ class ModelCheckpoint(Callback):
         on_error: Literal["raise", "warn"] = "raise",
         save_on_exception: bool = False,
     ) -> None:
-        for name, every in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            if every is not None:
-                check_whole_number(every, "ModelCheckpoint", name, least=1)
-        if every_n_minutes is not None:
-            check_number(every_n_minutes, "ModelCheckpoint", "every_n_minutes", above=0)
+        check_schedule(every_n_steps, every_n_epochs, every_n_minutes)
         check_option(mode, "ModelCheckpoint", "mode", ("min", "max"))
         check_option(on_error, "ModelCheckpoint", "on_error", ("raise", "warn"))
         check_whole_number(save_top_k, "ModelCheckpoint", "save_top_k", least=-1)
@@ -145,8 +143,8 @@ class ModelCheckpoint(Callback):
         self._left: list[str] = []  # names of files that could not be deleted yet
         self._planned: tuple[list[str], dict[str, float | None]] | None = None  # the names to write, and the scores before
         self._resumed: AnyPath | None = None  # the file that the run resumes from
-        self._takes_newest = False  # by ckpt_path="last"
-        self._newest = 0.0  # the largest sequence number of the folder, as the run begins
+        # Whether the run resumes by ckpt_path="last"; and the largest sequence number of the folder as it begins.
+        self._takes_newest, self._newest = False, 0.0
         self._steps = self._validations = 0  # the counters at that safe point
         self._time = time.monotonic()
         self._metric = (
@@ -154,7 +152,7 @@ class ModelCheckpoint(Callback):
         )
         self._is_new = False  # the metric was logged between the last two safe points
         # The scores before, and the thread's work.
-        self._writing: tuple[dict[str, float | None], Future[dict[str, OSError] | None]] | None = None
+        self._writing: tuple[dict[str, float | None], Future[Written]] | None = None
         # With save_on_exception: the state of the last safe point, and that safe point.
         self._copy: tuple[dict[str, Any], tuple[int, ...]] | None = None
         self._is_failing = False  # an error ends the run, so other processes may be gone
@@ -209,12 +207,7 @@ class ModelCheckpoint(Callback):
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         if trainer.fast_dev_run:
             return
-        for other in keepers(trainer):
-            if other is not self and other._folder.path == self._folder.path:
-                raise MisconfigurationError(
-                    f"Two ModelCheckpoints write to {str(self.dirpath)!r}, and each would delete the files of the other. "
-                    "Give each of them another dirpath."
-                )
+        check_folder(self._folder.path, [each._folder.path for each in keepers(trainer)], str(self.dirpath))
         # Without the weights: those of a lazy module do not exist yet, and will when they are written.
         storage.loadable(
             {name: value for name, value in trainer.collect_checkpoint(publish=False).items() if name != "state_dict"}
@@ -246,7 +239,7 @@ class ModelCheckpoint(Callback):
         if trainer.fast_dev_run:
             return
         if self._round is None or self._round.event is not event:
-            decide(trainer, event)
+            decide(keepers(trainer), trainer, event)
         if self._planned is not None:
             self._save(trainer)
         if self.save_on_exception:
@@ -266,13 +259,7 @@ class ModelCheckpoint(Callback):
         self.wait(trainer)
         if event.which == "last":
             self._takes_newest = True
-            try:
-                event.offer(*self._folder.newest())
-            except OSError as error:
-                raise MisconfigurationError(
-                    f"ModelCheckpoint(dirpath={str(self.dirpath)!r}): its checkpoints cannot be read, so it is not known which "
-                    f"is the newest: {storage.first_line(error)}. Try again, move the file away, or give the path of one."
-                ) from error
+            event.offer(*self._folder.offered(str(self.dirpath)))
         elif self.monitor is None or event.is_best_of_fit:
             event.offer(*self._best())
         else:  # before the files of listeners that monitor no metric, after those of the first that does
@@ -283,12 +270,11 @@ class ModelCheckpoint(Callback):
         copy, self._copy, self._is_failing = self._copy, None, True
         if copy is None or not isinstance(event.exception, Exception):
             return
-        content, place = copy
         try:
             self.wait(trainer)
         finally:
-            if place != self._saved:
-                self._write_copy(trainer, content)
+            if copy[1] != self._saved:
+                self._write_copy(trainer, copy[0])
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         try:
@@ -352,7 +338,7 @@ class ModelCheckpoint(Callback):
         content = trainer.collect_checkpoint()
         # All files of a safe point have one number, by which a resumed run knows those that are there already.
         content["sequence"] = self._round.sequence = self._round.sequence or content["sequence"]
-        write: Callable[[dict[str, Any]], dict[str, OSError] | None]
+        write: Callable[[dict[str, Any]], Written]
         if trainer.is_global_zero:
             content = storage.loadable(content)
             write = partial(self._folder.write, names=names, surplus=list(self._top.surplus))
@@ -405,9 +391,7 @@ class ModelCheckpoint(Callback):
         except OSError as error:
             self._report(self._folder.path / LAST, error.errno, storage.first_line(error), error)
 
-    def _settle(
-        self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], dict[str, OSError] | None]
-    ) -> None:
+    def _settle(self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], Written]) -> None:
         """Publish that a file is written; if it could not be, keep the files of before, in all processes."""
         failure: OSError | None = None
         left: dict[str, OSError] = {}
@@ -437,27 +421,11 @@ class ModelCheckpoint(Callback):
             trainer.signals.checkpoint_saved.publish(CheckpointSaved(str(self._path)))
         if problems:
             code, reason, (name, *_) = problems[0]
-            self._complain(
-                code,
-                f"ModelCheckpoint could not delete {printable(self._folder.path / name)}: {reason}. The new one "
-                f"{printable(self._path)} is complete. Delete the old one; with ModelCheckpoint(on_error='warn') a run "
-                "continues, and tries it again with the next checkpoint.",
-                failure,
-            )
+            self._complain(code, self._folder.undeleted(name, self._path, reason), failure)
 
     def _report(self, failed: AnyPath, code: int | None, reason: str, cause: OSError | None) -> None:
         """Say that a checkpoint could not be written."""
-        try:
-            intact = f": {[path.name for path in self._folder.newest()]}"
-        except OSError:
-            intact = ""
-        self._complain(
-            code,
-            f"ModelCheckpoint could not write {printable(failed)}: {reason}. Earlier files are intact{intact}. "
-            "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
-            "checkpoint.",
-            cause,
-        )
+        self._complain(code, self._folder.unwritten(failed, reason), cause)
 
     def _complain(self, code: int | None, message: str, cause: OSError | None) -> None:
         """Raise an error that tells of another one, or warn of it."""
@@ -479,17 +447,8 @@ class ModelCheckpoint(Callback):
         if path is None or not any(contains(other._folder.path, path) for other in keepers(trainer)):
             self._top.surplus = []
             return
-        sequence = sequence_of(path)
-        for name in self._names if self._named_at == current_place(trainer) else ():
-            other = sequence_of(self._folder.path / name)
-            if other < sequence:
-                self._folder.link(path, name)
-            elif other > sequence and self._takes_newest:  # it was passed over, because it is damaged
-                self._folder.link(path, name, keeps_previous=False)
-        # A newer file of such a name is that of a run which this one does not continue.
-        older = [name for name in self._top.surplus if sequence_of(self._folder.path / name) <= sequence]
-        for error in self._folder.delete(older).values():
-            raise error
+        names = self._names if self._named_at == current_place(trainer) else []
+        self._folder.finish(path, names, self._top.surplus, passes_over_newer=self._takes_newest)
 
     def _best(self) -> list[AnyPath]:
         """Return the kept files, best first. If this process has kept none, its newest checkpoint names them."""
@@ -547,42 +506,6 @@ class ModelCheckpoint(Callback):
             self._metric.seen = whole(state, "seen")
 
 
-@dataclass
-class Round:
-    """The decisions of all ModelCheckpoints at one safe point.
-
-    They come before the first file of that safe point is written, so that each file holds all of them. A run that is killed
-    between two files finishes the others when it resumes.
-
-    Attributes:
-        event: The safe point's event.
-        sequence: The number of the checkpoints that are written there; 0 before the first.
-    """
-
-    event: TakeCheckpoint
-    sequence: int = 0
-
-
-def decide(trainer: Trainer, event: TakeCheckpoint) -> None:
-    """Let each ModelCheckpoint of a trainer decide whether and under which names it keeps a checkpoint."""
-    together = Round(event)
-    due: list[tuple[ModelCheckpoint, bool]] = []
-    for each in keepers(trainer):
-        each._round = together
-        if (ranked := each._look(trainer, event)) is not None:
-            due.append((each, ranked))
-    for each in keepers(trainer) if due else ():
-        each.wait(trainer)  # the files of earlier safe points are complete before there is one of this
-    for each, ranked in due:
-        each._plan(trainer, ranked=ranked)
-
-
 def keepers(trainer: Trainer) -> list[ModelCheckpoint]:
     """Return the ModelCheckpoints of a trainer."""
     return [each for each in trainer.callbacks if isinstance(each, ModelCheckpoint)]
-
-
-def current_place(trainer: Trainer) -> tuple[int, ...]:
-    """Return numbers that no other safe point of the run has; a validation may lie between two safe points of one batch."""
-    progress = trainer.progress
-    return progress.total_batch_idx, progress.validated_at, progress.epochs_done

@@ -113,7 +113,7 @@ def assert_same_outcome(root: Path, expected: Path, name: str) -> None:
     Args:
         root: The folder of the run that was killed, with its ``final.pt``.
         expected: That of the run that was not.
-        name: What was done to the run, for the message.
+        name: A description of the run, for the message.
     """
     mine, other = (torch.load(each / "final.pt", weights_only=True) for each in (root, expected))
     logs = [(final.pop("log"), final.pop("board")) for final in (mine, other)]
@@ -138,7 +138,7 @@ class Tally:
     Attributes:
         kills: The processes that were killed.
         resumed: Those of them that left other files than any before, so that they were resumed.
-        failures: What was wrong, one text for each place.
+        failures: The differences, one text for each place.
     """
 
     kills: int = 0

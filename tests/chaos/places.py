@@ -80,7 +80,7 @@ class Places:
 
         Args:
             kind: The kind of the place.
-            prepare: What to do before the death, such as half of a write.
+            prepare: Called before the death, for example to do half of a write.
         """
         if not self.counts or GETPID() != self._process:  # in a worker of a loader
             return

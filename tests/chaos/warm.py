@@ -1,4 +1,4 @@
-"""Import what runs need and run one, once, before processes are forked from this one: so that none of them has to.
+"""Import the modules that runs need and run one, once, before processes are forked from this one: so that none of them has to.
 
 Only the server of forks imports this module.
 """

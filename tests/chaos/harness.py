@@ -61,7 +61,7 @@ def launch(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def wait(*processes: Any) -> list[Ended]:
-    """Wait for processes; those that take too long are killed, which is an error."""
+    """Wait for processes. If one takes too long, it is killed, and if one was, there is an error."""
     ends = []
     for process in processes:
         process.join(TIMEOUT)
@@ -149,7 +149,7 @@ class Tally:
 def state_of_files(root: Path) -> str:
     """Return a digest of all files under a folder: of their names, links and contents.
 
-    The content of a temporary file does not count, because the next run only removes it.
+    If a file is a temporary one, its content does not count, because the next run only removes it.
     """
     digest = hashlib.sha256()
     numbers: dict[int, int] = {}

@@ -11,7 +11,7 @@ Counted are, in every thread of the process, in the order in which they come:
   process dies before the operation;
 - ``event``: the beginning of each event, and ``listener``: the end of each call of a listener.
 
-A kill is SIGKILL, so no ``finally`` block and no exit handler runs.
+If a process is killed, it is by SIGKILL, so no ``finally`` block and no exit handler runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Runs that are killed at each of their places and resumed leave the files, the logs and the bits of a run that went through.
 
-``make chaos`` kills at every place. The test suite kills at a sample that is always the same.
+If ``make chaos`` runs them, they kill at every place. If the test suite does, at a sample that is always the same.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def steps_of(folder: Path) -> dict[str, int]:
 
 
 class Killed(BaseException):
-    """Ends a run as a kill would: no listener writes a file after it."""
+    """Ends a run as if it were killed: no listener writes a file after it."""
 
 
 def fit_killed(root: Path, at: int | None, *callbacks: Any, **options: Any) -> list[str]:

@@ -67,7 +67,7 @@ def fit(root: Path, on_error: OnError, *callbacks: Any, ckpt_path: str | None = 
 
 
 def check(root: Path, straight: Path, weights: Any, on_error: OnError, at: int, code: int) -> bool:
-    """Let one operation fail; return whether somebody heard of it."""
+    """Let one operation fail; return True if somebody heard of it."""
     shutil.rmtree(root, ignore_errors=True)
     name = f"operation {at}, {errno.errorcode[code]}, on_error={on_error!r}"
     failing = FailsOnce(root, at, code)

@@ -17,7 +17,7 @@ test: $(VENV)/dev.stamp  ## run the fast tests, in a few minutes
 slow: $(VENV)/dev.stamp  ## the tests that `make test` leaves out: examples at full length, packaging
 	$(BIN)/python -m pytest -m slow
 
-chaos: $(VENV)/dev.stamp  ## kill a training process 200 times, and compare with a run that was never killed: twenty minutes
+chaos: $(VENV)/dev.stamp  ## kill training processes at random and at every write, rename and event, and compare with runs that were not: hours
 	CHAOS_KILLS=200 $(BIN)/python -m pytest -s tests/chaos
 
 lint: $(VENV)/dev.stamp  ## check style, types, and that generated files are fresh

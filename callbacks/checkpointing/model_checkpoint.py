@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 import warnings
@@ -16,23 +17,32 @@ from eventtrain.callback import Callback
 from eventtrain.callbacks.checkpointing.folder import (
     LAST,
     CheckpointFolder,
+    Written,
+    check_folder,
     check_template,
+    contains,
     file_name,
+    is_there,
     kept_names,
     kept_scores,
+    sequence_of,
+    written_names,
 )
+from eventtrain.callbacks.checkpointing.rounds import Round, check_schedule, current_place, decide
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.callbacks.checkpointing.top_k import TopK
 from eventtrain.callbacks.saved_state import field, whole
 from eventtrain.callbacks.watched_metric import WatchedMetric
 from eventtrain.checkpoint import storage
-from eventtrain.checks import check_number, check_option, check_whole_number
-from eventtrain.errors import MisconfigurationError, printable
+from eventtrain.checks import check_option, check_whole_number
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import (
+    CheckpointRead,
     CheckpointSaved,
     ExceptionRaised,
     FindCheckpoint,
     FitStart,
+    SaveCheckpoint,
     Setup,
     TakeCheckpoint,
     Teardown,
@@ -45,8 +55,9 @@ class ModelCheckpoint(Callback):
     """Writes checkpoints at safe points, from which ``trainer.fit(ckpt_path="last")`` resumes exactly.
 
     Listens to ``take_checkpoint``, when the state of a safe point is final, and to ``find_checkpoint``, at which it offers
-    its files; also to ``setup``, ``fit_start``, ``exception`` and ``teardown``. Emits ``checkpoint_saved``, and the events
-    that the trainer publishes as it gathers a checkpoint. Reads the monitored metric from its device if a checkpoint is due.
+    its files; also to ``setup``, ``checkpoint_read``, ``fit_start``, ``save_checkpoint``, ``exception`` and ``teardown``.
+    Emits ``checkpoint_saved``, and the events that the trainer publishes as it gathers a checkpoint. Reads the monitored
+    metric from its device if a checkpoint is due.
 
     A file gets its name once it is complete on disk, and only then are older files deleted. So a crash, a full disk or a kill
     leaves the earlier checkpoints intact at any moment. ``last.ckpt`` is the newest; its predecessor is ``previous.ckpt``,
@@ -102,11 +113,7 @@ class ModelCheckpoint(Callback):
         on_error: Literal["raise", "warn"] = "raise",
         save_on_exception: bool = False,
     ) -> None:
-        for name, every in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            if every is not None:
-                check_whole_number(every, "ModelCheckpoint", name, least=1)
-        if every_n_minutes is not None:
-            check_number(every_n_minutes, "ModelCheckpoint", "every_n_minutes", above=0)
+        check_schedule(every_n_steps, every_n_epochs, every_n_minutes)
         check_option(mode, "ModelCheckpoint", "mode", ("min", "max"))
         check_option(on_error, "ModelCheckpoint", "on_error", ("raise", "warn"))
         check_whole_number(save_top_k, "ModelCheckpoint", "save_top_k", least=-1)
@@ -121,22 +128,33 @@ class ModelCheckpoint(Callback):
         self._folder = CheckpointFolder(self.dirpath)
         self._thread: ThreadPoolExecutor | None = None
         self._staging = Staging()  # for the thread
-        self._exception_staging = Staging()  # for save_on_exception
+        # For save_on_exception: while one of them copies, the other holds the last copy that is complete.
+        self._exception_stagings = Staging(), Staging()
         self._begin()
 
     def _begin(self) -> None:
         self._top = TopK(self.save_top_k, self.mode if self.monitor is not None else None)
         self._reached: tuple[int, ...] | None = None  # the last safe point
         self._saved: tuple[int, ...] | None = None  # the safe point of the last checkpoint
+        self._names: list[str] = []  # its names
+        self._named_at: tuple[int, ...] | None = None  # the safe point at which they were chosen, maybe of an earlier run
         self._path: AnyPath | None = None  # its file
+        self._round: Round | None = None  # the last decisions
+        self._left: list[str] = []  # names of files that could not be deleted yet
+        self._planned: tuple[list[str], dict[str, float | None]] | None = None  # the names to write, and the scores before
+        self._resumed: AnyPath | None = None  # the file that the run resumes from
+        # Whether the run resumes by ckpt_path="last"; and the largest sequence number of the folder as it begins.
+        self._takes_newest, self._newest = False, 0.0
         self._steps = self._validations = 0  # the counters at that safe point
         self._time = time.monotonic()
         self._metric = (
             None if self.monitor is None else WatchedMetric(self.monitor, f"ModelCheckpoint(monitor={self.monitor!r})")
         )
         self._is_new = False  # the metric was logged between the last two safe points
-        self._writing: tuple[dict[str, float | None], Future[None]] | None = None  # the scores before, and the thread's work
-        self._copy: dict[str, Any] | None = None  # the state of the last safe point, with save_on_exception
+        # The scores before, and the thread's work.
+        self._writing: tuple[dict[str, float | None], Future[Written]] | None = None
+        # With save_on_exception: the state of the last safe point, and that safe point.
+        self._copy: tuple[dict[str, Any], tuple[int, ...]] | None = None
         self._is_failing = False  # an error ends the run, so other processes may be gone
 
     # ------------------------------------------------------------------ the policy
@@ -183,33 +201,37 @@ class ModelCheckpoint(Callback):
             self._begin()
             self._folder = CheckpointFolder(trainer.root / self.dirpath)
 
+    def on_checkpoint_read(self, trainer: Trainer, event: CheckpointRead) -> None:
+        if trainer.stage == "fit":
+            self._resumed = event.path
+
     def on_fit_start(self, trainer: Trainer, event: FitStart) -> None:
         if trainer.fast_dev_run:
             return
-        for other in trainer.callbacks:
-            if isinstance(other, ModelCheckpoint) and other is not self and other._folder.path == self._folder.path:
-                raise MisconfigurationError(
-                    f"Two ModelCheckpoints write to {str(self.dirpath)!r}, and each would delete the files of the other. "
-                    "Give each of them another dirpath."
-                )
+        check_folder(self._folder.path, [each._folder.path for each in keepers(trainer)], str(self.dirpath))
         # Without the weights: those of a lazy module do not exist yet, and will when they are written.
         storage.loadable(
             {name: value for name, value in trainer.collect_checkpoint(publish=False).items() if name != "state_dict"}
         )
+        names: list[str] = []
         if trainer.is_global_zero:
             try:
-                self._folder.prepare(self._top.surplus)
+                self._folder.prepare()
+                self._finish(trainer)
+                self._newest = max(
+                    (number for path in self._folder.files() if (number := sequence_of(path)) < math.inf), default=0
+                )
+                # The run may be resumed from a checkpoint of another folder.
+                names = [name for name in self.kept if (self._folder.path / name).is_file()]
             except OSError as error:
                 raise MisconfigurationError(
                     f"ModelCheckpoint(dirpath={str(self.dirpath)!r}): nothing can be written there: "
                     f"{storage.first_line(error)}. Give another directory."
                 ) from error
-        self._top.surplus.clear()
-        # The run may be resumed from a checkpoint of another folder.
-        names = trainer.processes.broadcast([name for name in self.kept if (self._folder.path / name).is_file()])
-        self._top.scores = {name: self.kept[name] for name in names}
+        self._top.scores = {name: self.kept[name] for name in trainer.processes.broadcast(names)}
         self._reached = self._saved = current_place(trainer)
         self._time = time.monotonic()
+        self._resumed = None
 
     def on_take_checkpoint(self, trainer: Trainer, event: TakeCheckpoint) -> None:
         # Several processes wait at the same place, because they tell each other the result.
@@ -217,26 +239,28 @@ class ModelCheckpoint(Callback):
             self.wait(trainer)
         if trainer.fast_dev_run:
             return
-        place = current_place(trainer)
-        if self._saved != place:
-            is_new_place, self._reached = self._reached != place, place
-            # An epoch that the run leaves logs its metrics after its last safe point, whose weights are not theirs.
-            self._is_new = self._metric is not None and self._metric.look(trainer) and is_new_place
-            if self.is_due(trainer, event):
-                self._save(trainer, ranked=True)
-            if self.save_on_exception:
-                self._copy = self._exception_staging.copy(trainer.collect_checkpoint())
+        if self._round is None or self._round.event is not event:
+            decide(keepers(trainer), trainer, event)
+        if self._planned is not None:
+            self._save(trainer)
+        if self.save_on_exception:
+            content = trainer.collect_checkpoint()
+            self._exception_stagings = self._exception_stagings[::-1]
+            self._copy = self._exception_stagings[0].copy(content), current_place(trainer)
         if event.reason is not None:
-            if self._saved != place or self._path is None:
-                self._save(trainer, ranked=False)
             self.wait(trainer)
             event.path = None if self._path is None else str(self._path)
+
+    def on_save_checkpoint(self, trainer: Trainer, event: SaveCheckpoint) -> None:
+        # The folder may hold files of a run that this one does not continue.
+        event.checkpoint["sequence"] = max(event.checkpoint["sequence"], int(self._newest) + 1)
 
     def on_find_checkpoint(self, trainer: Trainer, event: FindCheckpoint) -> None:
         self._folder = CheckpointFolder(trainer.root / self.dirpath)
         self.wait(trainer)
         if event.which == "last":
-            event.offer(*self._folder.newest())
+            self._takes_newest = True
+            event.offer(*self._folder.offered(str(self.dirpath)))
         elif self.monitor is None or event.is_best_of_fit:
             event.offer(*self._best())
         else:  # before the files of listeners that monitor no metric, after those of the first that does
@@ -244,16 +268,14 @@ class ModelCheckpoint(Callback):
             event.paths = [*self._best(), *(event.paths or ())]
 
     def on_exception(self, trainer: Trainer, event: ExceptionRaised) -> None:
-        content, self._copy, self._is_failing = self._copy, None, True
-        if content is None or not isinstance(event.exception, Exception):
+        copy, self._copy, self._is_failing = self._copy, None, True
+        if copy is None or not isinstance(event.exception, Exception):
             return
-        self.wait(trainer)
-        for part in storage.parts_of(content).values():
-            part.meet()
-        if trainer.is_global_zero:
-            self._folder.write(content, [LAST], [])
-        else:
-            storage.write(content, None)
+        try:
+            self.wait(trainer)
+        finally:
+            if copy[1] != self._saved:
+                self._write_copy(trainer, copy[0])
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         try:
@@ -266,31 +288,58 @@ class ModelCheckpoint(Callback):
 
     # ------------------------------------------------------------------ writing
 
-    def _save(self, trainer: Trainer, *, ranked: bool) -> None:
-        """Write a checkpoint of the current safe point.
+    def _look(self, trainer: Trainer, event: TakeCheckpoint) -> bool | None:
+        """Decide whether a checkpoint of the current safe point is due.
+
+        Returns:
+            True if it is one that may be kept besides the last one, False if it is only the last one; None if none is due.
+        """
+        place = current_place(trainer)
+        if self._planned is not None:
+            if self._saved == place:
+                return None  # it is about to be written
+            self._top.scores, self._planned, self._saved = self._planned[1], None, None  # an error came between
+        if self._saved != place:
+            is_new_place, self._reached = self._reached != place, place
+            # An epoch that the run leaves logs its metrics after its last safe point, whose weights are not theirs.
+            self._is_new = self._metric is not None and self._metric.look(trainer) and is_new_place
+            if self.is_due(trainer, event):
+                return True
+        is_asked_for = event.reason is not None and (self._saved != place or self._path is None)
+        return False if is_asked_for else None
+
+    def _plan(self, trainer: Trainer, *, ranked: bool) -> None:
+        """Choose the names of a checkpoint of the current safe point.
 
         Args:
             trainer: The trainer.
             ranked: Whether it may be kept besides the last one.
         """
-        self.wait(trainer)
-        before = dict(self._top.scores)
+        before, self._top.surplus = dict(self._top.scores), self._left
         values = {**trainer.callback_metrics, **self.file_name_values(trainer)}
         score = None if self._metric is None or not ranked else self._metric.agreed(trainer, self._is_new)
         if score is not None:
             values[str(self.monitor)] = score
         name = trainer.processes.broadcast(file_name(self.filename, values))  # values of steps differ between processes
-        names = [name] if ranked and self._rank(trainer, name, score) else []
+        self._names = [name] if ranked and self._rank(trainer, name, score) else []
         if self.save_last or not ranked:
-            names.append(LAST)
+            self._names.append(LAST)
         progress = trainer.progress
         self._saved, self._steps, self._validations = current_place(trainer), progress.global_step, progress.validations
         self._time = time.monotonic()
+        self._planned, self._named_at = (self._names, before), self._saved
+
+    def _save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of the current safe point, under the names that were chosen."""
+        assert self._planned is not None and self._round is not None
+        (names, before), self._planned = self._planned, None
         if not names:
             return
         self._path = self._folder.path / names[0]
         content = trainer.collect_checkpoint()
-        write: Callable[[dict[str, Any]], None]
+        # All files of a safe point have one number, by which a resumed run knows those that are there already.
+        content["sequence"] = self._round.sequence = self._round.sequence or content["sequence"]
+        write: Callable[[dict[str, Any]], Written]
         if trainer.is_global_zero:
             content = storage.loadable(content)
             write = partial(self._folder.write, names=names, surplus=list(self._top.surplus))
@@ -331,44 +380,82 @@ class ModelCheckpoint(Callback):
             (before, future), self._writing = self._writing, None
             self._settle(trainer, before, future.result)
 
-    def _settle(self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], None]) -> None:
+    def _write_copy(self, trainer: Trainer, content: dict[str, Any]) -> None:
+        """Write the copy of the last safe point, with ``save_on_exception``."""
+        for part in storage.parts_of(content).values():
+            part.meet()
+        if not trainer.is_global_zero:
+            storage.write(content, None)
+            return
+        try:
+            self._folder.write(content, [LAST], [])
+        except OSError as error:
+            self._report(self._folder.path / LAST, error.errno, storage.first_line(error), error)
+
+    def _settle(self, trainer: Trainer, before: dict[str, float | None], written: Callable[[], Written]) -> None:
         """Publish that a file is written; if it could not be, keep the files of before, in all processes."""
         failure: OSError | None = None
+        left: dict[str, OSError] = {}
         try:
-            written()
+            left = written() or {}
         except OSError as error:
             failure = error
-        problem = None if failure is None else (failure.errno, storage.first_line(failure))
+        failure = failure or next(iter(left.values()), None)
+        # The number and the text of the error; and the files that could not be deleted, if the checkpoint is written.
+        problem = None if failure is None else (failure.errno, storage.first_line(failure), list(left))
         # The others wait here as long as the write takes, not in torch's exchanges, which have a timeout.
-        problems = [problem] if self._is_failing else trainer.processes.gather_for_all(problem)
-        problem = next((each for each in problems if each is not None), None)
-        if problem is not None:
-            failed, self._path, self._saved = printable(self._path), None, None
-            self._top.scores = before
-            self._top.surplus = [name for name in self._top.surplus if name not in before]
-            intact = [path.name for path in self._folder.newest()]
-            message = (
-                f"ModelCheckpoint could not write {failed}: {problem[1]}. Earlier files are intact: {intact}. "
-                "Free some space or give another dirpath; with ModelCheckpoint(on_error='warn') a run continues without the "
-                "checkpoint."
-            )
-            if self.on_error == "raise":
-                raise OSError(problem[0] or errno.EIO, message) from failure
-            warnings.warn(message, stacklevel=2)
-            return
+        gathered = [problem] if self._is_failing else trainer.processes.gather_for_all(problem)
+        problems = [each for each in gathered if each is not None]
         assert self._path is not None
-        self._top.surplus.clear()
+        if unwritten := [each for each in problems if not each[2]]:
+            failed, self._path, self._saved, self._names = self._path, None, None, []
+            self._top.scores = before
+            self._left = [name for name in self._top.surplus if name not in before]
+            if failed.name not in (LAST, *before):
+                self._left.append(failed.name)  # it may be complete, and only have no second name
+            self._top.surplus = self._left
+            self._report(failed, *unwritten[0][:2], failure)
+            return
+        self._left = [name for each in problems for name in each[2]]
         if trainer.is_global_zero:
             trainer.signals.checkpoint_saved.publish(CheckpointSaved(str(self._path)))
+        if problems:
+            code, reason, (name, *_) = problems[0]
+            self._complain(code, self._folder.undeleted(name, self._path, reason), failure)
+
+    def _report(self, failed: AnyPath, code: int | None, reason: str, cause: OSError | None) -> None:
+        """Say that a checkpoint could not be written."""
+        self._complain(code, self._folder.unwritten(failed, reason), cause)
+
+    def _complain(self, code: int | None, message: str, cause: OSError | None) -> None:
+        """Raise an error that tells of another one, or warn of it."""
+        if self.on_error == "raise":
+            raise OSError(code or errno.EIO, message) from cause
+        warnings.warn(message, stacklevel=2)
 
     # ------------------------------------------------------------------ the files
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Do what a killed run had still to do when its checkpoint was complete, from which this run resumes.
+
+        It had been decided at that safe point under which names each ModelCheckpoint keeps it.
+
+        Raises:
+            OSError: If a file cannot be written or deleted.
+        """
+        path = self._resumed
+        if path is None or not any(contains(other._folder.path, path) for other in keepers(trainer)):
+            self._top.surplus = []
+            return
+        names = self._names if self._named_at == current_place(trainer) else []
+        self._folder.finish(path, names, self._top.surplus, passes_over_newer=self._takes_newest)
 
     def _best(self) -> list[AnyPath]:
         """Return the kept files, best first. If this process has kept none, its newest checkpoint names them."""
         if not self.kept and (content := storage.read_first(self._folder.newest())[1]) is not None:
             states = field(content, "callbacks", dict, default={})
             self._top.scores = kept_scores(states[self.state_key]) if self.state_key in states else {}
-        return [path for name in self._top.best() if (path := self._folder.path / name).exists()]
+        return [path for name in self._top.best() if is_there(path := self._folder.path / name)]
 
     @property
     def kept(self) -> dict[str, float | None]:
@@ -405,17 +492,20 @@ class ModelCheckpoint(Callback):
             "steps": self._steps,
             "validations": self._validations,
             "seen": 0 if self._metric is None else self._metric.seen,
+            "names": list(self._names),
+            "named_at": list(self._named_at or ()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._top.scores = kept_scores(state)
         self._top.surplus = kept_names(field(state, "surplus", list, tuple), "surplus")
         self._steps, self._validations = whole(state, "steps"), whole(state, "validations")
+        self._names = written_names(field(state, "names", list, default=[]))
+        self._named_at = tuple(field(state, "named_at", list, default=[]))
         if self._metric is not None:
             self._metric.seen = whole(state, "seen")
 
 
-def current_place(trainer: Trainer) -> tuple[int, ...]:
-    """Return numbers that no other safe point of the run has; a validation may lie between two safe points of one batch."""
-    progress = trainer.progress
-    return progress.total_batch_idx, progress.validated_at, progress.epochs_done
+def keepers(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Return the ModelCheckpoints of a trainer."""
+    return [each for each in trainer.callbacks if isinstance(each, ModelCheckpoint)]

@@ -76,13 +76,13 @@ class ShardedPart(storage.Part):
     def meet(self) -> None:
         self.writers.meet("the checkpoint of a run that an error ends")
 
-    def write(self, content: Mapping[str, Any], path: Any, previous: Any) -> None:
+    def write(self, content: Mapping[str, Any], path: Any, before: Any) -> None:
         if path is None:
             self._write_together(None, [])
         else:
             try:
                 whole = storage.loadable({**content, KEY: self.index})
-                with storage.renamed_to(path, previous) as temporary, storage.writing(temporary) as file:
+                with storage.renamed_to(path, before) as temporary, storage.writing(temporary) as file:
                     storage.save(whole, file)
                     file.flush()
                     self._append(temporary)

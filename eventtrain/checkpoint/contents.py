@@ -47,6 +47,7 @@ def gather(trainer: Trainer) -> dict[str, Any]:
     if trainer.stage is None:  # hooks are connected in runs only
         call_hooks(trainer, checkpoint)
     trainer.signals.checkpoint_gathered.publish(CheckpointGathered(checkpoint))
+    trainer.run_state.sequence = checkpoint["sequence"]
     return checkpoint
 
 
@@ -60,7 +61,8 @@ def call_hooks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """Return the state of a run. Its keys are the schema, which ``docs/resume.md`` describes:
 
-    - ``schema_version``, ``versions`` of the software, ``written_at`` in seconds since 1970;
+    - ``schema_version``, ``versions`` of the software, ``written_at`` in seconds since 1970; ``sequence``, a number that is
+      larger than that of each checkpoint before, which a listener of ``save_checkpoint`` may raise;
     - ``hyper_parameters`` of the module, ``hparams_name`` and ``hparams_type``, and, if there is a datamodule, these three of
       it, with names that begin with ``datamodule_``;
     - ``state_dict`` of the module; ``requires_grad`` of its parameters and ``training`` of its submodules, by name;
@@ -88,6 +90,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "versions": {"eventtrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "written_at": time.time(),
+        "sequence": state.sequence + 1,
         **packed(module),
         "state_dict": weights,
         **flags(module),
@@ -197,6 +200,7 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
             # Else torch's schedulers warn of a step before the optimizer's first: that was in another process.
             mark_stepped(stepping.wrapped, steps > 0)
     restore_flags(trainer.module, checkpoint)
+    state.sequence = checkpoint.get("sequence", 0)
     for name, value in checkpoint["progress"].items():
         setattr(state.progress, name, value)
     if state.progress.epoch_is_over:

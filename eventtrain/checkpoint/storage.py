@@ -25,6 +25,7 @@ LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, st
 """The types that ``torch.load(weights_only=True)`` reads, besides tensors, and lists, tuples, sets and dicts of them."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
+Action = Callable[[], None]
 
 
 class Part:
@@ -41,13 +42,13 @@ class Part:
     copied: Callable[[Callable[[torch.Tensor], torch.Tensor]], Part]
 
 
-def write(content: Mapping[str, Any], path: AnyPath | str | None, *, previous: Any = None) -> None:
+def write(content: Mapping[str, Any], path: AnyPath | str | None, *, before: Action | None = None) -> None:
     """Write a checkpoint; it gets its final name only when it is whole on disk.
 
     Args:
         content: The checkpoint.
         path: The file; its directory is made. None in a process that only writes its :class:`Part` of the file.
-        previous: The new name of the file that was there before; None to replace that file.
+        before: Called once the file is whole, before it gets its name and replaces the file that was there before.
 
     Raises:
         MisconfigurationError: If the content has a value that could not be read back.
@@ -61,13 +62,13 @@ def write(content: Mapping[str, Any], path: AnyPath | str | None, *, previous: A
         3
     """
     for part in parts_of(content).values():
-        part.write(content, path, previous)
+        part.write(content, path, before)
         return
     if path is None:
         return
     content = loadable(content)
     target = check_path(path, "storage.write", "path")
-    with renamed_to(target, previous) as temporary, writing(temporary) as file:
+    with renamed_to(target, before) as temporary, writing(temporary) as file:
         save(content, file)
 
 
@@ -94,7 +95,7 @@ def parts_of(content: Mapping[str, Any]) -> dict[str, Part]:
 
 
 @contextmanager
-def renamed_to(target: AnyPath, previous: AnyPath | None) -> Generator[Any, None, None]:
+def renamed_to(target: AnyPath, before: Action | None = None) -> Generator[Any, None, None]:
     """Yield a temporary path next to a file, and rename it to the file after the ``with`` block has written it.
 
     Nobody can plant a link under its name, which is drawn. A process that is killed leaves the temporary file; the next writer
@@ -102,7 +103,7 @@ def renamed_to(target: AnyPath, previous: AnyPath | None) -> Generator[Any, None
 
     Args:
         target: The file.
-        previous: As in :func:`write`.
+        before: As in :func:`write`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):  # it can be written even if its folder cannot be listed now
@@ -111,8 +112,8 @@ def renamed_to(target: AnyPath, previous: AnyPath | None) -> Generator[Any, None
     temporary: Any = temporary_name(target)
     try:
         yield temporary
-        if previous is not None and target.exists():
-            target.replace(previous)  # type: ignore[arg-type]
+        if before is not None:
+            before()
         temporary.replace(target)
     finally:
         # It is still there after an error, and after a rename to another name of the same file, which does nothing.
@@ -216,16 +217,23 @@ def without_tensors(path: AnyPath) -> dict[str, Any]:
     return content
 
 
-def written_at(path: AnyPath) -> float:
-    """Return when a checkpoint was written, in seconds since 1970.
+def written_at(path: AnyPath) -> tuple[float, float, float]:
+    """Return the place of a checkpoint in the order in which checkpoints were written, as numbers to sort by.
 
-    The time is read from the checkpoint, because a copy of a file has another date. For a damaged checkpoint it is the
-    date of the file, so that it is sorted into its place, and is named when its turn comes.
+    They are its sequence number, its number of batches and its time, so a clock that is set back changes nothing. Files of
+    older versions have only the time. A damaged file counts as the newest, so that it is named and passed over.
+
+    Raises:
+        OSError: If the file cannot be opened.
     """
     try:
-        return float(without_tensors(path)["written_at"])
+        content = without_tensors(path)
+        sequence = int(content.get("sequence", 0))
+        return sequence, content["progress"]["total_batch_idx"] if sequence else 0, float(content.get("written_at", 0))
+    except OSError:
+        raise
     except Exception:
-        return float(path.stat().st_mtime)
+        return float("inf"), 0, 0
 
 
 def read_first(

@@ -44,6 +44,7 @@ class RunState:
         loaders: The loaders of the fit.
         loop: The training loop of the fit.
         num_evaluation_batches: Batches of the current evaluation over all of its loaders; None if unknown.
+        sequence: The number of the last checkpoint that was collected.
     """
 
     limits: RunLimits
@@ -64,6 +65,7 @@ class RunState:
     loaders: RunLoaders | None = None
     loop: TrainLoop | None = None
     num_evaluation_batches: int | None = None
+    sequence: int = 0
 
     def __post_init__(self) -> None:
         self.fit_metrics = self.metrics

@@ -61,7 +61,7 @@ def launch(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def wait(*processes: Any) -> list[Ended]:
-    """Wait for processes; those that take too long are killed, which is an error."""
+    """Wait for processes. If one takes too long, it is killed, and if one was, there is an error."""
     ends = []
     for process in processes:
         process.join(TIMEOUT)
@@ -113,7 +113,7 @@ def assert_same_outcome(root: Path, expected: Path, name: str) -> None:
     Args:
         root: The folder of the run that was killed, with its ``final.pt``.
         expected: That of the run that was not.
-        name: What was done to the run, for the message.
+        name: A description of the run, for the message.
     """
     mine, other = (torch.load(each / "final.pt", weights_only=True) for each in (root, expected))
     logs = [(final.pop("log"), final.pop("board")) for final in (mine, other)]
@@ -138,7 +138,7 @@ class Tally:
     Attributes:
         kills: The processes that were killed.
         resumed: Those of them that left other files than any before, so that they were resumed.
-        failures: What was wrong, one text for each place.
+        failures: The differences, one text for each place.
     """
 
     kills: int = 0
@@ -149,7 +149,7 @@ class Tally:
 def state_of_files(root: Path) -> str:
     """Return a digest of all files under a folder: of their names, links and contents.
 
-    The content of a temporary file does not count, because the next run only removes it.
+    If a file is a temporary one, its content does not count, because the next run only removes it.
     """
     digest = hashlib.sha256()
     numbers: dict[int, int] = {}
@@ -216,7 +216,8 @@ def kill_at(name: str, folder: Path, places: Iterable[tuple[int, ...]], straight
 
 def every_place(kinds: list[str], writes: int = 1) -> list[tuple[int, ...]]:
     """Return all places of a run, with one in so many of the writes of each file."""
-    count, places = 0, []
+    count = 0
+    places: list[tuple[int, ...]] = []
     for number, kind in enumerate(kinds, 1):
         count = count + 1 if kind == "write" else 0
         if kind != "write" or count % writes == 1 % writes:

@@ -115,7 +115,7 @@ class Scores(Model):
 def every_minute() -> ModelCheckpoint:
     """Return a callback for which each batch takes 20 seconds."""
     clock = Clock()
-    model_checkpoint.time = clock  # type: ignore[attr-defined]
+    vars(model_checkpoint)["time"] = clock
     return clock.checkpoint
 
 
@@ -204,9 +204,10 @@ def fit(name: str, root: Path, prepare: Callable[[Trainer], None] = lambda train
     logger, board = JSONLinesLogger(log_every_n_steps=1), TensorBoardLogger(log_every_n_steps=1)
     callbacks = [*callbacks, logger, board]
     trainer = Trainer(callbacks=callbacks, device="cpu", default_callbacks=False, num_sanity_val_steps=1, **options)
-    loaders = (None, None, data()) if data else (shuffled(), DataLoader(torch.cat(BATCHES[:2]), 4, shuffle=True))  # type: ignore[arg-type]
+    loaders: Any = (None, None, data()) if data else (shuffled(), DataLoader(torch.cat(BATCHES[:2]), 4, shuffle=True), None)  # type: ignore[arg-type]
     prepare(trainer)
-    trainer.fit(module, *loaders, ckpt_path="last")
+    train_loader, val_loader, datamodule = loaders
+    trainer.fit(module, train_loader, val_loader, datamodule, ckpt_path="last")
     keepers = [each for each in trainer.callbacks if isinstance(each, ModelCheckpoint)]
     return {
         "draws": [torch.rand(2), random.random(), float(numpy.random.random())],
@@ -235,7 +236,7 @@ def train(name: str, root: Path, at: int | None) -> None:
     places = Places(at)
     # A clock that counts its readings, and one number of the process: so equal runs leave equal files.
     ticks = itertools.count(1_700_000_000)
-    time.time, os.getpid = lambda: float(next(ticks)), lambda: 1000  # type: ignore[assignment]
+    time.time, os.getpid = lambda: float(next(ticks)), lambda: 1000
 
     def prepare(trainer: Trainer) -> None:
         places.count_file_operations()

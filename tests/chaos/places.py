@@ -11,7 +11,7 @@ Counted are, in every thread of the process, in the order in which they come:
   process dies before the operation;
 - ``event``: the beginning of each event, and ``listener``: the end of each call of a listener.
 
-A kill is SIGKILL, so no ``finally`` block and no exit handler runs.
+If a process is killed, it is by SIGKILL, so no ``finally`` block and no exit handler runs.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ OPERATIONS = {
     **{name: name for name in ("mkdir", "rmdir", "write")},
 }
 """The functions of ``os`` that are counted, with the names under which they are."""
+READS = {"stat": "stat", "lstat": "stat", "listdir": "list", "scandir": "list"}
+"""Those that are counted besides, if reads are."""
 
 GETPID = os.getpid  # a run may be given another number
 
@@ -47,25 +49,38 @@ class Places:
     Args:
         at: The number of the place, from 1; None to count without a kill.
         before: Called with the kind of each place, before the kill; to do something else there, such as to raise an error.
+        within: A part of the paths of the files whose operations are counted; empty for all. Operations on open files are
+            counted always.
+        reads: Whether operations that only read are counted too: ``stat``, ``list``, and ``open`` of a file to read.
 
     Attributes:
         kinds: The kinds of the places so far, in order.
     """
 
-    def __init__(self, at: int | None = None, before: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        at: int | None = None,
+        before: Callable[[str], None] | None = None,
+        *,
+        within: str = "",
+        reads: bool = False,
+    ) -> None:
         self.at = at
         self.before = before
+        self.within = within
+        self.reads = reads
         self.kinds: list[str] = []
         self.counts = True
         self._process = GETPID()
         self._lock = threading.Lock()
+        self._replaced: list[tuple[Any, str, Any]] = []
 
     def reach(self, kind: str, prepare: Callable[[], Any] | None = None) -> None:
         """Count a place, and die there if its turn has come.
 
         Args:
             kind: The kind of the place.
-            prepare: What to do before the death, such as half of a write.
+            prepare: Called before the death, for example to do half of a write.
         """
         if not self.counts or GETPID() != self._process:  # in a worker of a loader
             return
@@ -87,35 +102,55 @@ class Places:
     # ------------------------------------------------------------------ files
 
     def count_file_operations(self) -> None:
-        """Count the operations on files from now on, until the process ends."""
-        for name, kind in OPERATIONS.items():
+        """Count the operations on files from now on."""
+        for name, kind in {**OPERATIONS, **(READS if self.reads else {})}.items():
             if hasattr(os, name):
-                setattr(os, name, self._counted(getattr(os, name), kind))
-        os.open = self._counted_open(os.open)
-        builtins.open = io.open = self._watched_open(builtins.open)
+                self._replace(os, name, self._counted(getattr(os, name), kind))
+        self._replace(os, "open", self._counted_open(os.open))
+        watched = self._watched_open(builtins.open)
+        for module in (builtins, io):
+            self._replace(module, "open", watched)
+
+    def stop(self) -> None:
+        """Count nothing more, and give the functions back."""
+        self.counts = False
+        while self._replaced:
+            setattr(*self._replaced.pop())
+
+    def _replace(self, module: Any, name: str, function: Callable[..., Any]) -> None:
+        self._replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, function)
+
+    def _is_within(self, path: Any) -> bool:
+        return isinstance(path, int) or self.within in os.fsdecode(path)
 
     def _counted(self, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self.reach(kind)
+            if not args or self._is_within(args[0]):
+                self.reach(kind)
             return function(*args, **kwargs)
 
         return counted
 
     def _counted_open(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(path: Any, flags: int, *args: Any, **kwargs: Any) -> Any:
-            if flags & os.O_CREAT:
-                self.reach("create")
+            if (flags & os.O_CREAT or self.reads) and self._is_within(path):
+                self.reach("create" if flags & os.O_CREAT else "open")
             return function(path, flags, *args, **kwargs)
 
         return counted
 
     def _watched_open(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            is_counted = not isinstance(file, int) and self._is_within(file)
             if not set(mode) & set("wax+"):
+                if self.reads and is_counted:
+                    self.reach("open")
                 return function(file, mode, *args, **kwargs)
-            if not isinstance(file, int):
+            if is_counted:
                 self.reach("create")
-            return WatchedFile(function(file, mode, *args, **kwargs), self)
+            opened = function(file, mode, *args, **kwargs)
+            return WatchedFile(opened, self) if is_counted or isinstance(file, int) else opened
 
         return watched
 

@@ -6,6 +6,7 @@ starts a process group puts its own object there, at ``join_processes``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
@@ -43,6 +44,14 @@ class Processes(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag holds in any process."""
+
+    def read_together(self, read: Callable[[], T], ahead: bool) -> Callable[[], T]:
+        """Return a function that reads the next batch as long as all processes have one.
+
+        Args:
+            read: Reads the next batch, or END.
+            ahead: Whether more batches may be read than are used, so that no process waits for another.
+        """
 
     def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
         """Return for each flag whether all processes act on it from here on. It is true once.
@@ -118,6 +127,10 @@ class SingleProcess:
     def any(self, flag: bool) -> bool:
         """Return the flag."""
         return flag
+
+    def read_together(self, read: Callable[[], T], ahead: bool) -> Callable[[], T]:
+        """Return the function."""
+        return read
 
     def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
         """Return the flags."""

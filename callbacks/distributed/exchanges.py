@@ -45,6 +45,8 @@ NAMES = {
     "gather": "gathering the state for a checkpoint",
     "StopRequest.take_up": "the agreement on requests",
     "average_gradients": "averaging gradients",
+    "ReadTogether.__call__": "the question whether all processes have another batch",
+    "ReadTogether._begin": "the question whether all processes have another batch",
 }
 
 

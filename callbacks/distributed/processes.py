@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from eventtrain.callbacks.distributed.compact import Forms, from_bytes, to_bytes
@@ -23,12 +23,14 @@ from eventtrain.callbacks.distributed.exchanges import (
     ADVICE,
     GIVEN_UP,
     INLINE,
+    LONG,
     Exchanges,
     is_of_an_exchange,
     raised_in,
     ranks_in_words,
 )
 from eventtrain.callbacks.distributed.notices import SOON, ExchangeError, Notices, clone, open_notices, within
+from eventtrain.callbacks.distributed.reading import ReadTogether
 from eventtrain.callbacks.distributed.requests import Requests
 from eventtrain.callbacks.distributed.windows import Windows
 from eventtrain.checks import check_number
@@ -65,6 +67,7 @@ class TorchProcesses:
         self._requests: Requests | None = None
         self._forms = Forms()
         self._windows: Windows | None = None
+        self._questions: Any = None  # a group of gloo, once it is needed
         # None is the default group, in all of torch's calls.
         self._control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         self.exchanges = Exchanges(self.global_rank, self.world_size, self._timeout, clone(group_store()))
@@ -178,6 +181,29 @@ class TorchProcesses:
     def any(self, flag: bool) -> bool:
         """Return whether the flag holds in any process."""
         return bool(self.reduce(torch.tensor(flag, dtype=torch.uint8), "max"))
+
+    def begin_any(self, flag: bool) -> Callable[[], bool]:
+        """Begin to ask whether a flag holds in any process; return a function that waits for the answer.
+
+        The questions have a group of their own, so that their order among other exchanges does not matter.
+        """
+        if self._questions is None:
+            self.barrier()  # it says so if another process asks nothing
+            self._questions = dist.new_group(backend="gloo", timeout=self._timeout)
+        held = torch.tensor([flag], dtype=torch.uint8)
+        options = AllreduceOptions()
+        options.reduceOp, options.timeout, options.asyncOp = dist.ReduceOp(dist.ReduceOp.MAX), LONG, True
+        work = self._questions.allreduce([held], options)
+
+        def answer() -> bool:
+            self.exchanges.wait(work)
+            return bool(held)
+
+        return answer
+
+    def read_together(self, read: Callable[[], T], ahead: bool) -> Callable[[], T]:
+        """Return a function that reads the next batch as long as all processes have one, see :class:`ReadTogether`."""
+        return ReadTogether(read, self.begin_any, ahead=ahead)
 
     def broadcast(self, value: T) -> T:
         """Return the value of rank zero; tensors arrive on the CPU."""

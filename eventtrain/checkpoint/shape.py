@@ -55,7 +55,7 @@ METRICS = Fields(
 )
 RNG = Fields(python=(list, tuple), torch=torch.Tensor)
 MARK = (None, Fields(rng=RNG, generators=(list, dict)))
-POSITION = Fields(batches=int, length=(None, int), has_ended=bool, began=MARK, before_ahead=MARK, state=object)
+POSITION = Fields(batches=int, length=(None, int), has_ended=bool, began=MARK, before_ahead=(*MARK, [MARK]), state=object)
 DATA = Fields(
     {"first_epoch_batches": (None, int)},
     seed=(None, int),

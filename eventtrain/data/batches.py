@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ class LoaderPass:
     """One pass over a loader.
 
     A loader with a length is read as a ``for`` loop reads it. A training loader without a length is read one batch ahead,
-    because accumulation and schedules have to know the last batch when they see it. Other loaders are not read ahead, because
-    that would change the order of random draws.
+    because accumulation and schedules have to know the last batch when they see it; in several processes two batches ahead, so
+    that nobody waits to hear whether all have another. Other loaders are not read ahead, because that would change the order of
+    random draws.
 
     The length is that of this pass: it is measured after ``iter(loader)``, and if that made a Python generator, after the
     first batch, because its code has only run then.
@@ -39,8 +41,8 @@ class LoaderPass:
         transfer: A function that moves a batch to its device.
         position: The result of :meth:`position` in the run that wrote a checkpoint, to continue its pass. The caller sets
             all generators to the states of the checkpoint afterwards.
-        agree: A function that returns whether a flag is set in any process; None if there is one process. With it, passes
-            over loaders without a length end together.
+        together: Has passes over loaders without a length end together, see
+            :meth:`~eventtrain.distributed.Processes.read_together`.
         reads_ahead: Whether a loader without a length is read ahead. If not, its last batch is not known to be the last.
 
     Attributes:
@@ -57,8 +59,8 @@ class LoaderPass:
         signals: SignalTable,
         transfer: Callable[[Any], Any],
         position: Mapping[str, Any] | None = None,
-        agree: Callable[[bool], bool] | None = None,
         *,
+        together: Callable[[Callable[[], Any], bool], Callable[[], Any]],
         reads_ahead: bool,
     ) -> None:
         self.loader = source.loader
@@ -70,28 +72,30 @@ class LoaderPass:
         self._signals = signals
         self._transfer = transfer
         self._fetched = 0
-        self._agree = agree
         # The states from which a resumed pass begins, and reads ahead: kept if a checkpoint may need them.
         self._began: Mapping[str, Any] | None = mark(self.loader) if stage == "train" else None
-        self._before_ahead: dict[str, Any] | None = None
+        self._marks: list[Mapping[str, Any]] = []  # before each batch that was read ahead
+        self._again: list[Mapping[str, Any]] = []  # those of a checkpoint
         self._ahead: Any = None
         if position is None:
             self._iterator = source.begin(number)
             self._measure()
         else:
             self._continue(number, position)
-        reads_ahead &= self.length is None
-        if reads_ahead and self._fetched != self._end and self._ahead is not END:
-            self._ahead = self._next_ahead()
-        self.is_last = self._fetched == self._end or self._ahead is END
         if self.length is None:
-            self._read = self._read_ahead if reads_ahead else self._next
+            self._iterator = islice(self._iterator, None if self._end is None else self._end - self._fetched)
+            read = self._read_on if reads_ahead else partial(next, self._iterator, END)
+            self._read = self._next = together(read, reads_ahead)
+            if reads_ahead:
+                self._read = self._read_ahead
+                self._ahead = END if self._ahead is END else self._next()
         elif self._iterator is self.loader:
             self._read = self._read_or_refuse
         elif isinstance(self._iterator, GeneratorType) and self._fetched == 0:
             self._read = self._read_first
         else:
             self._read = self._rest()
+        self.is_last = self._fetched == self._end or self._ahead is END
 
     def fetch(self) -> Any:
         """Return the next batch on its device, or :data:`END`.
@@ -132,31 +136,28 @@ class LoaderPass:
         return chain(self._iterator, self._too_short()).__next__
 
     def _read_first(self) -> Any:
-        batch = self._next()
+        batch = next(self._iterator, END)
         self._measure()
         self._read = self._rest()
         return self._read() if batch is END and self.length != 0 else batch
 
     def _read_or_refuse(self) -> Any:
-        batch = self._next()
+        batch = next(self._iterator, END)
         return next(self._too_short()) if batch is END else batch
 
     def _read_ahead(self) -> Any:
-        """Return the batch that was read ahead, after reading the next one."""
+        """Return the batch that was read ahead, after reading on."""
         batch = self._ahead
-        self._ahead = END if self._fetched == self._end else self._next_ahead()
+        del self._marks[:1]
+        self._ahead = self._next()
         return batch
 
-    def _next_ahead(self) -> Any:
-        if self._began is not None and self._source.is_exact:
-            self._before_ahead = mark(self.loader) | {"state": self._source.state()}
-        return self._next()
-
-    def _next(self) -> Any:
-        batch = next(self._iterator, END)
-        if self._agree is not None and self.length is None and self._agree(batch is END):
-            return END  # all processes end when one has no batch left
-        return batch
+    def _read_on(self) -> Any:
+        if self._again:
+            put_back(self.loader, self._again.pop(0))
+        if self._source.is_exact:
+            self._marks.append(mark(self.loader) | {"state": self._source.state()})
+        return next(self._iterator, END)
 
     def finish(self) -> None:
         """End a pass that was read in full as a ``for`` loop ends it: ask for one more batch.
@@ -169,7 +170,7 @@ class LoaderPass:
         """
         if self.length is None or self._fetched != self.length:
             return
-        if self._next() is not END:
+        if next(self._iterator, END) is not END:
             raise MisconfigurationError(
                 f"{type(self.loader).__name__} says that it has {self.length} batches and has more. Correct its __len__, or "
                 f"set {limit_name(self._stage)}={self.length}."
@@ -191,14 +192,13 @@ class LoaderPass:
 
     def position(self) -> dict[str, Any]:
         """Return the position of the batch that was fetched last, as values that a checkpoint can hold. For training only."""
-        state = self._source.state() if self._before_ahead is None else self._before_ahead["state"]
         return {
             "batches": self._fetched,
             "length": self.length,
-            "has_ended": self._ahead is END and self._before_ahead is None,
+            "has_ended": self._ahead is END and not self._marks,
             "began": self._began,
-            "before_ahead": self._before_ahead,
-            "state": state,
+            "before_ahead": list(self._marks),
+            "state": self._marks[0]["state"] if self._marks else self._source.state(),
         }
 
     def close(self) -> None:
@@ -227,8 +227,8 @@ class LoaderPass:
             )
         if self._end is not None:
             self._end = max(self._end, self._fetched)
-        if position["before_ahead"] is not None:
-            put_back(self.loader, position["before_ahead"])
+        before_ahead = position["before_ahead"] or []  # in older checkpoints only the first, or None
+        self._again = list(before_ahead) if isinstance(before_ahead, list) else [before_ahead]
         if position.get("has_ended", False):  # older checkpoints do not say
             self._ahead = END
 

@@ -16,7 +16,7 @@ from eventtrain.data.device import transfer_to
 from eventtrain.data.generators import generator_states, set_generator_states
 from eventtrain.data.limits import Limit, known_length, limit_name, limited_length, samples_per_batch
 from eventtrain.data.resumable import ResumableCombination, ResumableLoader, set_epoch
-from eventtrain.distributed import Processes
+from eventtrain.distributed import Processes, SingleProcess
 from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module.datamodule import DataHooks, LightningDataModule
 from eventtrain.module.module import LightningModule
@@ -137,10 +137,10 @@ class RunLoaders:
         if self.batch_limits[stage] == 0:
             loader = ()
         source = self._source(stage, loader, dataloader_idx)
-        agree = self.processes.any if stage == "train" and self.processes.world_size > 1 else None
-        transfer = self._transfer(dataloader_idx)
-        reads_ahead = stage == "train" and self.read_ahead
-        return LoaderPass(source, number, measure, stage, self.signals, transfer, position, agree, reads_ahead=reads_ahead)
+        together = (self.processes if stage == "train" else SingleProcess()).read_together
+        transfer, ahead = self._transfer(dataloader_idx), stage == "train" and self.read_ahead
+        args = source, number, measure, stage, self.signals, transfer, position
+        return LoaderPass(*args, together=together, reads_ahead=ahead)
 
     def _source(self, stage: Stage, loader: Any, dataloader_idx: int) -> ResumableLoader | ResumableCombination:
         name = f"{stage}/{dataloader_idx}"

@@ -58,7 +58,7 @@ class Trainer:
         num_sanity_val_steps: Validation batches to run before training, -1 for all; nothing of it is logged.
         fast_dev_run: The number of batches of each stage in a trial run of one epoch, without loggers' files, checkpoints and
             early stopping; True for one batch.
-        read_ahead: Whether a training loader without a length is read one batch ahead, so that the last batch is known.
+        read_ahead: Whether a training loader without a length is read ahead, so that the last batch is known.
             False for batches that depend on the last update, such as those of a replay buffer: ``docs/resume.md``.
         inference_mode: Whether validate, test and predict run in ``torch.inference_mode``. False for ``torch.no_grad``, in
             which a step may turn gradients on again, and whose tensors training can use.

@@ -116,10 +116,9 @@ class LoaderPass:
             batch = self._transfer(batch)
         if batch is END:  # the batch before was the last, which was not known
             self._fetched -= 1
-            self._ahead = END
-        self.is_last = self._fetched == self._end or self._ahead is END
-        if batch is END:
+            self._ahead, self.is_last = END, True
             return END
+        self.is_last = self._fetched == self._end or self._ahead is END
         if signals.after_batch_fetch.listeners:
             event = AfterBatchFetch(self._stage, batch)
             signals.after_batch_fetch.publish(event)

@@ -266,13 +266,9 @@ class ResumablePart(Part):
             self._source.end_at(position["state"])
             return
         put_back(self.loader, position["began"])
-        number = (self._number, self._starts)
-        self.iterator = self._source.begin_at(number, self.done, position["state"], self._restore_before_first)
+        number, first = (self._number, self._starts), position["before_first"]
+        self.iterator = self._source.begin_at(number, self.done, position["state"], lambda: put_back(self.loader, first))
         self.length = known_length(self.loader)
-
-    def _restore_before_first(self) -> None:
-        assert self._before_first is not None
-        put_back(self.loader, self._before_first)
 
 
 _MISSING = object()

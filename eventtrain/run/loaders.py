@@ -42,7 +42,7 @@ class RunLoaders:
         signals: The signals on which fetching is published.
         device: The device of the batches.
         processes: The processes that share the data.
-        read_ahead: Whether training loaders without a length are read one batch ahead.
+        read_ahead: Whether training loaders without a length are read ahead.
 
     Attributes:
         seed: The number that loaders' workers are seeded from, together with stage, pass and batch.
@@ -136,10 +136,9 @@ class RunLoaders:
             set_epoch(loader, number)
         if self.batch_limits[stage] == 0:
             loader = ()
-        source = self._source(stage, loader, dataloader_idx)
         together = (self.processes if stage == "train" else SingleProcess()).read_together
         transfer, ahead = self._transfer(dataloader_idx), stage == "train" and self.read_ahead
-        args = source, number, measure, stage, self.signals, transfer, position
+        args = self._source(stage, loader, dataloader_idx), number, measure, stage, self.signals, transfer, position
         return LoaderPass(*args, together=together, reads_ahead=ahead)
 
     def _source(self, stage: Stage, loader: Any, dataloader_idx: int) -> ResumableLoader | ResumableCombination:

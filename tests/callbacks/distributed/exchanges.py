@@ -41,6 +41,8 @@ from eventtrain.callbacks.distributed.distributed_data_parallel import Distribut
 WIDTH, LAYERS = 8, 2
 WINDOW = 3
 BATCHES, EVALUATED = 5 * WINDOW, 5
+AHEAD = 2
+"""How many batches a loader without a length is read ahead."""
 FIRST = 2 * WINDOW
 """The first batch that counts: before it, torch's wrapper and its averages get ready."""
 
@@ -57,6 +59,16 @@ class Marked(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         self.census.mark(self.label)
         return torch.full((2, WIDTH), 0.1 * index)
+
+
+class Endless:
+    """A loader without a length."""
+
+    def __init__(self, data: Marked) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.data.__getitem__, range(self.data.length))
 
 
 class Model(LightningModule):
@@ -168,6 +180,8 @@ DDP: dict[str, Mode] = {
     "clipping by norm": (Model, lambda folder: [GradientClipping(1.0)]),
     "clipping by value": (Model, lambda folder: [GradientClipping(0.1, "value")]),
     "manual optimization": (Manual, lambda folder: []),
+    "loader without a length": (Model, lambda folder: []),
+    "loader without a length, accumulation": (Model, lambda folder: [GradientAccumulation(WINDOW)]),
 }
 FSDP: dict[str, Mode] = {
     "FSDP": (Model, lambda folder: []),
@@ -184,10 +198,10 @@ def count(name: str, folder: Path) -> dict[str, list[Counter[str]]]:
     build, callbacks = (DDP | FSDP)[name]
     engine: Any = FullyShardedDataParallel if name in FSDP else DistributedDataParallel
     attached = callbacks(folder)
-    world = dist.get_world_size()
+    world, is_endless = dist.get_world_size(), "without a length" in name
     trainer = Trainer(
         max_epochs=1,
-        callbacks=[engine(timeout=60.0), *attached, Around(census)],
+        callbacks=[engine(timeout=60.0, shares_data=not is_endless), *attached, Around(census)],
         default_callbacks=False,
         device="cpu",
         default_root_dir=folder,
@@ -197,9 +211,11 @@ def count(name: str, folder: Path) -> dict[str, list[Counter[str]]]:
         DataLoader(Marked(length * world, label, census), batch_size=None)
         for length, label in ((BATCHES, "training"), (EVALUATED, "evaluation"))
     ]
+    if is_endless:  # rank one's share is longer
+        loaders[0] = Endless(Marked(BATCHES + 2 * dist.get_rank(), "training", census))
     with census:
         trainer.fit(build(), *loaders)
-    batches = census.between("training", "training")
+    batches = census.between("training", "training")[AHEAD if is_endless else 0 :]  # a mark is left when a batch is read
     window = WINDOW if any(isinstance(each, GradientAccumulation) for each in attached) else 1
     return {
         "accumulating": [batches[index] for index in range(FIRST, len(batches)) if (index + 1) % window],

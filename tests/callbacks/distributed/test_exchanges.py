@@ -28,6 +28,9 @@ NORM = {"allreduce": 1}
 COMMITTED: dict[str, tuple[Counts, Counts, Counts]] = {
     **dict.fromkeys(DDP, (NOTHING, GRADIENTS, NOTHING)),
     "weighted": (NOTHING, {"allreduce": 2}, NOTHING),  # gradients, and the sum of the weights of all processes
+    # The question whether all have the batch after the next is asked now and answered in the next batch: see test_streams.py.
+    "loader without a length": (NOTHING, {"allreduce": 2}, NOTHING),
+    "loader without a length, accumulation": ({"allreduce": 1}, {"allreduce": 2}, NOTHING),
     "FSDP": (NOTHING, SHARDED, GATHER),
     "FSDP, accumulation": ({"allgather_base": 2}, SHARDED, GATHER),
     "FSDP, clipping by norm": (NOTHING, SHARDED | NORM, GATHER),

@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[imp
 
 from eventtrain import LightningDataModule, LightningModule, MisconfigurationError, Trainer
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping, ProgressBar
+from eventtrain.data.batches import LoaderPass
 from eventtrain.distributed import SingleProcess
 from tests.kit import Line, ModuleOf, NoLength, On, Probe, batches, new_trainer, rows, train
 from tests.resuming import Model, check_all_safe_points
@@ -418,6 +419,18 @@ def test_a_run_over_a_stateful_stream_resumes_with_and_without_reading_ahead(tmp
         return Model(), Positions(), [torch.ones(4, 3)], [LRSchedulerStepping()], options
 
     assert check_all_safe_points(build, tmp_path) == (6 if read_ahead else 8)
+
+
+def test_a_checkpoint_with_the_states_before_one_batch_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier versions kept the states before the batch that was read ahead, and not a list of them."""
+    position = LoaderPass.position
+
+    def earlier(self: LoaderPass) -> dict[str, Any]:
+        now = position(self)
+        return now | {"before_ahead": now["before_ahead"][0] if now["before_ahead"] else None}
+
+    monkeypatch.setattr(LoaderPass, "position", earlier)
+    test_a_run_over_a_stateful_stream_resumes_with_and_without_reading_ahead(tmp_path, True)
 
 
 def test_evaluations_are_never_read_ahead() -> None:

@@ -75,18 +75,21 @@ def test_one_process_interrupts_all_one_batch_later(results: Results) -> None:
         assert rank["all"][place, "interrupt"] == (3, 0, 4, True)
 
 
+@pytest.mark.slow
 def test_a_request_in_an_open_window_holds_at_the_latest_when_one_closes(few: Results) -> None:
     first, second = (rank["one"]["window"] for rank in few)
     assert first == second and 4 <= first[0] <= 7
     assert all(rank["all"]["window"] == (3, 0, 1, True) for rank in few)
 
 
+@pytest.mark.slow
 def test_one_process_ends_the_run_or_the_epoch_for_all(few: Results) -> None:
     for rank in few:
         assert [rank["one"][case][0] for case in FEW] == [4, 4, 7, 11]
         assert [rank["all"][case][0] for case in FEW] == [3, 3, 7, 11]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [("many", 1, False), ("many", 4, True)])
 def test_processes_without_a_loss_take_part_in_the_reduction_of_the_others(few: Results, case: Any) -> None:
     same_on_all_ranks_and_as_by_hand(few, case)
@@ -124,6 +127,7 @@ def test_four_processes_agree_too(results_of_four: Results) -> None:
             assert all(rank[askers][case] == end for rank in results_of_four), case
 
 
+@pytest.mark.slow
 def test_manual_optimization_averages_by_one_exchange_and_leaves_missing_gradients_missing(few: Results) -> None:
     for rank in few:
         trained, by_hand, has_gradient, exchanges = rank["manual"]
@@ -131,6 +135,7 @@ def test_manual_optimization_averages_by_one_exchange_and_leaves_missing_gradien
         assert has_gradient == [True, True, True, False] and exchanges == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callbacks", ["none", "accumulation", "typical", "fp16"])
 def test_no_batch_of_training_exchanges_anything_but_gradients(few: Results, callbacks: str) -> None:
     for rank in few:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eventtrain import events
-from eventtrain.core.closure import forward
+from eventtrain.core.closure import after_forward, forward
 from eventtrain.core.interfaces import END, Batches, LoggedValues
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import Progress
 from eventtrain.distributed import Processes
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
-from eventtrain.events import AfterForward, MetricsLogged
+from eventtrain.events import MetricsLogged
 
 EvaluationStage = Literal["validation", "test", "predict"]
 
@@ -130,9 +130,7 @@ class EvaluationLoop:
             args = (batch, batch_idx, dataloader_idx)[: self.num_arguments]
             outputs = forward(signals, self.stage, self.step, args)
             if signals.after_forward.listeners:
-                event = AfterForward(self.stage, batch, batch_idx, outputs, None)
-                signals.after_forward.publish(event)
-                outputs = event.outputs
+                outputs, _ = after_forward(signals, self.stage, batch, batch_idx, outputs, None)
             if end.listeners:
                 end.publish(self._events["BatchEnd"](outputs, batch, batch_idx, dataloader_idx))
             self.number += 1

@@ -94,23 +94,18 @@ class Metrics:
         self.fresh = self._fresh[stage]
         self._stage_entries = self._entries[stage]
 
-    def log(
-        self,
-        name: str,
-        value: Any,
-        prog_bar: bool,
-        logger: bool,
-        on_step: bool | None,
-        on_epoch: bool | None,
-        reduce_fx: Any,
-        sync_dist: bool,
-        batch_size: Any,
-        add_dataloader_idx: bool,
-    ) -> None:
-        """Collect one value; see :meth:`eventtrain.LightningModule.log`."""
+    def log(self, name: str, value: Any, options: tuple[Any, ...], batch_size: Any, add_dataloader_idx: bool) -> None:
+        """Collect one value; see :meth:`eventtrain.LightningModule.log`.
+
+        Args:
+            name: Its name.
+            value: The value.
+            options: See :class:`~eventtrain.metrics.entry.Entry`.
+            batch_size: The weight in the mean; None for the size of the batch.
+            add_dataloader_idx: Whether the index of an evaluation loader becomes a part of the name.
+        """
         if (scope := self.scope) is None or self.stage == "predict":
             self._refuse_scope(name)
-        options = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist)
         key = f"{name}{self.suffix}" if add_dataloader_idx else f"{self.suffix}{name}"
         entry = self._stage_entries[scope].get(key)
         if entry is None:
@@ -380,9 +375,8 @@ class Metrics:
         for part, value in entry.values_of(metric.compute() if on_batch is None else on_batch):
             if part is entry:
                 return value
-            prog_bar, logger, _, _, reduce_fx, sync_dist = entry.options
-            name = str(part.step_name).removesuffix(part.suffix)
-            self.log(name, value, prog_bar, logger, True, False, reduce_fx, sync_dist, None, bool(part.suffix))
+            name, options = str(part.step_name).removesuffix(part.suffix), (*entry.options[:2], True, False, *entry.options[4:])
+            self.log(name, value, options, None, bool(part.suffix))
             if part.on_epoch and not self.silent:
                 self._set(part.name, self.callback_metrics[str(part.step_name)])
         return None

@@ -165,14 +165,10 @@ def _from_sequence(returned: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     if items and all(isinstance(item, Mapping) for item in items):
         pairs = [_from_mapping(item) for item in items]
         return [o for optimizers, _ in pairs for o in optimizers], [s for _, schedulers in pairs for s in schedulers]
-    if len(items) == 2 and all(isinstance(item, (list, tuple)) for item in items):
-        return list(items[0]), list(items[1])
-    if len(items) == 2 and isinstance(items[0], (list, tuple)) and _is_scheduler(items[1]):
-        return list(items[0]), [items[1]]
-    if len(items) == 2 and isinstance(items[0], Optimizer) and _is_scheduler(items[1]):
-        return [items[0]], [items[1]]
-    if len(items) == 2 and isinstance(items[0], Optimizer) and isinstance(items[1], (list, tuple)):
-        return [items[0]], list(items[1])
+    several = [isinstance(item, (list, tuple)) for item in items]
+    if len(items) == 2 and (several[0] or isinstance(items[0], Optimizer)) and (several[1] or _is_scheduler(items[1])):
+        optimizers, schedulers = (list(item) if each else [item] for item, each in zip(items, several, strict=True))
+        return optimizers, schedulers
     if all(isinstance(item, Optimizer) for item in items):
         return items, []
     raise _unknown_form(next((item for item in items if _remedy(item)), returned))

@@ -14,13 +14,14 @@ from eventtrain.data.batches import LoaderPass
 from eventtrain.data.combined import CombinedLoader, as_loaders, as_one_loader, check_loader, loaders_in
 from eventtrain.data.device import transfer_to
 from eventtrain.data.generators import generator_states, set_generator_states
-from eventtrain.data.limits import Limit, known_length, limit_name, limited_length, samples_per_batch
+from eventtrain.data.limits import known_length, limit_name, limited_length, samples_per_batch
 from eventtrain.data.resumable import ResumableCombination, ResumableLoader, set_epoch
 from eventtrain.distributed import Processes
 from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module.datamodule import DataHooks, LightningDataModule
 from eventtrain.module.module import LightningModule
 from eventtrain.module.overriding import method_of, overridden
+from eventtrain.run.arguments import RunArguments
 
 HOOKS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 LOADER_HOOKS: dict[Stage, str] = dict(zip(get_args(Stage), HOOKS, strict=True))
@@ -38,11 +39,11 @@ class RunLoaders:
         dataloaders: The loaders that the call was given, by stage.
         module: The module, whose loaders and transfer hooks are used if the datamodule has none.
         datamodule: The datamodule; None if there is none.
-        batch_limits: How many batches of each stage are used.
+        arguments: The trainer's, which say how many batches of each stage are used, and whether training loaders without a
+            length are read one batch ahead.
         signals: The signals on which fetching is published.
         device: The device of the batches.
         processes: The processes that share the data.
-        read_ahead: Whether training loaders without a length are read one batch ahead.
 
     Attributes:
         seed: The number that loaders' workers are seeded from, together with stage, pass and batch.
@@ -51,11 +52,10 @@ class RunLoaders:
     dataloaders: dict[Stage, Any]
     module: LightningModule
     datamodule: Any
-    batch_limits: dict[Stage, Limit]
+    arguments: RunArguments
     signals: SignalTable
     device: torch.device
     processes: Processes
-    read_ahead: bool
 
     def __post_init__(self) -> None:
         self.seed = torch.initial_seed()
@@ -107,7 +107,7 @@ class RunLoaders:
         Raises:
             MisconfigurationError: If the stage's limit does not fit the loader.
         """
-        length = limited_length(known_length(loader), self.batch_limits[stage], limit_name(stage))
+        length = limited_length(known_length(loader), self.arguments.batch_limits[stage], limit_name(stage))
         if stage == "train" and length is not None and self.processes.world_size > 1:
             return min(self.processes.gather_for_all(length))  # no process trains on after others have nothing left
         return length if most is None else most if length is None else min(most, length)
@@ -134,12 +134,12 @@ class RunLoaders:
         """
         if stage == "train":
             set_epoch(loader, number)
-        if self.batch_limits[stage] == 0:
+        if self.arguments.batch_limits[stage] == 0:
             loader = ()
         source = self._source(stage, loader, dataloader_idx)
         agree = self.processes.any if stage == "train" and self.processes.world_size > 1 else None
         transfer = self._transfer(dataloader_idx)
-        reads_ahead = stage == "train" and self.read_ahead
+        reads_ahead = stage == "train" and self.arguments.read_ahead
         return LoaderPass(source, number, measure, stage, self.signals, transfer, position, agree, reads_ahead=reads_ahead)
 
     def _source(self, stage: Stage, loader: Any, dataloader_idx: int) -> ResumableLoader | ResumableCombination:

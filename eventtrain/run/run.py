@@ -150,14 +150,7 @@ class Run(ABC):
         """Build the module, move it to its device, and let callbacks wrap it."""
         trainer, module, datamodule = self.trainer, self.module, self.state.datamodule
         self.loaders = RunLoaders(
-            self.dataloaders,
-            module,
-            datamodule,
-            trainer.arguments.batch_limits,
-            self.signals,
-            trainer.device,
-            trainer.processes,
-            trainer.arguments.read_ahead,
+            self.dataloaders, module, datamodule, trainer.arguments, self.signals, trainer.device, trainer.processes
         )
         parts = [part for part in (datamodule, module) if part is not None]
         for part in parts:

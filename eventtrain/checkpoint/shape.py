@@ -66,7 +66,7 @@ def mismatch(value: Any, shape: Any, where: str) -> str | None:
             inner = [each for each in problems if each is not None and not each.startswith(f"{where} is ")]
             return None if None in problems else (inner or [refused])[0]
         if shape not in shapes():
-            return None if is_of(value, TYPES[shape]) else refused
+            return None if shape == "object" or is_of(value, TYPES[shape]) else refused
         shape = shapes()[shape]
     if not isinstance(value, type(shape)):
         return f"{where} is {article(value)}, and has to be a {type(shape).__name__}"

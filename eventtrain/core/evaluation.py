@@ -137,7 +137,11 @@ class EvaluationLoop:
             if self.keep_outputs:
                 predictions.append(outputs)
             elif metrics.fresh:
-                self._publish_step()
+                logged = MetricsLogged(self.stage, "step", self.number, metrics.take_fresh())
+                if self.is_interrupted is None:
+                    signals.metrics_logged.publish(logged)
+                else:  # in a fit they wait for the end, because an interrupted evaluation is repeated
+                    self.held.append(logged)
             batch_idx += 1
         if batch_idx == 0 and self.warns_if_empty and not isinstance(batches.loader, (list, tuple)):  # written as empty
             warnings.warn(
@@ -146,14 +150,6 @@ class EvaluationLoop:
         batches.finish()
         metrics.suffix = ""
         return predictions
-
-    def _publish_step(self) -> None:
-        """Publish the values of a batch's step. In a fit this waits for the end: an interrupted evaluation is repeated."""
-        event = MetricsLogged(self.stage, "step", self.number, self.metrics.take_fresh())
-        if self.is_interrupted is None:
-            self.signals.metrics_logged.publish(event)
-        else:
-            self.held.append(event)
 
     def _publish(self, suffix: str, event: str) -> None:
         self.signals[f"{self.stage}_{suffix}"].publish(self._events[event]())

@@ -340,8 +340,7 @@ class TrainLoop:
             return True
         if not self.is_last_batch:
             self.is_last_batch = True
-            if self.signals.train_data_end.listeners:
-                self.signals.train_data_end.publish(events.TrainDataEnd(self.progress.current_epoch))
+            self.signals.train_data_end.publish(events.TrainDataEnd(self.progress.current_epoch))
         return self.validate_if_due(self.progress.batch_idx, True)
 
     def end_epoch(self, batches: Batches) -> None:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from numbers import Real
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,10 @@ class Metrics:
             add_dataloader_idx: Whether the index of an evaluation loader becomes a part of the name.
         """
         if (scope := self.scope) is None or self.stage == "predict":
-            self._refuse_scope(name)
+            raise MisconfigurationError(
+                f"self.log({name!r}, ...) was called in {calling_hook()}, where a value belongs to no step and no epoch. Log "
+                "in training_step, validation_step, test_step, or in a hook from on_train_start to on_train_epoch_end."
+            )
         key = f"{name}{self.suffix}" if add_dataloader_idx else f"{self.suffix}{name}"
         entry = self._stage_entries[scope].get(key)
         if entry is None:
@@ -335,8 +338,17 @@ class Metrics:
 
     def _change_options(self, entry: Entry, options: tuple[Any, ...]) -> None:
         """Take options that differ from the entry's only in their form; refuse others."""
-        if not entry.accepts(options):
-            self._refuse_options(entry, options)
+        names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "sync_dist")
+        changes = [
+            f"{name}={new!r} after {name}={old!r}"
+            for name, old, new in zip(names, entry.options, options, strict=True)
+            if reduction_name(old) != reduction_name(new)  # an entry of a checkpoint has the name of the function
+        ]
+        if changes:
+            raise MisconfigurationError(
+                f"self.log({entry.name!r}, ...) in {calling_hook()}: the name is logged with different options "
+                f"({', '.join(changes)}). Use the same options for one name, or another name."
+            )
         entry.options = options
 
     def _weight(self, entry: Entry, batch_size: Any) -> float:
@@ -427,25 +439,6 @@ class Metrics:
         )
         raise MisconfigurationError(
             f"self.log({entry.name!r}, ...) in {calling_hook()} got {described}. Log a number, a scalar tensor or a metric."
-        )
-
-    def _refuse_scope(self, name: str) -> NoReturn:
-        raise MisconfigurationError(
-            f"self.log({name!r}, ...) was called in {calling_hook()}, where a value belongs to no step and no epoch. Log in "
-            "training_step, validation_step, test_step, or in a hook from on_train_start to on_train_epoch_end."
-        )
-
-    def _refuse_options(self, entry: Entry, options: tuple[Any, ...]) -> NoReturn:
-        names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "sync_dist")
-        changes = [
-            f"{name}={new!r} after {name}={old!r}"
-            for name, old, new in zip(names, entry.options, options, strict=True)
-            if reduction_name(old) != reduction_name(new)
-        ]
-        difference = ", ".join(changes)
-        raise MisconfigurationError(
-            f"self.log({entry.name!r}, ...) in {calling_hook()}: the name is logged with different options ({difference}). "
-            "Use the same options for one name, or another name."
         )
 
 

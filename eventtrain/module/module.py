@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,7 +22,7 @@ from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.hooks import ModuleHooks
 from eventtrain.module.hparams import HyperparametersMixin, of_class
 from eventtrain.module.saved_hparams import build
-from eventtrain.paths import check_path
+from eventtrain.paths import StrPath, check_path
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
@@ -746,9 +745,9 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
     @of_class
     def load_from_checkpoint(
         cls: type[Self],
-        checkpoint_path: str | PathLike[str],
+        checkpoint_path: StrPath,
         map_location: Any = None,
-        hparams_file: str | PathLike[str] | None = None,
+        hparams_file: StrPath | None = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
         **kwargs: Any,

@@ -1,4 +1,4 @@
-"""The loaders of one run, stage by stage, and the passes over them."""
+"""The loaders of one run, stage by stage, and the passes over them; and the data that a call is given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from eventtrain.core.signals import SignalTable
+from eventtrain.core.state import RunStage
 from eventtrain.data.batches import LoaderPass
 from eventtrain.data.combined import CombinedLoader, as_loaders, as_one_loader, check_loader, loaders_in
 from eventtrain.data.device import transfer_to
@@ -17,6 +19,7 @@ from eventtrain.data.generators import generator_states, set_generator_states
 from eventtrain.data.limits import known_length, limit_name, limited_length, samples_per_batch
 from eventtrain.data.resumable import ResumableCombination, ResumableLoader, set_epoch
 from eventtrain.distributed import Processes
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module.datamodule import DataHooks, LightningDataModule
 from eventtrain.module.module import LightningModule
@@ -140,7 +143,7 @@ class RunLoaders:
         agree = self.processes.any if stage == "train" and self.processes.world_size > 1 else None
         transfer = self._transfer(dataloader_idx)
         reads_ahead = stage == "train" and self.arguments.read_ahead
-        return LoaderPass(source, number, measure, stage, self.signals, transfer, position, agree, reads_ahead=reads_ahead)
+        return LoaderPass(source, number, measure, stage, self.signals, transfer, position, agree, reads_ahead)
 
     def _source(self, stage: Stage, loader: Any, dataloader_idx: int) -> ResumableLoader | ResumableCombination:
         name = f"{stage}/{dataloader_idx}"
@@ -227,3 +230,51 @@ class RunLoaders:
         if self.datamodule is not None and overridden(self.datamodule, hook, *bases):
             return self.datamodule
         return self.module
+
+
+# ------------------------------------------------------------------ the data that a call is given
+
+
+def is_datamodule(value: Any) -> bool:
+    """Return whether an object, or a class, has a method that returns loaders, and is not a module."""
+    kind = value if isinstance(value, type) else type(value)
+    hooks = LOADER_HOOKS.values()
+    return not issubclass(kind, nn.Module) and any(callable(getattr(value, hook, None)) for hook in hooks)
+
+
+def data_of_call(call: RunStage, model: Any, dataloaders: dict[Stage, Any], datamodule: Any) -> tuple[dict[Stage, Any], Any]:
+    """Return the loaders and the datamodule of a call. A datamodule in the place of the first loaders is the datamodule.
+
+    Args:
+        call: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        model: The model that the call was given.
+        dataloaders: The loaders that it was given, by stage; None for none.
+        datamodule: The datamodule that it was given, or None.
+
+    Raises:
+        MisconfigurationError: If there are both, if the datamodule is none, or if the model stands in another place.
+    """
+    modules = [value for value in (*dataloaders.values(), datamodule) if isinstance(value, LightningModule)]
+    if is_datamodule(model) or (modules and not isinstance(model, LightningModule)):
+        raise MisconfigurationError(
+            f"{call}({type(model).__name__}, ...): the model comes first, then loaders or a datamodule. Write "
+            f"{call}(model, {'datamodule' if is_datamodule(model) else 'loader'})."
+        )
+    names = ("train_dataloaders", "val_dataloaders") if call == "fit" else ("dataloaders",)
+    arguments = dict(zip(names, dataloaders.values(), strict=True))
+    if datamodule is None and is_datamodule(arguments[names[0]]):
+        datamodule, dataloaders = arguments.pop(names[0]), {}
+    for name, loaders in arguments.items():
+        if is_datamodule(loaders) or (datamodule is not None and loaders is not None):
+            raise MisconfigurationError(
+                f"{call}({name}={type(loaders).__name__}): give either loaders or a datamodule, not both. A datamodule has the "
+                f"loaders of all stages: {call}(model, datamodule=...)."
+            )
+    if isinstance(datamodule, type):
+        raise MisconfigurationError(f"{datamodule.__name__} is a class. Give an object of it: {datamodule.__name__}(...).")
+    if datamodule is not None and not is_datamodule(datamodule):
+        raise MisconfigurationError(
+            f"{call}(datamodule={type(datamodule).__name__}): give a LightningDataModule, or another object that has one of "
+            f"{', '.join(LOADER_HOOKS.values())}. Loaders are given as {' and '.join(f'{name}=...' for name in names)}."
+        )
+    return dataloaders, datamodule

@@ -117,7 +117,7 @@ FEW = (("train_batch_end", "stop"), ("safe_point", "stop"), ("train_epoch_start"
 
 
 def requests(folder: Path, askers: str, cases: Any = (*REQUESTS, *OTHERS)) -> Any:
-    results: dict[Any, Any] = {case: asked_at(folder, *case, askers) for case in cases}
+    results: dict[Any, Any] = {(place, ask): asked_at(folder, place, ask, askers) for place, ask in cases}
     results["window"] = asked_at(folder, "train_batch_end", "stop", askers, window=4)
     return results
 

@@ -135,7 +135,8 @@ def _assigned(match: re.Match[str]) -> str:
             return f"{start}{opening}{quote}{masked_text(text[:-1])}{quote}"
         # A value that assigns, as in url=https://host?token=...
         return f"{start}{masked_text(value)}" if "=" in value or ":" in value else match[0]
-    if value in PLAIN or not re.search(r"[^\W\d_]", NUMBER.sub("", value)) and (value[0] in "([{" or NUMBER.fullmatch(value)):
+    is_number = NUMBER.fullmatch(value) or (value[0] in "([{" and not re.search(r"[^\W\d_]", NUMBER.sub("", value)))
+    if value in PLAIN or is_number:
         return match[0]
     return f"{start}{quote}{MASK}{quote}"
 

@@ -70,6 +70,7 @@ def test_a_harmless_name_is_not_masked(name: str) -> None:
             f"(secret=({SECRET!r}, 2))",
         ),
         *(f"{{'password': {{'a': {{'b': {SECRET!r}}}}}}}", f"store={{'token': {SECRET!r}}}", f"https://h/b?sv=1&sig={SECRET}"),
+        f"(secret=({SECRET!r}, 2))",
         *("ghp_" + SECRET.replace("-", "") * 2, "hf_" + "a" * 34, "sk-" + "b" * 40, "AKIA" + "C" * 16),
     ],
 )

@@ -201,8 +201,8 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
             mark_stepped(stepping.wrapped, steps > 0)
     restore_flags(trainer.module, checkpoint)
     state.sequence = checkpoint.get("sequence", 0)
-    for name, value in checkpoint["progress"].items():
-        setattr(state.progress, name, value)
+    for name in dataclasses.asdict(state.progress).keys() & checkpoint["progress"].keys():
+        setattr(state.progress, name, checkpoint["progress"][name])
     if state.progress.epoch_is_over:
         state.progress.count_epoch()  # written at the epoch's last safe point: it is not to be trained again
     state.stop.reason = state.stop_request.reason = checkpoint["stop_reason"]

@@ -222,7 +222,7 @@ class Run(ABC):
     # ------------------------------------------------------------------ teardown
 
     def _tear_down(self) -> None:
-        trainer, state = self.trainer, self.state
+        trainer, outer, self._outer = self.trainer, self._outer, None
         try:
             self.module.untoggle_all(self._toggles)
             self.signals.teardown.publish_to_all(Teardown(self.stage))
@@ -235,9 +235,9 @@ class Run(ABC):
             for callback in trainer.callbacks:
                 make_idle(callback, trainer.signals)
             self.release()
-            state.metrics.enter("train", None)
-            if self._outer is not None and self._outer.stage is not None:
-                self._attach_to(self._outer)
+            self.state.metrics.enter("train", None)
+            if outer is not None and outer.stage is not None:
+                self._attach_to(outer)
 
     def release(self) -> None:
         """Let go of the loaders' workers."""

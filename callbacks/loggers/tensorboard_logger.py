@@ -417,10 +417,10 @@ class TensorBoardLogger(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples = whole(state, "samples")
-        self._evaluated = whole(state, "evaluated", default=0)  # older states have neither this nor a run
+        self._evaluated = whole(state, "evaluated", default=0)  # older states lack this, a directory or a run
         self._seconds_before = field(state, "seconds", float)
         self._began = 0.0
-        run_dir, run = field(state, "run_dir", str, None), field(state, "run", str, None, default=None)
+        run_dir, run = (field(state, name, str, None, default=None) for name in ("run_dir", "run"))
         lengths = state.get("event_files")
         if lengths is not None:
             wanted = "the length of each event file"

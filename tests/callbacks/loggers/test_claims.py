@@ -359,3 +359,10 @@ def test_a_directory_that_cannot_be_read_at_a_checkpoint_costs_one_warning(
     lines, board = fit(tmp_path, ckpt_path=tmp_path / "epoch_0.ckpt")
     assert steps(lines, board)[0] == list(range(1, 9))
     assert sorted(set(steps(lines, board)[1])) == list(range(1, 9))
+
+
+def test_a_state_of_the_first_versions_names_no_directory_and_no_run(tmp_path: Path) -> None:
+    logger = TensorBoardLogger()
+    logger.load_state_dict({"samples": 8, "seconds": 2.5})
+    logger.load_state_dict({"samples": 8, "seconds": 2.5, "run_dir": None, "x_axis": "global_step"})
+    assert (logger.state_dict()["samples"], logger.state_dict()["run_dir"]) == (8, None)

@@ -84,7 +84,7 @@ LAYERS = [
     ],
     ["eventtrain.distributed", "eventtrain.events"],
     ["eventtrain.core"],
-    ["eventtrain.checkpoint.rng", "eventtrain.checkpoint.storage", "eventtrain.checkpoint.weights"],
+    [*(f"eventtrain.checkpoint.{name}" for name in ("archive", "rng", "storage", "weights"))],
     ["eventtrain.data", "eventtrain.metrics"],
     ["eventtrain.module"],
     ["eventtrain.optim"],

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from errno import EINVAL
 from glob import escape
 from pathlib import Path
 from secrets import token_hex
@@ -230,9 +231,9 @@ def written_at(path: AnyPath) -> tuple[float, float, float]:
         content = without_tensors(path)
         sequence = int(content.get("sequence", 0))
         return sequence, content["progress"]["total_batch_idx"] if sequence else 0, float(content.get("written_at", 0))
-    except OSError:
-        raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != EINVAL:  # which a place before the beginning of a cut file gives
+            raise
         return float("inf"), 0, 0
 
 

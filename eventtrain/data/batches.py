@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from eventtrain.core.signals import SignalTable
 
 
+@dataclass(eq=False)
 class LoaderPass:
     """One pass over a loader.
 
@@ -37,8 +39,8 @@ class LoaderPass:
         stage: The stage, for the events.
         signals: The signals for ``before_batch_fetch`` and ``after_batch_fetch``.
         transfer: A function that moves a batch to its device.
-        position: The result of :meth:`position` in the run that wrote a checkpoint, to continue its pass. The caller sets
-            all generators to the states of the checkpoint afterwards.
+        begins_at: The result of :meth:`position` in the run that wrote a checkpoint, to continue its pass; None for a new pass.
+            The caller sets all generators to the states of the checkpoint afterwards.
         agree: A function that returns whether a flag is set in any process; None if there is one process. With it, passes
             over loaders without a length end together.
         reads_ahead: Whether a loader without a length is read ahead. If not, its last batch is not known to be the last.
@@ -48,39 +50,31 @@ class LoaderPass:
         is_last: Whether the batch that was fetched last is the last of the pass.
     """
 
-    def __init__(
-        self,
-        source: ResumableLoader | ResumableCombination,
-        number: int,
-        measure: Callable[[], int | None],
-        stage: Stage,
-        signals: SignalTable,
-        transfer: Callable[[Any], Any],
-        position: Mapping[str, Any] | None = None,
-        agree: Callable[[bool], bool] | None = None,
-        *,
-        reads_ahead: bool,
-    ) -> None:
-        self.loader = source.loader
+    source: ResumableLoader | ResumableCombination
+    number: int
+    measure: Callable[[], int | None]
+    stage: Stage
+    signals: SignalTable
+    transfer: Callable[[Any], Any]
+    begins_at: Mapping[str, Any] | None
+    agree: Callable[[bool], bool] | None
+    reads_ahead: bool
+
+    def __post_init__(self) -> None:
+        self.loader = self.source.loader
         self.length: int | None  # both from _measure
         self._end: int | None
-        self._source = source
-        self._used = measure
-        self._stage = stage
-        self._signals = signals
-        self._transfer = transfer
         self._fetched = 0
-        self._agree = agree
         # The states from which a resumed pass begins, and reads ahead: kept if a checkpoint may need them.
-        self._began: Mapping[str, Any] | None = mark(self.loader) if stage == "train" else None
+        self._began: Mapping[str, Any] | None = mark(self.loader) if self.stage == "train" else None
         self._before_ahead: dict[str, Any] | None = None
         self._ahead: Any = None
-        if position is None:
-            self._iterator = source.begin(number)
+        if self.begins_at is None:
+            self._iterator = self.source.begin(self.number)
             self._measure()
         else:
-            self._continue(number, position)
-        reads_ahead &= self.length is None
+            self._continue(self.begins_at)
+        reads_ahead = self.reads_ahead and self.length is None
         if reads_ahead and self._fetched != self._end and self._ahead is not END:
             self._ahead = self._next_ahead()
         self.is_last = self._fetched == self._end or self._ahead is END
@@ -102,14 +96,14 @@ class LoaderPass:
         if self._fetched == self._end or self._ahead is END:
             return END
         self._fetched += 1
-        signals = self._signals
+        signals = self.signals
         if signals.before_batch_fetch.listeners:
-            with BeforeBatchFetch(self._stage, self._transfer) as phase:
+            with BeforeBatchFetch(self.stage, self.transfer) as phase:
                 signals.before_batch_fetch.publish(phase)
                 if (batch := self._read()) is not END:
                     batch = phase.transfer(batch)
         elif (batch := self._read()) is not END:
-            batch = self._transfer(batch)
+            batch = self.transfer(batch)
         if batch is END:  # the batch before was the last, which was not known
             self._fetched -= 1
             self._ahead = END
@@ -117,14 +111,14 @@ class LoaderPass:
         if batch is END:
             return END
         if signals.after_batch_fetch.listeners:
-            event = AfterBatchFetch(self._stage, batch)
+            event = AfterBatchFetch(self.stage, batch)
             signals.after_batch_fetch.publish(event)
             batch = event.batch
         return batch
 
     def _measure(self) -> None:
         self.length = known_length(self.loader)
-        self._end = self._used()
+        self._end = self.measure()
 
     def _rest(self) -> Callable[[], Any]:
         # A loader that ends before its length is an error. A chain, because its `next` is no Python call. It calls `iter`
@@ -148,13 +142,13 @@ class LoaderPass:
         return batch
 
     def _next_ahead(self) -> Any:
-        if self._began is not None and self._source.is_exact:
-            self._before_ahead = mark(self.loader) | {"state": self._source.state()}
+        if self._began is not None and self.source.is_exact:
+            self._before_ahead = mark(self.loader) | {"state": self.source.state()}
         return self._next()
 
     def _next(self) -> Any:
         batch = next(self._iterator, END)
-        if self._agree is not None and self.length is None and self._agree(batch is END):
+        if self.agree is not None and self.length is None and self.agree(batch is END):
             return END  # all processes end when one has no batch left
         return batch
 
@@ -172,7 +166,7 @@ class LoaderPass:
         if self._next() is not END:
             raise MisconfigurationError(
                 f"{type(self.loader).__name__} says that it has {self.length} batches and has more. Correct its __len__, or "
-                f"set {limit_name(self._stage)}={self.length}."
+                f"set {limit_name(self.stage)}={self.length}."
             )
 
     def why_empty(self) -> str:
@@ -191,7 +185,7 @@ class LoaderPass:
 
     def position(self) -> dict[str, Any]:
         """Return the position of the batch that was fetched last, as values that a checkpoint can hold. For training only."""
-        state = self._source.state() if self._before_ahead is None else self._before_ahead["state"]
+        state = self.source.state() if self._before_ahead is None else self._before_ahead["state"]
         return {
             "batches": self._fetched,
             "length": self.length,
@@ -209,14 +203,14 @@ class LoaderPass:
         """
         self._iterator = iter(())
         self._read = self._iterator.__next__
-        self._source.close()
+        self.source.close()
 
-    def _continue(self, number: int, position: Mapping[str, Any]) -> None:
+    def _continue(self, position: Mapping[str, Any]) -> None:
         """Begin the pass after the batches that are done."""
         self._fetched = position["batches"]
         self._began = position["began"]
         put_back(self.loader, position["began"])
-        self._iterator = self._source.begin_at(number, self._fetched, position["state"])
+        self._iterator = self.source.begin_at(self.number, self._fetched, position["state"])
         self._measure()
         if self.length != position["length"]:
             warnings.warn(

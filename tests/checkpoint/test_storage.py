@@ -238,6 +238,17 @@ def test_a_truncated_file_is_noticed(small: tuple[Path, dict[str, Any]]) -> None
         assert outcome(path, content) == "named"
 
 
+@pytest.mark.parametrize("size", [10_000, 100_000, 300_000])
+def test_a_truncated_file_counts_as_the_newest_so_that_it_is_passed_over(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.ckpt"
+    storage.write({"state_dict": {"w": torch.ones(size // 4)}, "sequence": 3, "progress": {"total_batch_idx": 1}}, path)
+    raw = path.read_bytes()
+    assert storage.written_at(path)[0] == 3
+    for length in range(0, len(raw), len(raw) // 20):
+        path.write_bytes(raw[:length])
+        assert storage.written_at(path)[0] == float("inf")
+
+
 def test_checksums_are_written_even_if_the_user_has_turned_them_off(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:

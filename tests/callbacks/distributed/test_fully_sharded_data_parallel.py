@@ -119,7 +119,7 @@ def test_manual_optimization_equals_averaging_by_hand(results: list[Any]) -> Non
         assert equal(rank["manual"]["ours"], rank["manual"]["by hand"])
 
 
-@pytest.mark.parametrize("kind", ["drop", "skip", "weights"])
+@pytest.mark.parametrize("kind", ["drop", "skip", "weights", "early", "late", "nothing"])
 def test_a_window_ends_as_with_distributed_data_parallel(results: list[Any], kind: str) -> None:
     for rank in results:
         wrapped, sharded = rank["windows"][kind]
@@ -186,6 +186,16 @@ def test_evaluation_uses_the_averages_and_as_many_batches_on_each_rank(results: 
     expected = torch.stack([*first["test by hand"], *second["test by hand"]]).mean()
     assert torch.allclose(torch.tensor(first["metrics"][-1]["val"]), expected)
     assert len(first["predicted"]) == len(second["predicted"]) == 4
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_a_validation_that_one_process_leaves_is_left_by_all_at_the_same_batch(results: list[Any], ranks: Any) -> None:
+    for rank in results:
+        each, undisturbed = rank["interrupted"][ranks], rank["interrupted"][()]
+        assert undisturbed["left"] == 8
+        assert each["left"] == 3 if len(ranks) == 2 else 3 <= each["left"] <= 4
+        assert each["left"] == results[0]["interrupted"][ranks]["left"]
+        assert equal(each["end"], undisturbed["end"])
 
 
 # ------------------------------------------------------------------ checkpoints

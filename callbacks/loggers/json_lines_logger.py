@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eventtrain.callback import Callback
-from eventtrain.callbacks.loggers.claims import Claim, Extents
+from eventtrain.callbacks.claims import Claim, Extents
 from eventtrain.callbacks.loggers.run_files import (
     RunFile,
     copy_beginning,

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from eventtrain.callback import Callback, decides_alike, on_demand
+from eventtrain.callbacks.claims import Claim, Extents
 from eventtrain.callbacks.loggers import event_files, run_files
-from eventtrain.callbacks.loggers.claims import Claim, Extents
 from eventtrain.callbacks.loggers.masking import masked
 from eventtrain.callbacks.saved_state import field, is_name, items, whole
 from eventtrain.checkpoint.shape import is_of

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from eventtrain import MisconfigurationError
-from eventtrain.callbacks import JSONLinesLogger, LRSchedulerStepping, ModelCheckpoint, TensorBoardLogger
-from eventtrain.callbacks.loggers import claims, event_files, run_files
-from eventtrain.callbacks.loggers.claims import Claim
+from eventtrain.callbacks import JSONLinesLogger, LRSchedulerStepping, ModelCheckpoint, TensorBoardLogger, claims
+from eventtrain.callbacks.claims import Claim
+from eventtrain.callbacks.loggers import event_files, run_files
 from eventtrain.checkpoint import storage
 from tests.callbacks.loggers.logged import BATCHES, Crash, Model, points, run
 from tests.kit import FakeProcesses, On, local, new_trainer
@@ -257,7 +257,7 @@ def test_two_trainers_of_a_process_cannot_share_a_log(tmp_path: Path, index: int
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from eventtrain.callbacks.loggers.claims import Claim
+from eventtrain.callbacks.claims import Claim
 claim = Claim(Path(sys.argv[1]), Path("log"), "JSONLinesLogger", "path")
 claim.take()
 if os.fork() == 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eventtrain.callback import Callback
-from eventtrain.callbacks.loggers.claims import Claim, Extents
+from eventtrain.callbacks.loggers.claims import Claim, Extents, is_over
 from eventtrain.callbacks.loggers.run_files import (
     RunFile,
     copy_beginning,
@@ -133,7 +133,7 @@ class JSONLinesLogger(Callback):
         self._is_interrupted, self._is_complete = True, False
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
-        self._is_complete = not self._is_interrupted
+        self._is_complete = not self._is_interrupted and is_over(trainer, self._claim)
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         if self._file is not None:

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from eventtrain.callback import Callback, decides_alike, on_demand
 from eventtrain.callbacks.loggers import event_files, run_files
-from eventtrain.callbacks.loggers.claims import Claim, Extents
+from eventtrain.callbacks.loggers.claims import Claim, Extents, is_over
 from eventtrain.callbacks.loggers.masking import masked
 from eventtrain.callbacks.saved_state import field, is_name, items, whole
 from eventtrain.checkpoint.shape import is_of
@@ -273,7 +273,7 @@ class TensorBoardLogger(Callback):
         self._is_interrupted, self._is_complete = True, False
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
-        self._is_complete = not self._is_interrupted
+        self._is_complete = not self._is_interrupted and is_over(trainer, self._claim)
         if self._writes(trainer) and run_files.logged_hparams(trainer):
             self._add_summary(event_files.session_end())
 

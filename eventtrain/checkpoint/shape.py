@@ -70,7 +70,7 @@ PROGRESS = Fields(
     **dict.fromkeys(("current_epoch", "global_step", "batch_idx", "total_batch_idx", "validations", "validated_at"), int),
 )
 CHECKPOINT = Fields(
-    {"datamodule": object},
+    {"datamodule": object, "sequence": int},
     state_dict=dict,
     requires_grad=By(bool),
     training=By(bool),

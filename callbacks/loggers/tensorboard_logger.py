@@ -68,7 +68,7 @@ class TensorBoardLogger(Callback):
     step is there once. The new event file begins with the mark of ``SummaryWriter(purge_step=...)``, so that TensorBoard drops
     these values even if it has read them. A run that begins at an older checkpoint leaves this directory as it is, and
     continues a copy of its values up to the checkpoint in a new one; so does one that begins at a checkpoint of a run that has
-    ended. Until a run has ended as it should, the hidden file ``.run`` in its directory says which run writes there; while it
+    ended. Until a run has ended without a stop, the hidden file ``.run`` in its directory says which run writes there; while it
     does, another one gets an error.
 
     Values are buffered. They are written to disk after each epoch, before a checkpoint, after an error, at the end of the

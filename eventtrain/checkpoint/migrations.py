@@ -41,7 +41,7 @@ def _from_1(old: dict[str, Any]) -> dict[str, Any]:
     window = {"open": False, "contributions": 0, "weight": None, "weight_reference": old["weight_reference"], "gradients": {}}
     steps = [old["global_step"]] * len(old["optimizer_states"])
     progress = old["progress"] | {"validated_at": old["progress"]["total_batch_idx"]}
-    absent = {**dict.fromkeys(("epoch_reason", "stop_reason", "metrics", "rng", "data")), "ranks": [], "versions": {}}
+    absent = dict.fromkeys(("epoch_reason", "stop_reason", "metrics", "rng", "data")) | {"ranks": [], "versions": {}}
     return {**old, **absent, "window": window, "num_steps": steps, "progress": progress, "schema_version": 2}
 
 

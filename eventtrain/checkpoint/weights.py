@@ -41,7 +41,10 @@ def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, stric
     try:
         module.load_state_dict(weights, **options)
     except (RuntimeError, TypeError, AttributeError) as error:
-        problems = differences(module, weights, strict) or [f"Its 'state_dict' cannot be loaded: {error}"]
+        problems = differences(module, weights, strict)
+        if not problems and type(module).load_state_dict is not nn.Module.load_state_dict:
+            raise  # an error of the module's own
+        problems = problems or [f"Its 'state_dict' cannot be loaded: {error}"]
         raise MisconfigurationError(
             f"{path} is a checkpoint of another module than {type(module).__name__}. {' '.join(problems)} Give the module "
             "that wrote it, built with the same hyperparameters, or another file."

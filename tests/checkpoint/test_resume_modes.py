@@ -417,7 +417,7 @@ CONFIGURATIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(CONFIGURATIONS, st.integers(0, 20), st.integers(0, 20))
 def test_property_stop_and_resume_equal_a_run_that_went_through(drawn: dict[str, Any], first: int, second: int) -> None:
     """Stopped twice."""

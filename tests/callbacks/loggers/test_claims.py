@@ -120,6 +120,22 @@ def test_the_newest_checkpoint_continues_the_log_however_it_was_written(tmp_path
     assert steps(lines, board) == (list(range(1, 13)), list(range(1, 13)))
 
 
+@pytest.mark.parametrize("at", [6, 8], ids=["in an epoch", "at its end"])
+def test_the_newest_checkpoint_of_a_run_that_was_stopped_continues_its_log(tmp_path: Path, at: int) -> None:
+    def stop(trainer: Any, event: Any) -> None:
+        if trainer.global_step == at:
+            trainer.keep_checkpoint("a test")
+            trainer.stop("a test")
+
+    for more in ((On(safe_point=stop),), ()):
+        lines, board = both()
+        checkpoint = ModelCheckpoint()
+        trainer = new_trainer(lines, board, LRSchedulerStepping(), checkpoint, *more, max_epochs=3, default_root_dir=tmp_path)
+        trainer.fit(Model(), BATCHES, ckpt_path="last")
+        assert file_of(lines).name == "metrics.jsonl" and board.run_dir.name == "version_0"
+    assert steps(lines, board) == (list(range(1, 13)), list(range(1, 13)))
+
+
 def test_the_hidden_file_is_there_until_a_run_has_ended_as_it_should(tmp_path: Path) -> None:
     def interrupt(trainer: Any, event: Any) -> None:
         trainer.interrupt("to look at it")

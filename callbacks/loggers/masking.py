@@ -48,8 +48,8 @@ HARMLESS = frozenset(
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 JOINED = ("password", "passwd", "secret", "apikey", "accesskey", "accesstoken", "authtoken")
 """The ends of words that make a name secret, such as ``dbpassword`` and ``-Dpassword``."""
-NAME = r"[A-Za-z_][\w.-]*"
-URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"]+@")
+NAME = r"[A-Za-z_][\w.-]{0,100}"  # longer ones would cost a time that grows with the square of a text's length
+URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/?#'\"]+@")
 HEADER = re.compile(r"(?i)\b(bearer\s+)(?=\S*\d|\S{16})[\w.~+/=-]{6,}")
 ASSIGNED = re.compile(
     rf"(?P<name>{NAME})(?P<end>['\"]?\s*(?:=>|[:=])\s*)"

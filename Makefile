@@ -17,8 +17,8 @@ test: $(VENV)/dev.stamp  ## run the fast tests, in a few minutes
 slow: $(VENV)/dev.stamp  ## the tests that `make test` leaves out: examples at full length, packaging
 	$(BIN)/python -m pytest -m slow
 
-chaos: $(VENV)/dev.stamp  ## kill training processes at random and at every write, rename and event, and compare with runs that were not: hours
-	CHAOS_KILLS=200 $(BIN)/python -m pytest -s tests/chaos
+chaos: $(VENV)/dev.stamp  ## kill training processes at random and at every write, rename and event, and compare with runs that were not: hours; one kind with ARGS='-k bf16', fewer writes with CHAOS_WRITES=8
+	CHAOS_KILLS=200 $(BIN)/python -m pytest -s tests/chaos $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## check style, types, and that generated files are fresh
 	$(BIN)/ruff check .

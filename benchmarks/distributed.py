@@ -82,6 +82,8 @@ class Size:
     block: int
 
 
+LONGEST = 3600.0
+"""The longest time that the processes of a benchmark may take, in seconds."""
 SIZES = {"1 ms": Size(16, 1, 16, 40), "5 ms": Size(128, 4, 128, 12), "20 ms": Size(256, 4, 256, 4)}
 
 
@@ -509,10 +511,22 @@ def start(module: str, arguments: list[str], processes: int) -> None:
         module: The name of the module.
         arguments: Its arguments.
         processes: The number of processes.
+
+    Raises:
+        subprocess.TimeoutExpired: If they take longer than :data:`LONGEST`.
+        subprocess.CalledProcessError: If one fails.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, "-W", "ignore", *torchrun, "-m", module, *arguments]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            code = process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its processes
+            raise
+    if code != 0:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def main(arguments: list[str] | None = None) -> None:

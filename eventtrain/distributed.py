@@ -20,7 +20,8 @@ T = TypeVar("T")
 class Processes(Protocol):
     """The processes that train together, as one of them sees them.
 
-    Every method is an exchange in which all processes take part, in the same order.
+    Every method is an exchange in which all processes take part, in the same order. In a run of one process it returns its
+    own value.
     """
 
     @property
@@ -38,12 +39,15 @@ class Processes(Protocol):
     @property
     def data(self) -> Processes:
         """The processes whose data differ, as this one sees them; fewer than all if several work on the same batches."""
+        return self
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Combine a tensor of every process; return the result on all of them."""
+        return value
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag holds in any process."""
+        return flag
 
     def read_together(self, read: Callable[[], T], ahead: bool) -> Callable[[], T]:
         """Return a function that reads the next batch as long as all processes have one.
@@ -52,6 +56,7 @@ class Processes(Protocol):
             read: Reads the next batch, or END.
             ahead: Whether more batches may be read than are used, so that no process waits for another.
         """
+        return read
 
     def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
         """Return for each flag whether all processes act on it from here on. It is true once.
@@ -65,6 +70,7 @@ class Processes(Protocol):
             place: ``"batch_end"``, ``"meeting"``, or ``"in_between"`` for another place that all processes pass.
             name: Who asks; the run's own requests have no name.
         """
+        return flags
 
     @property
     def evaluates_together(self) -> bool:
@@ -76,6 +82,7 @@ class Processes(Protocol):
 
     def call_off(self) -> None:
         """Tell the others that this process leaves the current evaluation."""
+        return
 
     def begin_reduction(self, batches: int, missing: int, weight: Weight) -> None:
         """Tell the others how much this process contributes to its accumulation window, if they do not know.
@@ -87,76 +94,36 @@ class Processes(Protocol):
             missing: The batches that had none.
             weight: The sum of the weights; None if they have none.
         """
+        return
 
     def end_reduction(self, batches: int, missing: int, weight: Weight) -> tuple[Tensor | float, Weight]:
         """Return the mean number of batches and the mean weight that the processes have contributed to the window.
 
         It comes after the reduction of the gradients, with the arguments of :meth:`begin_reduction`.
         """
+        return batches, weight
 
     def broadcast(self, value: T) -> T:
         """Return the first process's value, any object that can be pickled; tensors arrive on the CPU."""
+        return value
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes in the first one, in their order; an empty list in the others."""
+        return [value]
 
     def gather_for_all(self, value: T) -> list[T]:
         """Return the values of all processes, in their order, in every process."""
+        return [value]
 
     def barrier(self) -> None:
         """Wait until every process has come here."""
+        return
 
 
-class SingleProcess:
-    """The :class:`Processes` of a run in one process: every exchange returns its own value."""
+class SingleProcess(Processes):
+    """The :class:`Processes` of a run in one process."""
 
     world_size = 1
     global_rank = 0
     local_rank = 0
     evaluates_together = is_called_off = False
-
-    @property
-    def data(self) -> Processes:
-        """This process."""
-        return self
-
-    def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
-        """Return the value."""
-        return value
-
-    def any(self, flag: bool) -> bool:
-        """Return the flag."""
-        return flag
-
-    def read_together(self, read: Callable[[], T], ahead: bool) -> Callable[[], T]:
-        """Return the function."""
-        return read
-
-    def agree(self, flags: list[bool], place: Place, name: str = "") -> list[bool]:
-        """Return the flags."""
-        return flags
-
-    def end_reduction(self, batches: int, missing: int, weight: Weight) -> tuple[Tensor | float, Weight]:
-        """Return the number and the weight."""
-        return batches, weight
-
-    def broadcast(self, value: T) -> T:
-        """Return the value."""
-        return value
-
-    def gather(self, value: T) -> list[T]:
-        """Return a list of the value."""
-        return [value]
-
-    def gather_for_all(self, value: T) -> list[T]:
-        """Return a list of the value."""
-        return [value]
-
-    def barrier(self) -> None:
-        """Return at once."""
-
-    def call_off(self) -> None:
-        """Do nothing."""
-
-    def begin_reduction(self, batches: int, missing: int, weight: Weight) -> None:
-        """Do nothing."""

@@ -46,9 +46,9 @@ def _writable(default: Any = MISSING) -> Any:
 class EventType(type):
     """Makes each event a slotted dataclass of its annotated fields."""
 
-    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
-        """Make the class."""
-        made: Any = super().__new__(cls, name, bases, namespace)
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **names: Any) -> Any:
+        """Make the class. Arguments after its bases are names for it, see :class:`Event`."""
+        made: Any = super().__new__(cls, name, bases, names | namespace)
         if "__slots__" in namespace:
             return made  # to add the slots, dataclass makes the class once more, by this function
         made = dataclass(slots=True)(made)
@@ -88,7 +88,7 @@ def refuse(event: Event, value: Any, *, name: str) -> None:
 
 
 class Event(metaclass=EventType):
-    """The base class of events.
+    """The base class of events. A subclass gives these names as arguments, after its base.
 
     Attributes:
         signal_name: The name of the signal, if it is not the class's name in snake case.
@@ -212,7 +212,7 @@ class CheckpointRead(Event):
     path: AnyPath
 
 
-class LoadCheckpoint(Event):
+class LoadCheckpoint(Event, module_arguments=("checkpoint",)):
     """A checkpoint is complete, and nothing is restored from it yet: loaders and optimizers do not exist. A module may
     take its shape from it here.
 
@@ -220,7 +220,6 @@ class LoadCheckpoint(Event):
         checkpoint: The checkpoint's content. A listener may read or change it in place.
     """
 
-    module_arguments: ClassVar = ("checkpoint",)
     checkpoint: dict[str, Any]
 
 
@@ -272,23 +271,19 @@ class EstimateSteppingBatches(Event):
     stepping_batches: int | None = _writable(None)
 
 
-class FitStart(Event):
+class FitStart(Event, module_arguments=()):
     """``fit`` begins: module, loaders, optimizers and schedulers exist. The place for checks that
     need them."""
-
-    module_arguments: ClassVar = ()
 
 
 # ------------------------------------------------------------------------------------ training
 
 
-class TrainStart(Event):
+class TrainStart(Event, module_arguments=()):
     """Training begins, after the sanity check."""
 
-    module_arguments: ClassVar = ()
 
-
-class TrainEpochStart(Event):
+class TrainEpochStart(Event, module_arguments=()):
     """An epoch of training begins, or continues after the batch at which a checkpoint was written.
 
     Attributes:
@@ -296,7 +291,6 @@ class TrainEpochStart(Event):
         batches_done: Batches of it that were trained before the checkpoint; 0 if the epoch begins.
     """
 
-    module_arguments: ClassVar = ()
     epoch: int
     batches_done: int = 0
 
@@ -357,7 +351,7 @@ class Plan:
     weighted: bool = False
 
 
-class TrainBatchStart(Event):
+class TrainBatchStart(Event, module_arguments=("batch", "batch_idx")):
     """A batch is about to be trained: the gate, at which accumulation writes the plan.
 
     Attributes:
@@ -378,7 +372,6 @@ class TrainBatchStart(Event):
         1
     """
 
-    module_arguments: ClassVar = ("batch", "batch_idx")
     batch: Any
     batch_idx: int
     is_last_batch: bool
@@ -463,14 +456,13 @@ class AfterForward(Event):
     loss: Tensor | None = _writable()
 
 
-class BeforeZeroGrad(Phase):
+class BeforeZeroGrad(Phase, module_arguments=("optimizer",)):
     """An optimizer's gradients are about to be zeroed.
 
     Attributes:
         optimizer: The optimizer.
     """
 
-    module_arguments: ClassVar = ("optimizer",)
     optimizer: LightningOptimizer
 
 
@@ -484,7 +476,7 @@ class AfterZeroGrad(Event):
     optimizer: LightningOptimizer
 
 
-class BeforeBackward(Phase):
+class BeforeBackward(Phase, module_arguments=("raw_loss",)):
     """Backward is about to run.
 
     Attributes:
@@ -499,20 +491,18 @@ class BeforeBackward(Phase):
         ...         event.loss = 0.5 * event.loss
     """
 
-    module_arguments: ClassVar = ("raw_loss",)
     raw_loss: Tensor
     loss: Tensor = _writable()
     evaluation: int = 1
 
 
-class AfterBackward(Event):
+class AfterBackward(Event, module_arguments=()):
     """Backward has run: gradients were added to.
 
     Attributes:
         raw_loss: The loss as the module returned it.
     """
 
-    module_arguments: ClassVar = ()
     raw_loss: Tensor
 
 
@@ -576,7 +566,7 @@ class GradientsFinal(Event):
     in_step: bool
 
 
-class BeforeOptimizerStep(Event):
+class BeforeOptimizerStep(Event, module_arguments=("optimizer",)):
     """The optimizer is about to update, at each evaluation of its closure. Gradients are the true ones,
     unclipped. A listener may veto the step.
 
@@ -589,7 +579,6 @@ class BeforeOptimizerStep(Event):
         skip_reason: Why the step was vetoed; None if it was not.
     """
 
-    module_arguments: ClassVar = ("optimizer",)
     optimizer: LightningOptimizer
     evaluation: int
     skip_reason: str | None = None
@@ -706,7 +695,7 @@ class TrainDataEnd(Event):
     epoch: int
 
 
-class BeforeLRSchedulerStep(Event):
+class BeforeLRSchedulerStep(Event, signal_name="before_lr_scheduler_step"):
     """A learning rate scheduler is about to step.
 
     Attributes:
@@ -721,13 +710,12 @@ class BeforeLRSchedulerStep(Event):
         ...             event.metric = round(float(event.metric), 2)
     """
 
-    signal_name: ClassVar = "before_lr_scheduler_step"
     config: LRSchedulerConfig
     learning_rates: list[float]
     metric: Tensor | float | None = _writable(None)
 
 
-class AfterLRSchedulerStep(Event):
+class AfterLRSchedulerStep(Event, signal_name="after_lr_scheduler_step"):
     """A learning rate scheduler has stepped.
 
     Attributes:
@@ -735,12 +723,11 @@ class AfterLRSchedulerStep(Event):
         learning_rates: The new rate of each parameter group.
     """
 
-    signal_name: ClassVar = "after_lr_scheduler_step"
     config: LRSchedulerConfig
     learning_rates: list[float]
 
 
-class TrainBatchEnd(Event):
+class TrainBatchEnd(Event, module_arguments=("outputs", "batch", "batch_idx")):
     """A batch has been trained.
 
     Attributes:
@@ -751,7 +738,6 @@ class TrainBatchEnd(Event):
         loss: The raw loss, detached, before any scaling; None if there was none.
     """
 
-    module_arguments: ClassVar = ("outputs", "batch", "batch_idx")
     outputs: Any
     batch: Any
     batch_idx: int
@@ -761,20 +747,16 @@ class TrainBatchEnd(Event):
 # ------------------------------------------------------------------------------------ evaluation
 
 
-class ValidationStart(Phase):
+class ValidationStart(Phase, module_arguments=()):
     """A validation begins; the module is in evaluation mode. A context manager that is entered here is left after
     ``validation_end``, also if an error or an interruption ends the validation without that event."""
 
-    module_arguments: ClassVar = ()
 
-
-class ValidationEpochStart(Event):
+class ValidationEpochStart(Event, module_arguments=()):
     """The pass over the validation loaders begins."""
 
-    module_arguments: ClassVar = ()
 
-
-class ValidationBatchStart(Event):
+class ValidationBatchStart(Event, module_arguments=("batch", "batch_idx", "dataloader_idx")):
     """A validation batch is about to run.
 
     Attributes:
@@ -783,13 +765,12 @@ class ValidationBatchStart(Event):
         dataloader_idx: The loader's index.
     """
 
-    module_arguments: ClassVar = ("batch", "batch_idx", "dataloader_idx")
     batch: Any
     batch_idx: int
     dataloader_idx: int = 0
 
 
-class ValidationBatchEnd(Event):
+class ValidationBatchEnd(Event, module_arguments=("outputs", "batch", "batch_idx", "dataloader_idx")):
     """A validation batch has run.
 
     Attributes:
@@ -799,23 +780,18 @@ class ValidationBatchEnd(Event):
         dataloader_idx: The loader's index.
     """
 
-    module_arguments: ClassVar = ("outputs", "batch", "batch_idx", "dataloader_idx")
     outputs: Any
     batch: Any
     batch_idx: int
     dataloader_idx: int = 0
 
 
-class ValidationEpochEnd(Event):
+class ValidationEpochEnd(Event, module_arguments=()):
     """The pass over the validation loaders is over; the module may still log here."""
 
-    module_arguments: ClassVar = ()
 
-
-class ValidationEnd(Event):
+class ValidationEnd(Event, module_arguments=()):
     """A validation is over and its metrics are final."""
-
-    module_arguments: ClassVar = ()
 
 
 class TestStart(ValidationStart):
@@ -869,14 +845,13 @@ class PredictEnd(ValidationEnd):
 # ------------------------------------------------------------------------------------ an epoch ends
 
 
-class TrainEpochEnd(Event):
+class TrainEpochEnd(Event, module_arguments=()):
     """An epoch of training is over, its validation included; the module may still log here.
 
     Attributes:
         epoch: The epoch's index.
     """
 
-    module_arguments: ClassVar = ()
     epoch: int
 
 
@@ -971,14 +946,13 @@ class RunInterrupted(Event):
     path: str | None
 
 
-class SaveCheckpoint(Event):
+class SaveCheckpoint(Event, module_arguments=("checkpoint",)):
     """The state of the run was collected for a checkpoint: add to it, or change it.
 
     Attributes:
         checkpoint: The checkpoint's content. A listener may add to it or change it in place.
     """
 
-    module_arguments: ClassVar = ("checkpoint",)
     checkpoint: dict[str, Any]
 
 
@@ -1006,19 +980,15 @@ class CheckpointSaved(Event):
 # ------------------------------------------------------------------------------------ a run ends
 
 
-class TrainEnd(Event):
+class TrainEnd(Event, module_arguments=()):
     """Training is over."""
 
-    module_arguments: ClassVar = ()
 
-
-class FitEnd(Event):
+class FitEnd(Event, module_arguments=()):
     """``fit`` is over, without an error."""
 
-    module_arguments: ClassVar = ()
 
-
-class ExceptionRaised(Event):
+class ExceptionRaised(Event, signal_name="exception", module_arguments=("exception",)):
     """The run is ending by an error. Reaches every listener, even if one of them raises. An error that a listener raises
     from this one, ``raise RuntimeError(...) from event.exception``, takes its place.
 
@@ -1026,20 +996,16 @@ class ExceptionRaised(Event):
         exception: The error that ``fit`` (``validate``, ``test``, ``predict``) is about to raise.
     """
 
-    signal_name: ClassVar = "exception"
-    module_arguments: ClassVar = ("exception",)
     exception: BaseException
 
 
-class Teardown(Event):
+class Teardown(Event, module_hook="teardown", module_arguments=("stage",)):
     """The run is over, by an error or not: release resources. Reaches every listener, even if one of them raises.
 
     Attributes:
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
     """
 
-    module_hook: ClassVar = "teardown"
-    module_arguments: ClassVar = ("stage",)
     stage: str
 
 

@@ -142,6 +142,7 @@ class RemotePath:
 
 
 AnyPath = Path | RemotePath
+StrPath = str | os.PathLike[str]
 
 
 def file_system(url: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +22,7 @@ from eventtrain.hints import MissingAttribute, explained
 from eventtrain.metrics.metrics import Metrics
 from eventtrain.module.module import LightningModule
 from eventtrain.optim.lr_scheduler import LRSchedulerConfig
-from eventtrain.paths import AnyPath, check_path
+from eventtrain.paths import AnyPath, StrPath, check_path
 from eventtrain.run.arguments import RunArguments, checked_attribute
 from eventtrain.run.compiled import Model, ModuleSteps
 from eventtrain.run.evaluate import Evaluation
@@ -116,7 +115,7 @@ class Trainer:
         read_ahead: bool = True,
         inference_mode: bool = True,
         seed: int | None = None,
-        default_root_dir: str | os.PathLike[str] = ".",
+        default_root_dir: StrPath = ".",
     ) -> None:
         self.arguments = RunArguments(
             *(max_epochs, min_epochs, max_steps, min_steps),
@@ -173,7 +172,7 @@ class Trainer:
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: StrPath | None = None,
     ) -> None:
         """Train a module.
 
@@ -205,11 +204,7 @@ class Trainer:
 
     @explained
     def validate(
-        self,
-        model: Model | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
-        datamodule: Any = None,
+        self, model: Model | None = None, dataloaders: Any = None, ckpt_path: StrPath | None = None, datamodule: Any = None
     ) -> list[dict[str, float]]:
         """Validate a module.
 
@@ -236,11 +231,7 @@ class Trainer:
 
     @explained
     def test(
-        self,
-        model: Model | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
-        datamodule: Any = None,
+        self, model: Model | None = None, dataloaders: Any = None, ckpt_path: StrPath | None = None, datamodule: Any = None
     ) -> list[dict[str, float]]:
         """Test a module. Arguments, result and errors are those of :meth:`validate`, with ``test_step``.
 
@@ -257,7 +248,7 @@ class Trainer:
         self,
         model: Model | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: StrPath | None = None,
         datamodule: Any = None,
         return_predictions: bool = True,
     ) -> Any:
@@ -521,7 +512,7 @@ class Trainer:
         return contents.gather(self) if publish else contents.state_of(self)
 
     @explained
-    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
+    def save_checkpoint(self, path: StrPath) -> None:
         """Write the run's state to a file. In several processes all have to call it.
 
         Args:

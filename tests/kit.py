@@ -363,6 +363,8 @@ class Logged(Callback):
 class FakeProcesses(SingleProcess):
     """One process's view of several, for ``trainer.processes``. The others answer as this one, but for these arguments.
 
+    It has the methods that callbacks for several processes call too, so that it can take the place of their processes.
+
     Args:
         world_size: The number of processes.
         global_rank: The index of this one.
@@ -374,6 +376,7 @@ class FakeProcesses(SingleProcess):
     Attributes:
         flags: This process's flag of each question, in order.
         reduced: This process's tensor and the reduction of each call of ``reduce``, in order.
+        errors: The error of each run, of which this process tells the others; None for none.
     """
 
     def __init__(
@@ -390,6 +393,7 @@ class FakeProcesses(SingleProcess):
         self.global_rank = self.local_rank = global_rank
         self.flags: list[bool] = []
         self.reduced: list[tuple[Tensor, Reduction]] = []
+        self.errors: list[BaseException | None] = []
         self._elsewhere = elsewhere
         self._reduce = reduce
         self._broadcast = broadcast
@@ -398,6 +402,10 @@ class FakeProcesses(SingleProcess):
     def any(self, flag: bool) -> bool:
         self.flags.append(flag)
         return flag if self._elsewhere is None else self._elsewhere(len(self.flags) - 1) or flag
+
+    def begin_any(self, flag: bool) -> Callable[[], bool]:
+        answer = self.any(flag)
+        return lambda: answer
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         self.reduced.append((value, reduction))
@@ -413,3 +421,19 @@ class FakeProcesses(SingleProcess):
 
     def gather_for_all(self, value: Any) -> list[Any]:
         return [value] * self.world_size if self._gather is None else self._gather(value)
+
+    def begin_run(self, place: Callable[[], str] = str) -> None:
+        """Do nothing."""
+
+    def end_run(self, error: BaseException | None = None) -> None:
+        self.errors.append(error)
+
+    def explain(self, error: BaseException) -> Exception | None:
+        """Return None: no other process fails."""
+        return None
+
+    def overwrite(self, tensors: Iterable[Tensor]) -> None:
+        """Keep the values, which the first process has too."""
+
+    def average(self, tensors: list[Tensor], most: int = 2**23) -> None:
+        """Keep the values, which the others have too."""

@@ -11,8 +11,10 @@ import re
 import shutil
 import string
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from eventtrain.callbacks.claims import Claim
 from eventtrain.callbacks.saved_state import file_names, items
 from eventtrain.checkpoint import storage
 from eventtrain.checkpoint.shape import is_of
@@ -38,18 +40,35 @@ class CheckpointFolder:
 
     def __init__(self, path: AnyPath) -> None:
         self.path = path
+        self._claim: Claim | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, *, claims: bool) -> None:
         """Make the folder, try to write in it, and delete the files that a killed run left there half written.
+
+        Args:
+            claims: Whether to claim the right to write ``last.ckpt``, which one run at a time has. The hidden file of the
+                claim is beside the folder. If there can be none, as on a disk without locks, nobody is refused.
 
         Raises:
             OSError: If nothing can be written there.
+            MisconfigurationError: If another run has the claim.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        if claims and isinstance(self.path, Path):
+            place = self.path.resolve()
+            self._claim = Claim(place.with_name(f".{place.name}.run"), self.path, "ModelCheckpoint", "dirpath")
+            with contextlib.suppress(OSError):
+                self._claim.take()
         storage.temporary_name(self.path / LAST).touch(exist_ok=False)
         for left in self.files(f".*{storage.TEMPORARY}"):
             if HALF_WRITTEN.fullmatch(left.name):
                 left.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let other runs write, and remove the hidden file."""
+        if self._claim is not None:
+            self._claim.release(remove=True)
+            self._claim = None
 
     def write(self, content: Mapping[str, Any], names: list[str], surplus: list[str]) -> dict[str, OSError]:
         """Write a checkpoint, then delete others.

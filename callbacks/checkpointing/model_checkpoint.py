@@ -88,7 +88,7 @@ class ModelCheckpoint(Callback):
 
     Raises:
         MisconfigurationError: If an argument is not valid, or nothing would be kept; before training, if nothing can be
-            written to the folder, or state cannot be read back from a file.
+            written to the folder, another run writes its last checkpoint there, or state cannot be read back from a file.
 
     Example:
         >>> checkpoint = ModelCheckpoint("checkpoints/resnet", monitor="val_loss", save_top_k=3)
@@ -216,7 +216,7 @@ class ModelCheckpoint(Callback):
         names: list[str] = []
         if trainer.is_global_zero:
             try:
-                self._folder.prepare()
+                self._folder.prepare(claims=self.save_last)
                 self._finish(trainer)
                 self._newest = max(
                     (number for path in self._folder.files() if (number := sequence_of(path)) < math.inf), default=0
@@ -285,6 +285,7 @@ class ModelCheckpoint(Callback):
             if self._thread is not None:
                 self._thread.shutdown()
                 self._thread = None
+            self._folder.release()
 
     # ------------------------------------------------------------------ writing
 

@@ -224,6 +224,10 @@ class Exchanges:
         if self.notices is not None:
             self.notices.check(name)
         for rank, text in self._departed().items():
+            if text and self.notices is not None:  # it has told its error before; that notice may be on its way
+                with self.notices.changed:
+                    self.notices.changed.wait_for(lambda: self.notices is not None and self.notices.failure is not None, ANSWER)
+                self.notices.check(name)
             advice = "" if text else f" {ADVICE}"
             raise ExchangeError(f"Rank {rank} has ended its program{text}. Rank {self.rank} waited for it in {name}.{advice}")
 

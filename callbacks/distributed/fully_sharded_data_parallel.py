@@ -319,8 +319,10 @@ class FullyShardedDataParallel(DataParallel, Callback):
     @on_demand
     def on_reduce_gradients(self, trainer: Trainer, event: ReduceGradients) -> None:
         # Torch has averaged them in the backward of the batch that closes the window, if that batch had a loss.
-        if self._absences is not None:
+        if self._absences is not None and self._processes is not None:
             self._wait_if_skipped(trainer)
+            if event.skipped:  # no backward waits for the others, whose counts have to be heard first
+                self._processes.barrier()
         if self._may_hold_gradients:
             assert self._processes is not None and self.mesh is not None
             reduce_held_gradients(trainer.module, self._processes, data_mesh(self.mesh))

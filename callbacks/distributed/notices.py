@@ -115,12 +115,25 @@ class Notices:
             store.set(f"notice/{number}", json.dumps([self.rank, kind, content, acknowledged]))
             return number
 
-        if store is self._store_of_thread:
-            return write()
-        number: int | None = within(self.timeout.total_seconds(), write)
-        if number is None:
+        return self.in_time(write)
+
+    def in_time(self, action: Callable[[], T], *, longer: float = 0.0) -> T:
+        """Return the result of an action on the store, which waits without a limit if the network is down.
+
+        Args:
+            action: The action. The thread of the notices calls it directly.
+            longer: Seconds in addition to the timeout.
+
+        Raises:
+            ExchangeError: If the store does not answer in time.
+        """
+        if threading.current_thread() is self._thread:
+            return action()
+        result = within(self.timeout.total_seconds() + longer, lambda: [action()])
+        if result is None:
             raise ExchangeError(f"Rank {self.rank} cannot reach the store of the process group: {STORE_IS_GONE}")
-        return number
+        value: T = result[0]
+        return value
 
     def wait_until_heard(self, number: int, exchange: str) -> None:
         """Wait until every process has handled a notice.
@@ -132,13 +145,20 @@ class Notices:
         Raises:
             ExchangeError: If a process fails or does not answer in time.
         """
-        heard, deadline, pause = f"heard/{number}", time.monotonic() + self.timeout.total_seconds(), 1e-4
-        while (count := self.store.add(heard, 0)) < self.world_size:
+        store, deadline = self.store, time.monotonic() + self.timeout.total_seconds()
+
+        def count_them() -> int:
+            pause = 1e-4
+            while (count := store.add(f"heard/{number}", 0)) < self.world_size:
+                if self.failure is not None or self._broken is not None or time.monotonic() > deadline:
+                    break
+                time.sleep(pause)
+                pause = min(2 * pause, 0.01)
+            return count
+
+        if (count := self.in_time(count_them, longer=SOON)) < self.world_size:
             self.check(exchange)
-            if time.monotonic() > deadline:
-                raise self._late(exchange, f"{self.world_size - count} of {self.world_size} processes have not heard it")
-            time.sleep(pause)
-            pause = min(2 * pause, 0.01)
+            raise self._late(exchange, f"{self.world_size - count} of {self.world_size} processes have not heard it")
 
     def wait_for(self, condition: Callable[[], T], exchange: str, missing: Callable[[], str]) -> T:
         """Wait until a condition holds that notices change. :attr:`changed` has to be locked.

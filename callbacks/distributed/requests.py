@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from eventtrain.callbacks.distributed.notices import Notices
+from eventtrain.callbacks.distributed.notices import SOON, Notices, within
 
 
 class Tick(NamedTuple):
@@ -112,7 +112,7 @@ class Requests:
         try:
             if must_ask:
                 self._notices.post("ask", tick)
-            self._answer(tick, new, tick.batch)
+            self._notices.in_time(lambda: self._answer(tick, new, tick.batch))
         finally:
             self._changed.acquire()
         self._wait_for_decisions(before=Tick(tick.era, tick.batch, tick.place + 1))
@@ -134,7 +134,10 @@ class Requests:
 
         def missing() -> str:
             keys = {rank: f"answer/{key}/{rank}" for key in names for rank in range(self._notices.world_size)}
-            silent = [str(rank) for rank, key in keys.items() if not self._notices.store.check([key])]
+            store = self._notices.store
+            silent = within(SOON, lambda: [str(rank) for rank, key in keys.items() if not store.check([key])])
+            if silent is None:
+                return "the store of the process group does not answer"
             return f"no answer from rank {', '.join(silent) or 'zero'}"
 
         if any(tick < before for tick in self._open):

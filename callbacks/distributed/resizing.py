@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from eventtrain.data.resumable import describe_loader, has_plain_sampler
 from eventtrain.errors import MisconfigurationError
 from eventtrain.trainer import Trainer
 
+T = TypeVar("T")
 Order = Mapping[str, Any]
 """How the samples of an epoch are ordered: by the ``seed`` or the ``state`` of the generator that shuffled them; in the order
 of the data set without either."""
@@ -191,19 +192,27 @@ def drawn_order(draws: Any, part: Mapping[str, Any]) -> Order:
 
 
 def must_continue(checkpoint: Mapping[str, Any], world_size: int) -> bool:
-    """Return whether a run that resumes a checkpoint continues an epoch of other processes, or has done so before."""
-    data = checkpoint.get("data") or {}
-    in_epoch = data.get("position") is not None
-    is_resized = in_epoch and len(checkpoint.get("ranks", ())) + 1 != world_size
+    """Return whether a run that resumes a checkpoint continues an epoch of other processes, or has done so before.
+
+    Parts of a wrong type count as empty: an error names them afterwards.
+    """
+    in_epoch = part(checkpoint, "data", dict).get("position") is not None
+    is_resized = in_epoch and len(part(checkpoint, "ranks", list)) + 1 != world_size
     return is_resized or any("continues" in each for each in written_samplings(checkpoint))
+
+
+def part(content: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    """Return a part of a checkpoint; an empty one if it is missing or of a wrong type."""
+    value = content.get(key)
+    return value if isinstance(value, kind) else kind()
 
 
 def written_samplings(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the result of :func:`sampling` for each training loader of the run that wrote a checkpoint; nothing if no
     callback wrote it."""
-    states = checkpoint.get("callbacks", {}).values()
-    samplings: list[dict[str, Any]] = next((each["samplers"] for each in states if each and "samplers" in each), [])
-    return samplings
+    states = [state for state in part(checkpoint, "callbacks", dict).values() if isinstance(state, dict)]
+    samplings = next((part(state, "samplers", list) for state in states if "samplers" in state), [])
+    return [each for each in samplings if isinstance(each, dict)]
 
 
 def divide_anew(

@@ -18,11 +18,13 @@ class Windows:
 
     A process with a batch without a loss tells its count in a notice, and waits until all have heard it, before it takes part
     in the reduction of the gradients. The reduction ends in no process before all take part, so each process knows the count
-    when its backward is over. Weights are added up by one exchange, begun before the backward once all processes have
-    weights.
+    when its backward is over. Once all processes have weights, they are added up by one exchange after the reduction.
 
     On devices whose reduction does not wait for the host, one vector of counts and weights is reduced on the device instead,
     and is only read on the host by a process without a loss.
+
+    Both exchanges come after the gradients': before them, a process whose closing batch was skipped has not yet taken part in
+    the exchange of buffers that the forward of the others begins with.
 
     Args:
         notices: The notices of the run.
@@ -33,7 +35,6 @@ class Windows:
         self._notices, self._device = notices, device
         self._number = 0  # of windows so far
         self._has_losses = self._all_have_weights = False
-        self._sum: tuple[Tensor, Any] | None = None
         # By window and rank, from notices; guarded by their lock.
         self._counts: dict[int, dict[int, tuple[int, bool]]] = {}
         self._weights: dict[int, dict[int, float | None]] = {}
@@ -50,19 +51,10 @@ class Windows:
         """
         self._number += 1
         self._has_losses = self._has_losses or count > 0
-        if self._device is not None:
-            vector = torch.tensor([count, 0.0, weight is not None], device=self._device)
-            if weight is not None:
-                vector[1] = weight
-            self._sum = vector, dist.all_reduce(vector, async_op=True)
-            return
-        if missing:
+        if missing and self._device is None:
             content = [self._number, count, self._has_losses]
             number = self._notices.post("count", content, acknowledged=True)
             self._notices.wait_until_heard(number, f"the gradients of window {self._number}")
-        if self._all_have_weights:
-            total = as_tensor(weight)
-            self._sum = total, dist.all_reduce(total, async_op=True)
 
     def end(self, count: int, missing: int, weight: Weight) -> tuple[Tensor | float, Weight]:
         """Return the mean count and the mean weight of all processes, after the reduction.
@@ -74,9 +66,11 @@ class Windows:
         """
         size = self._notices.world_size
         if self._device is not None:
-            assert self._sum is not None
-            self._sum[1].wait()
-            mean = self._sum[0] / size
+            vector = torch.tensor([count, 0.0, weight is not None], device=self._device)
+            if weight is not None:
+                vector[1] = weight
+            dist.all_reduce(vector)
+            mean = vector / size
             has_weights = weight is not None if count else mean[2].item() > 0
             return mean[0] if count else mean[0].item(), mean[1] if has_weights else None
         with self._notices.changed:
@@ -94,11 +88,7 @@ class Windows:
             all_know: Whether each process has had a loss, so that it knows whether there are weights.
         """
         size = self._notices.world_size
-        if self._sum is not None:
-            (total, work), self._sum = self._sum, None
-            work.wait()
-            return total / size
-        if not all_know:
+        if not all_know and not self._all_have_weights:
             number = self._number
             self._notices.post("weight", [number, None if weight is None else float(weight)])
             with self._notices.changed:
@@ -108,7 +98,7 @@ class Windows:
             weights = [each for each in told.values() if each is not None]
             self._all_have_weights = bool(weights)
             return sum(weights) / size if weights else None
-        if weight is None:
+        if weight is None and not self._all_have_weights:
             return None
         self._all_have_weights = True
         total = as_tensor(weight)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eventtrain.callback import Callback
-from eventtrain.callbacks.loggers.claims import Claim, Extents
+from eventtrain.callbacks.claims import Claim, Extents, is_over
 from eventtrain.callbacks.loggers.run_files import (
     RunFile,
     copy_beginning,
@@ -44,7 +44,7 @@ class JSONLinesLogger(Callback):
 
     A run that resumes the newest checkpoint of a run continues in its file if it still exists, and cuts off everything that
     was written after the checkpoint, so that each step is there once. A run that begins at an older checkpoint leaves this
-    file as it is, and continues a copy of its lines up to the checkpoint. Until a run has ended as it should, a hidden file
+    file as it is, and continues a copy of its lines up to the checkpoint. Until a run has ended without a stop, a hidden file
     beside its own, ``.<name>.run``, says which run writes there; while it does, another one gets an error. A file that cannot
     be written to is an error before training. If it vanishes or the disk fills up later, there is one warning, and the run
     continues without the logger.
@@ -133,7 +133,7 @@ class JSONLinesLogger(Callback):
         self._is_interrupted, self._is_complete = True, False
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
-        self._is_complete = not self._is_interrupted
+        self._is_complete = not self._is_interrupted and is_over(trainer, self._claim)
 
     def on_teardown(self, trainer: Trainer, event: Teardown) -> None:
         if self._file is not None:

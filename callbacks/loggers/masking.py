@@ -12,7 +12,7 @@ ALWAYS = frozenset(
     re.findall(
         r"\w+",
         "password passwords passwd passphrase passcode pwd secret secrets credential credentials apikey apitoken authtoken "
-        "accesstoken accesskey secretkey privatekey signature authorization cookie jwt bearer auth",
+        "accesstoken accesskey secretkey privatekey signature authorization cookie jwt bearer auth dsn pw",
     )
 )
 """Words that make a name secret wherever they stand in it."""
@@ -32,7 +32,7 @@ PAIRS = frozenset(
         "signing",
     )
     for second in ("key", "keys", "token", "tokens")
-)
+) | {(first, "pass") for first in ("user", "db", "smtp", "mail", "proxy", "admin", "root")}
 """Two words in a row that make a name secret, such as those of ``aws_access_key_id``."""
 HARMLESS = frozenset(
     re.findall(
@@ -45,15 +45,21 @@ HARMLESS = frozenset(
     )
 )
 """Words before ``key`` and ``token`` with which a name is no secret, such as ``sort_key`` and ``pad_token``."""
-WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-NAME = r"[A-Za-z_][\w.-]*"
-URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#@'\"]+@")
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+JOINED = ("password", "passwd", "secret", "apikey", "accesskey", "accesstoken", "authtoken")
+"""The ends of words that make a name secret, such as ``dbpassword`` and ``-Dpassword``."""
+NAME = r"[A-Za-z_][\w.-]{0,100}"  # longer ones would cost a time that grows with the square of a text's length
+URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/?#'\"]+@")
 HEADER = re.compile(r"(?i)\b(bearer\s+)(?=\S*\d|\S{16})[\w.~+/=-]{6,}")
 ASSIGNED = re.compile(
     rf"(?P<name>{NAME})(?P<end>['\"]?\s*(?:=>|[:=])\s*)"
-    r"(?P<value>'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|(?:(?i:bearer|basic|digest|token)\s+)?[^\s,;&()\[\]{}'\"|]+)"
+    r"(?P<value>(?i:[bru]{0,2})(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\")"
+    r"|\((?:[^()]|\([^()]*\))*\)|\[(?:[^\[\]]|\[[^\[\]]*\])*\]|\{(?:[^{}]|\{[^{}]*\})*\}"
+    r"|(?:(?i:bearer|basic|digest|token)\s+)?[^\s,;&()\[\]{}'\"|]+)"
 )
 OPTION = re.compile(rf"--?(?P<name>{NAME})")
+PLAIN = ("None", "True", "False", "null", "true", "false")
+NUMBER = re.compile(r"-?[\d.]+(?:[eE][+-]?\d+)?")
 WELL_KNOWN = re.compile(
     r"\b(?:AKIA[0-9A-Z]{16}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_\w{20,}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,}"
     r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
@@ -70,10 +76,15 @@ def is_secret(name: Any) -> bool:
         >>> [name for name in ("api_key", "keys_per_head", "num_tokens", "hfToken", "monkey") if is_secret(name)]
         ['api_key', 'hfToken']
     """
-    words = [word.lower() for word in WORDS.findall(str(name).rpartition(".")[2])]
+    last = str(name).rpartition(".")[2]
+    words = [word.lower() for word in WORDS.findall(re.sub(r"^[xX]-", "", last))]  # headers begin with it
     if not words:
         return False
     if not ALWAYS.isdisjoint(words) or any(pair in PAIRS for pair in pairwise(words)):
+        return True
+    if any(word.endswith(JOINED) for word in words):
+        return True
+    if words in (["pass"], ["sig"]):
         return True
     return words[-1] in ("key", "token") and (len(words) == 1 or words[-2] not in HARMLESS)
 
@@ -116,14 +127,18 @@ def masked_text(text: str) -> str:
 
 def _assigned(match: re.Match[str]) -> str:
     name, value = match["name"], match["value"]
+    start = f"{name}{match['end']}"
+    quote = value[-1] if value[-1] in "'\"" and value.count(value[-1]) > 1 else ""
     if not is_secret(name):
-        if value[0] not in "'\"" and ("=" in value or ":" in value):  # a value that assigns, as in url=https://host?token=...
-            return f"{name}{match['end']}{masked_text(value)}"
-        return f"{name}{match['end']}{value[0]}{masked_text(value[1:-1])}{value[-1]}" if value[0] in "'\"" else match[0]
-    if value in ("None", "True", "False", "null", "true", "false") or re.fullmatch(r"-?[\d.]+(?:[eE][+-]?\d+)?", value):
+        if quote:
+            opening, _, text = value.partition(quote)
+            return f"{start}{opening}{quote}{masked_text(text[:-1])}{quote}"
+        # A value that assigns, as in url=https://host?token=...
+        return f"{start}{masked_text(value)}" if "=" in value or ":" in value else match[0]
+    is_number = NUMBER.fullmatch(value) or (value[0] in "([{" and not re.search(r"[^\W\d_]", NUMBER.sub("", value)))
+    if value in PLAIN or is_number:
         return match[0]
-    quote = value[0] if value[0] in "'\"" else ""
-    return f"{name}{match['end']}{quote}{MASK}{quote}"
+    return f"{start}{quote}{MASK}{quote}"
 
 
 def masked_command(arguments: Sequence[str]) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from eventtrain.callback import Callback, decides_alike, on_demand
+from eventtrain.callbacks.claims import Claim, Extents, is_over
 from eventtrain.callbacks.loggers import event_files, run_files
-from eventtrain.callbacks.loggers.claims import Claim, Extents
 from eventtrain.callbacks.loggers.masking import masked
 from eventtrain.callbacks.saved_state import field, is_name, items, whole
 from eventtrain.checkpoint.shape import is_of
@@ -68,7 +68,7 @@ class TensorBoardLogger(Callback):
     step is there once. The new event file begins with the mark of ``SummaryWriter(purge_step=...)``, so that TensorBoard drops
     these values even if it has read them. A run that begins at an older checkpoint leaves this directory as it is, and
     continues a copy of its values up to the checkpoint in a new one; so does one that begins at a checkpoint of a run that has
-    ended. Until a run has ended as it should, the hidden file ``.run`` in its directory says which run writes there; while it
+    ended. Until a run has ended without a stop, the hidden file ``.run`` in its directory says which run writes there; while it
     does, another one gets an error.
 
     Values are buffered. They are written to disk after each epoch, before a checkpoint, after an error, at the end of the
@@ -273,7 +273,7 @@ class TensorBoardLogger(Callback):
         self._is_interrupted, self._is_complete = True, False
 
     def on_fit_end(self, trainer: Trainer, event: FitEnd) -> None:
-        self._is_complete = not self._is_interrupted
+        self._is_complete = not self._is_interrupted and is_over(trainer, self._claim)
         if self._writes(trainer) and run_files.logged_hparams(trainer):
             self._add_summary(event_files.session_end())
 
@@ -417,10 +417,10 @@ class TensorBoardLogger(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples = whole(state, "samples")
-        self._evaluated = whole(state, "evaluated", default=0)  # older states have neither this nor a run
+        self._evaluated = whole(state, "evaluated", default=0)  # older states lack this, a directory or a run
         self._seconds_before = field(state, "seconds", float)
         self._began = 0.0
-        run_dir, run = field(state, "run_dir", str, None), field(state, "run", str, None, default=None)
+        run_dir, run = (field(state, name, str, None, default=None) for name in ("run_dir", "run"))
         lengths = state.get("event_files")
         if lengths is not None:
             wanted = "the length of each event file"

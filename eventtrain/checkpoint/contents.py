@@ -17,7 +17,6 @@ from eventtrain._torch import mark_stepped
 from eventtrain.callback import has_state, state_key
 from eventtrain.checkpoint import storage
 from eventtrain.checkpoint.find import say
-from eventtrain.checkpoint.flags import flags, restore_flags
 from eventtrain.checkpoint.migrations import SCHEMA_VERSION, migrated
 from eventtrain.checkpoint.optimizers import class_names, parameter_groups, restore_optimizers
 from eventtrain.checkpoint.ranks import state_of_rank, state_of_this_rank
@@ -29,6 +28,7 @@ from eventtrain.errors import MisconfigurationError
 from eventtrain.events import CheckpointGathered, CheckpointRead, LoadCheckpoint, SaveCheckpoint
 from eventtrain.metrics.entry import on_device
 from eventtrain.module.hparams import HyperparametersMixin
+from eventtrain.module.modes import flags, restore_flags
 from eventtrain.module.saved_hparams import packed
 from eventtrain.version import __version__
 
@@ -201,8 +201,8 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
             mark_stepped(stepping.wrapped, steps > 0)
     restore_flags(trainer.module, checkpoint)
     state.sequence = checkpoint.get("sequence", 0)
-    for name, value in checkpoint["progress"].items():
-        setattr(state.progress, name, value)
+    for name in dataclasses.asdict(state.progress).keys() & checkpoint["progress"].keys():
+        setattr(state.progress, name, checkpoint["progress"][name])
     if state.progress.epoch_is_over:
         state.progress.count_epoch()  # written at the epoch's last safe point: it is not to be trained again
     state.stop.reason = state.stop_request.reason = checkpoint["stop_reason"]

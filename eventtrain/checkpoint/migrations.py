@@ -39,15 +39,15 @@ def migrated(checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
 def _from_1(old: dict[str, Any]) -> dict[str, Any]:
     """Version 1 had neither generators nor a position in the data: exact at an epoch's end if nothing is random."""
     window = {"open": False, "contributions": 0, "weight": None, "weight_reference": old["weight_reference"], "gradients": {}}
-    steps = [old["global_step"]] * len(old["optimizer_states"])
     progress = old["progress"] | {"validated_at": old["progress"]["total_batch_idx"]}
-    absent: dict[str, Any] = {"ranks": [], "stop_reason": None, "metrics": None, "rng": None, "data": None, "versions": {}}
-    return {**old, **absent, "window": window, "num_steps": steps, "progress": progress, "schema_version": 2}
+    absent = {"metrics": None, "rng": None, "data": None, "num_steps": [old["global_step"]] * len(old["optimizer_states"])}
+    return {**old, **absent, "window": window, "progress": progress, "schema_version": 2}
 
 
 def _from_2(old: dict[str, Any]) -> dict[str, Any]:
     """Version 2 had no flags, and nothing by which optimizers are compared."""
-    return {**old, "requires_grad": {}, "training": {}, "classes": {}, "parameter_groups": None, "schema_version": 3}
+    absent: dict[str, Any] = {"ranks": [], "epoch_reason": None, "stop_reason": None, "requires_grad": {}, "training": {}}
+    return {**absent, **old, "classes": {}, "parameter_groups": None, "schema_version": 3}
 
 
 MIGRATIONS: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}

@@ -24,6 +24,8 @@ def state_of_this_rank(trainer: Trainer) -> dict[str, Any]:
     batch, batches, loaders = state.batch, None if state.loop is None else state.loop.batches, state.loaders
     position = None if batches is None else batches.position()
     data = None
+    # In manual optimization only the module knows whether a window is open.
+    parameters = trainer.module.named_parameters() if batch.window_open or not batch.automatic else ()
     if state.loop is not None and loaders is not None:
         first = state.limits.first_epoch_batches
         data = loaders.state_dict(position is not None) | {"position": position, "first_epoch_batches": first}
@@ -34,19 +36,12 @@ def state_of_this_rank(trainer: Trainer) -> dict[str, Any]:
             "missing": batch.missing,
             "weight": batch.weight,
             "weight_reference": batch.weight_reference,
-            # In manual optimization only the module knows whether a window is open.
-            "gradients": gradients(trainer) if batch.window_open or not batch.automatic else {},
+            "gradients": {name: each.grad for name, each in parameters if each.grad is not None},
         },
         "metrics": state.fit_metrics.state_dict(trainer.module),
         "rng": rng_state(),
         "data": data,
     }
-
-
-def gradients(trainer: Trainer) -> dict[str, Any]:
-    """Return the gradients that the module's parameters hold, by the parameters' names."""
-    parameters = trainer.module.named_parameters()
-    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
 def state_of_rank(checkpoint: dict[str, Any], trainer: Trainer) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from errno import EINVAL
 from glob import escape
 from pathlib import Path
 from secrets import token_hex
@@ -25,7 +26,6 @@ LOADABLE = (torch.Size, torch.dtype, torch.device, bool, int, float, complex, st
 """The types that ``torch.load(weights_only=True)`` reads, besides tensors, and lists, tuples, sets and dicts of them."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 TEMPORARY = ".tmp"
-Action = Callable[[], None]
 
 
 class Part:
@@ -42,7 +42,7 @@ class Part:
     copied: Callable[[Callable[[torch.Tensor], torch.Tensor]], Part]
 
 
-def write(content: Mapping[str, Any], path: AnyPath | str | None, *, before: Action | None = None) -> None:
+def write(content: Mapping[str, Any], path: AnyPath | str | None, *, before: Callable[[], None] | None = None) -> None:
     """Write a checkpoint; it gets its final name only when it is whole on disk.
 
     Args:
@@ -95,7 +95,7 @@ def parts_of(content: Mapping[str, Any]) -> dict[str, Part]:
 
 
 @contextmanager
-def renamed_to(target: AnyPath, before: Action | None = None) -> Generator[Any, None, None]:
+def renamed_to(target: AnyPath, before: Callable[[], None] | None = None) -> Generator[Any, None, None]:
     """Yield a temporary path next to a file, and rename it to the file after the ``with`` block has written it.
 
     Nobody can plant a link under its name, which is drawn. A process that is killed leaves the temporary file; the next writer
@@ -230,9 +230,9 @@ def written_at(path: AnyPath) -> tuple[float, float, float]:
         content = without_tensors(path)
         sequence = int(content.get("sequence", 0))
         return sequence, content["progress"]["total_batch_idx"] if sequence else 0, float(content.get("written_at", 0))
-    except OSError:
-        raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != EINVAL:  # which a place before the beginning of a cut file gives
+            raise
         return float("inf"), 0, 0
 
 

@@ -35,16 +35,18 @@ def load_weights(module: nn.Module, content: Mapping[str, Any], path: Any, stric
         raise MisconfigurationError(
             f"{path} is of several processes. Attach FullyShardedDataParallel, or convert it: {advice}."
         )
-    if strict is None:
-        strict = getattr(module, "strict_loading", True)
+    strict = getattr(module, "strict_loading", True) if strict is None else strict
     options = {} if strict else {"strict": False}  # a module may override load_state_dict(self, state_dict)
     try:
         module.load_state_dict(weights, **options)
     except (RuntimeError, TypeError, AttributeError) as error:
-        problems = differences(module, weights, strict) or [f"Its 'state_dict' cannot be loaded: {error}"]
+        problems = " ".join(differences(module, weights, strict))
+        if not problems and type(module).load_state_dict is not nn.Module.load_state_dict:
+            raise  # an error of the module's own
         raise MisconfigurationError(
-            f"{path} is a checkpoint of another module than {type(module).__name__}. {' '.join(problems)} Give the module "
-            "that wrote it, built with the same hyperparameters, or another file."
+            f"{path} is a checkpoint of another module than {type(module).__name__}. "
+            f"{problems or f'Its weights cannot be loaded: {error}'} Give the module that wrote it, built with the same "
+            "hyperparameters, or another file."
         ) from escaped(error)
 
 

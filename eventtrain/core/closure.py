@@ -150,19 +150,18 @@ class Closure:
             else:
                 loss, weight = parse_outputs(outputs, stepping.wrapped)
             if signals.after_forward.listeners:
-                outputs, loss = after_forward(signals, batch, outputs, loss)
+                outputs, loss = after_forward(signals, "train", args[0], batch.batch_idx, outputs, loss)
             batch.outputs, batch.loss = outputs, loss
         if plan.zero_grad:
             batch.contributions = batch.missing = 0
             self._zero_grad()
+        batch.had_loss |= loss is not None
         if loss is None:
             batch.missing += 1
+        elif weight is None and batch.weight is None:
+            batch.contributions += 1
         else:
-            batch.had_loss = True
-            if weight is None and batch.weight is None:
-                batch.contributions += 1
-            else:
-                batch.contribute(weight)
+            batch.contribute(weight)
         if plan.step and batch.processes is not None:
             batch.processes.begin_reduction(*batch.contributed)
         if loss is not None:
@@ -192,9 +191,14 @@ def repeated_evaluation(optimizer: Optimizer) -> MisconfigurationError:
     )
 
 
-def after_forward(signals: SignalTable, batch: BatchState, outputs: Any, loss: Tensor | None) -> tuple[Any, Tensor | None]:
-    """Publish that a training step has returned; return its outputs and its loss, which listeners may have replaced."""
-    event = AfterForward("train", batch.batch, batch.batch_idx, outputs, loss)
+def after_forward(signals: SignalTable, *fields: Any) -> tuple[Any, Tensor | None]:
+    """Publish that a module's step has returned; return its outputs and its loss, which listeners may have replaced.
+
+    Args:
+        signals: The signals on which ``after_forward`` is published.
+        *fields: The fields of :class:`~eventtrain.events.AfterForward`.
+    """
+    event = AfterForward(*fields)
     signals.after_forward.publish(event)
     return event.outputs, event.loss
 

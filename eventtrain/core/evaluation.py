@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eventtrain import events
-from eventtrain.core.closure import forward
+from eventtrain.core.closure import after_forward, forward
 from eventtrain.core.interfaces import END, Batches, LoggedValues
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import Progress
 from eventtrain.distributed import Processes
 from eventtrain.errors import EvaluationInterrupted, MisconfigurationError
-from eventtrain.events import AfterForward, MetricsLogged
+from eventtrain.events import MetricsLogged
 
 EvaluationStage = Literal["validation", "test", "predict"]
 
@@ -130,16 +130,18 @@ class EvaluationLoop:
             args = (batch, batch_idx, dataloader_idx)[: self.num_arguments]
             outputs = forward(signals, self.stage, self.step, args)
             if signals.after_forward.listeners:
-                event = AfterForward(self.stage, batch, batch_idx, outputs, None)
-                signals.after_forward.publish(event)
-                outputs = event.outputs
+                outputs, _ = after_forward(signals, self.stage, batch, batch_idx, outputs, None)
             if end.listeners:
                 end.publish(self._events["BatchEnd"](outputs, batch, batch_idx, dataloader_idx))
             self.number += 1
             if self.keep_outputs:
                 predictions.append(outputs)
             elif metrics.fresh:
-                self._publish_step()
+                logged = MetricsLogged(self.stage, "step", self.number, metrics.take_fresh())
+                if self.is_interrupted is None:
+                    signals.metrics_logged.publish(logged)
+                else:  # in a fit they wait for the end, because an interrupted evaluation is repeated
+                    self.held.append(logged)
             batch_idx += 1
         if batch_idx == 0 and self.warns_if_empty and not isinstance(batches.loader, (list, tuple)):  # written as empty
             warnings.warn(
@@ -148,14 +150,6 @@ class EvaluationLoop:
         batches.finish()
         metrics.suffix = ""
         return predictions
-
-    def _publish_step(self) -> None:
-        """Publish the values of a batch's step. In a fit this waits for the end: an interrupted evaluation is repeated."""
-        event = MetricsLogged(self.stage, "step", self.number, self.metrics.take_fresh())
-        if self.is_interrupted is None:
-            self.signals.metrics_logged.publish(event)
-        else:
-            self.held.append(event)
 
     def _publish(self, suffix: str, event: str) -> None:
         self.signals[f"{self.stage}_{suffix}"].publish(self._events[event]())

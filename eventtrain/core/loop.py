@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from eventtrain import events
-from eventtrain.core.closure import Closure, forward, never_returns_a_value, parse_outputs
+from eventtrain.core.closure import Closure, after_forward, forward, never_returns_a_value, parse_outputs
 from eventtrain.core.interfaces import END, Batches, LoggedValues
 from eventtrain.core.signals import SignalTable
 from eventtrain.core.state import BatchState, Progress, RunLimits, StopRequest
@@ -144,7 +144,8 @@ class TrainLoop:
                 self.agree("in_between")
             if ends_epoch:
                 return
-        self.leave_epoch()
+        # An epoch that the run ends in is not counted. A checkpoint of its last safe point knows nothing of this.
+        self.close_metrics(complete=False)
 
     def begin_epoch(self) -> tuple[Batches, bool]:
         """Open the training data at the epoch's beginning, or at the batch that a checkpoint was written after.
@@ -275,9 +276,7 @@ class TrainLoop:
         else:
             loss, _ = parse_outputs(outputs)
         if self.signals.after_forward.listeners:
-            event = events.AfterForward("train", state.batch, state.batch_idx, outputs, loss)
-            self.signals.after_forward.publish(event)
-            outputs, loss = event.outputs, event.loss
+            outputs, loss = after_forward(self.signals, "train", state.batch, state.batch_idx, outputs, loss)
         state.outputs, state.loss = outputs, loss
 
     def count_update(self) -> None:
@@ -341,8 +340,7 @@ class TrainLoop:
             return True
         if not self.is_last_batch:
             self.is_last_batch = True
-            if self.signals.train_data_end.listeners:
-                self.signals.train_data_end.publish(events.TrainDataEnd(self.progress.current_epoch))
+            self.signals.train_data_end.publish(events.TrainDataEnd(self.progress.current_epoch))
         return self.validate_if_due(self.progress.batch_idx, True)
 
     def end_epoch(self, batches: Batches) -> None:
@@ -357,11 +355,6 @@ class TrainLoop:
         if self.progress.global_step == self.steps_before_epoch:
             self.report_no_update()
         self.progress.epoch_is_over = True  # for a checkpoint that is written at the safe point
-
-    def leave_epoch(self) -> None:
-        """Wind down an epoch that the run ends in: it is not counted. A checkpoint of its last safe point knows nothing of
-        this."""
-        self.close_metrics(complete=False)
 
     def close_metrics(self, complete: bool) -> None:
         """Publish ``train_epoch_end``, then the epoch's final values."""

@@ -209,35 +209,6 @@ class LightningOptimizer(Optimizer):
         else:
             delattr(self.optimizer, name)
 
-    # torch.optim.Optimizer defines these, so that __getattr__ does not see them.
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.optimizer.add_param_group(param_group)
-
-    def register_step_pre_hook(self, hook: Any) -> Any:
-        return self.optimizer.register_step_pre_hook(hook)
-
-    def register_step_post_hook(self, hook: Any) -> Any:
-        return self.optimizer.register_step_post_hook(hook)
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.optimizer.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
-
     def __repr__(self) -> str:
         return f"LightningOptimizer({self.optimizer!r})"
 
@@ -251,6 +222,25 @@ class LightningOptimizer(Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[type[LightningOptimizer], tuple[Optimizer]]:
         return LightningOptimizer, (self.optimizer,)
+
+
+def _of_wrapped(name: str) -> Callable[..., Any]:
+    """Return a method of the wrapper that calls the wrapped optimizer's."""
+
+    def method(self: LightningOptimizer, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.optimizer, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+# torch.optim.Optimizer defines these, so that __getattr__ does not see them.
+for _name in (
+    *("state_dict", "load_state_dict", "add_param_group", "register_step_pre_hook", "register_step_post_hook"),
+    *("register_state_dict_pre_hook", "register_state_dict_post_hook"),
+    *("register_load_state_dict_pre_hook", "register_load_state_dict_post_hook"),
+):
+    setattr(LightningOptimizer, _name, _of_wrapped(_name))
 
 
 def evaluates_often(optimizer: Optimizer) -> bool:

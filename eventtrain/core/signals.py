@@ -160,18 +160,13 @@ class EventSignal(blinker.Signal):
         """Return the receivers that are connected for the trainer, in order, idle ones included."""
         return list(self.receivers_for(self._sender))
 
-    @property
-    def has_weak_receivers(self) -> bool:
-        """Whether a receiver is held weakly, so that blinker's own path has to be taken."""
-        return any(isinstance(receiver, weakref.ref) for receiver in self.receivers.values())
-
     def _renew(self) -> None:
         """Rebuild ``listeners`` after anything that may change it."""
         self._reached = ()
         if not self._is_muted:
             self._reached = tuple(listener for listener in self.attached() if listener not in self._idle)
-            if self.has_weak_receivers:
-                self._reached = (self._send,)
+            if any(isinstance(receiver, weakref.ref) for receiver in self.receivers.values()):
+                self._reached = (self._send,)  # blinker's own path
         self.observe(self._observers)
 
     def observe(self, observers: tuple[Observer, ...]) -> None:

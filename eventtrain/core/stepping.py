@@ -114,13 +114,8 @@ class Stepping:
         """
         signals, batch, steps = self.signals, self.batch, self.num_steps
         skip_reason: str | None = None
-        outer = (
-            self.stepping,
-            self.own,
-            self.evaluations,
-            self._closure,
-            self.result,
-        )  # of the step whose closure this one is in
+        # Of the step whose closure this one is in.
+        outer = self.stepping, self.own, self.evaluations, self._closure, self.result
         phase = events.OptimizerStep(self.optimizer) if signals.optimizer_step.listeners else None
         try:
             if phase is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from types import GeneratorType
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from eventtrain.core.signals import SignalTable
 
 
+@dataclass(eq=False)
 class LoaderPass:
     """One pass over a loader.
 
@@ -39,8 +41,8 @@ class LoaderPass:
         stage: The stage, for the events.
         signals: The signals for ``before_batch_fetch`` and ``after_batch_fetch``.
         transfer: A function that moves a batch to its device.
-        position: The result of :meth:`position` in the run that wrote a checkpoint, to continue its pass. The caller sets
-            all generators to the states of the checkpoint afterwards.
+        begins_at: The result of :meth:`position` in the run that wrote a checkpoint, to continue its pass; None for a new pass.
+            The caller sets all generators to the states of the checkpoint afterwards.
         together: Has passes over loaders without a length end together, see
             :meth:`~eventtrain.distributed.Processes.read_together`.
         reads_ahead: Whether a loader without a length is read ahead. If not, its last batch is not known to be the last.
@@ -50,43 +52,34 @@ class LoaderPass:
         is_last: Whether the batch that was fetched last is the last of the pass.
     """
 
-    def __init__(
-        self,
-        source: ResumableLoader | ResumableCombination,
-        number: int,
-        measure: Callable[[], int | None],
-        stage: Stage,
-        signals: SignalTable,
-        transfer: Callable[[Any], Any],
-        position: Mapping[str, Any] | None = None,
-        *,
-        together: Callable[[Callable[[], Any], bool], Callable[[], Any]],
-        reads_ahead: bool,
-    ) -> None:
-        self.loader = source.loader
-        self.length: int | None  # both from _measure
-        self._end: int | None
-        self._source = source
-        self._used = measure
-        self._stage = stage
-        self._signals = signals
-        self._transfer = transfer
+    source: ResumableLoader | ResumableCombination
+    number: int
+    measure: Callable[[], int | None]
+    stage: Stage
+    signals: SignalTable
+    transfer: Callable[[Any], Any]
+    begins_at: Mapping[str, Any] | None
+    together: Callable[[Callable[[], Any], bool], Callable[[], Any]]
+    reads_ahead: bool
+
+    def __post_init__(self) -> None:
+        self.loader = self.source.loader
         self._fetched = 0
         # The states from which a resumed pass begins, and reads ahead: kept if a checkpoint may need them.
-        self._began: Mapping[str, Any] | None = mark(self.loader) if stage == "train" else None
+        self._began: Mapping[str, Any] | None = mark(self.loader) if self.stage == "train" else None
         self._marks: list[Mapping[str, Any]] = []  # before each batch that was read ahead
         self._again: list[Mapping[str, Any]] = []  # those of a checkpoint
         self._ahead: Any = None
-        if position is None:
-            self._iterator = source.begin(number)
+        if self.begins_at is None:
+            self._iterator = self.source.begin(self.number)
             self._measure()
         else:
-            self._continue(number, position)
+            self._continue(self.begins_at)
         if self.length is None:
             self._iterator = islice(self._iterator, None if self._end is None else self._end - self._fetched)
-            read = self._read_on if reads_ahead else partial(next, self._iterator, END)
-            self._read = self._next = together(read, reads_ahead)
-            if reads_ahead:
+            read = self._read_on if self.reads_ahead else partial(next, self._iterator, END)
+            self._read = self._next = self.together(read, self.reads_ahead)
+            if self.reads_ahead:
                 self._read = self._read_ahead
                 self._ahead = END if self._ahead is END else self._next()
         elif self._iterator is self.loader:
@@ -106,28 +99,28 @@ class LoaderPass:
         if self._fetched == self._end or self._ahead is END:
             return END
         self._fetched += 1
-        signals = self._signals
+        signals = self.signals
         if signals.before_batch_fetch.listeners:
-            with BeforeBatchFetch(self._stage, self._transfer) as phase:
+            with BeforeBatchFetch(self.stage, self.transfer) as phase:
                 signals.before_batch_fetch.publish(phase)
                 if (batch := self._read()) is not END:
                     batch = phase.transfer(batch)
         elif (batch := self._read()) is not END:
-            batch = self._transfer(batch)
+            batch = self.transfer(batch)
         if batch is END:  # the batch before was the last, which was not known
             self._fetched -= 1
             self._ahead, self.is_last = END, True
             return END
         self.is_last = self._fetched == self._end or self._ahead is END
         if signals.after_batch_fetch.listeners:
-            event = AfterBatchFetch(self._stage, batch)
+            event = AfterBatchFetch(self.stage, batch)
             signals.after_batch_fetch.publish(event)
             batch = event.batch
         return batch
 
     def _measure(self) -> None:
         self.length = known_length(self.loader)
-        self._end = self._used()
+        self._end = self.measure()
 
     def _rest(self) -> Callable[[], Any]:
         # A loader that ends before its length is an error. A chain, because its `next` is no Python call. It calls `iter`
@@ -154,8 +147,8 @@ class LoaderPass:
     def _read_on(self) -> Any:
         if self._again:
             put_back(self.loader, self._again.pop(0))
-        if self._source.is_exact:
-            self._marks.append(mark(self.loader) | {"state": self._source.state()})
+        if self.source.is_exact:
+            self._marks.append(mark(self.loader) | {"state": self.source.state()})
         return next(self._iterator, END)
 
     def finish(self) -> None:
@@ -172,7 +165,7 @@ class LoaderPass:
         if next(self._iterator, END) is not END:
             raise MisconfigurationError(
                 f"{type(self.loader).__name__} says that it has {self.length} batches and has more. Correct its __len__, or "
-                f"set {limit_name(self._stage)}={self.length}."
+                f"set {limit_name(self.stage)}={self.length}."
             )
 
     def why_empty(self) -> str:
@@ -197,7 +190,7 @@ class LoaderPass:
             "has_ended": self._ahead is END and not self._marks,
             "began": self._began,
             "before_ahead": list(self._marks),
-            "state": self._marks[0]["state"] if self._marks else self._source.state(),
+            "state": self._marks[0]["state"] if self._marks else self.source.state(),
         }
 
     def close(self) -> None:
@@ -208,14 +201,14 @@ class LoaderPass:
         """
         self._iterator = iter(())
         self._read = self._iterator.__next__
-        self._source.close()
+        self.source.close()
 
-    def _continue(self, number: int, position: Mapping[str, Any]) -> None:
+    def _continue(self, position: Mapping[str, Any]) -> None:
         """Begin the pass after the batches that are done."""
         self._fetched = position["batches"]
         self._began = position["began"]
         put_back(self.loader, position["began"])
-        self._iterator = self._source.begin_at(number, self._fetched, position["state"])
+        self._iterator = self.source.begin_at(self.number, self._fetched, position["state"])
         self._measure()
         if self.length != position["length"]:
             warnings.warn(
@@ -228,8 +221,7 @@ class LoaderPass:
             self._end = max(self._end, self._fetched)
         before_ahead = position["before_ahead"] or []  # in older checkpoints only the first, or None
         self._again = list(before_ahead) if isinstance(before_ahead, list) else [before_ahead]
-        if position.get("has_ended", False):  # older checkpoints do not say
-            self._ahead = END
+        self._ahead = END if position.get("has_ended") else None  # older checkpoints do not say
 
     def _too_short(self) -> Iterator[Any]:
         yield from ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ class ResumablePart(Part):
         self._starts = 0
         # The others draw between the two, and the run does before a loader that begins anew.
         self._began: Mapping[str, Any] | None = None
-        self._before_first: Mapping[str, Any] | None = None
+        self._before_first: Any = None
 
     def iterate(self) -> Iterator[Any]:
         """Begin a pass over the loader."""
@@ -266,8 +267,8 @@ class ResumablePart(Part):
             self._source.end_at(position["state"])
             return
         put_back(self.loader, position["began"])
-        number, first = (self._number, self._starts), position["before_first"]
-        self.iterator = self._source.begin_at(number, self.done, position["state"], lambda: put_back(self.loader, first))
+        number, before_first = (self._number, self._starts), partial(put_back, self.loader, self._before_first)
+        self.iterator = self._source.begin_at(number, self.done, position["state"], before_first)
         self.length = known_length(self.loader)
 
 
@@ -308,15 +309,21 @@ class Indices:
         self._sampler = sampler
         self.is_closed = False
         self._numbered = numbered
-        self._iterator: _IndexIterator | None = None
-        self.skip = 0
+        self._indices: Iterator[Any] = iter(())
+        self._to_skip = self.skip = 0
         self.key: tuple[Any, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         if self.is_closed:
             return iter(())
-        self._iterator = _IndexIterator(iter(self._sampler), self.skip, self.key if self._numbered else None)
-        return self._iterator
+        self._indices, self._to_skip = iter(self._sampler), self.skip
+        return self._pass(self._indices, self.skip, self.key)
+
+    def _pass(self, indices: Iterator[Any], first: int, key: tuple[Any, ...]) -> Iterator[Any]:
+        # At the first call and not earlier, because a loader draws a seed between making this iterator and asking it.
+        self.drop_skipped()
+        for number, index in enumerate(indices, first):
+            yield SeedingIndex(index, (*key, number)) if self._numbered else index
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -326,46 +333,15 @@ class Indices:
 
         A loader with workers has asked for indices before this is called.
         """
-        if self._iterator is not None:
-            self._iterator.drop_skipped()
+        skip, self._to_skip = self._to_skip, 0
+        for _ in range(skip):
+            if next(self._indices, _MISSING) is _MISSING:
+                return  # asking for the next will say that there is none
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._sampler, name)  # a user may read batch_size, or an attribute of a custom sampler
-
-
-class _IndexIterator:
-    """One pass of :class:`Indices`.
-
-    It drops indices at the first call and not earlier, because a loader draws a seed between making this iterator and
-    asking it.
-    """
-
-    def __init__(self, indices: Iterator[Any], skip: int, key: tuple[Any, ...] | None) -> None:
-        self._indices = indices
-        self._skip = skip
-        self._key = key
-        self._number = skip
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if self._skip:
-            self.drop_skipped()
-        index = next(self._indices)
-        if self._key is None:
-            return index
-        number = self._number
-        self._number += 1
-        return SeedingIndex(index, (*self._key, number))
-
-    def drop_skipped(self) -> None:
-        skip, self._skip = self._skip, 0
-        for _ in range(skip):
-            if next(self._indices, _MISSING) is _MISSING:
-                return  # asking for the next will say that there is none
 
 
 class SeedingIndex:

@@ -120,15 +120,6 @@ class Entry:
         part.loader, part.metric = self.loader, self.metric
         return part
 
-    def accepts(self, options: tuple[Any, ...]) -> bool:
-        """Return whether options equal those of the entry.
-
-        ``reduce_fx`` may have another form: an entry from a checkpoint has its name instead of the function.
-        """
-        mine, others = list(self.options), list(options)
-        mine[4], others[4] = self.reduction, reduction_name(options[4])
-        return mine == others
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint. The state of a metric object is saved with the module's, not here."""
         options = list(self.options)

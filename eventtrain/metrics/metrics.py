@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from numbers import Real
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -94,23 +94,21 @@ class Metrics:
         self.fresh = self._fresh[stage]
         self._stage_entries = self._entries[stage]
 
-    def log(
-        self,
-        name: str,
-        value: Any,
-        prog_bar: bool,
-        logger: bool,
-        on_step: bool | None,
-        on_epoch: bool | None,
-        reduce_fx: Any,
-        sync_dist: bool,
-        batch_size: Any,
-        add_dataloader_idx: bool,
-    ) -> None:
-        """Collect one value; see :meth:`eventtrain.LightningModule.log`."""
+    def log(self, name: str, value: Any, options: tuple[Any, ...], batch_size: Any, add_dataloader_idx: bool) -> None:
+        """Collect one value; see :meth:`eventtrain.LightningModule.log`.
+
+        Args:
+            name: Its name.
+            value: The value.
+            options: See :class:`~eventtrain.metrics.entry.Entry`.
+            batch_size: The weight in the mean; None for the size of the batch.
+            add_dataloader_idx: Whether the index of an evaluation loader becomes a part of the name.
+        """
         if (scope := self.scope) is None or self.stage == "predict":
-            self._refuse_scope(name)
-        options = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist)
+            raise MisconfigurationError(
+                f"self.log({name!r}, ...) was called in {calling_hook()}, where a value belongs to no step and no epoch. Log "
+                "in training_step, validation_step, test_step, or in a hook from on_train_start to on_train_epoch_end."
+            )
         key = f"{name}{self.suffix}" if add_dataloader_idx else f"{self.suffix}{name}"
         entry = self._stage_entries[scope].get(key)
         if entry is None:
@@ -340,8 +338,17 @@ class Metrics:
 
     def _change_options(self, entry: Entry, options: tuple[Any, ...]) -> None:
         """Take options that differ from the entry's only in their form; refuse others."""
-        if not entry.accepts(options):
-            self._refuse_options(entry, options)
+        names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "sync_dist")
+        changes = [
+            f"{name}={new!r} after {name}={old!r}"
+            for name, old, new in zip(names, entry.options, options, strict=True)
+            if reduction_name(old) != reduction_name(new)  # an entry of a checkpoint has the name of the function
+        ]
+        if changes:
+            raise MisconfigurationError(
+                f"self.log({entry.name!r}, ...) in {calling_hook()}: the name is logged with different options "
+                f"({', '.join(changes)}). Use the same options for one name, or another name."
+            )
         entry.options = options
 
     def _weight(self, entry: Entry, batch_size: Any) -> float:
@@ -380,9 +387,8 @@ class Metrics:
         for part, value in entry.values_of(metric.compute() if on_batch is None else on_batch):
             if part is entry:
                 return value
-            prog_bar, logger, _, _, reduce_fx, sync_dist = entry.options
-            name = str(part.step_name).removesuffix(part.suffix)
-            self.log(name, value, prog_bar, logger, True, False, reduce_fx, sync_dist, None, bool(part.suffix))
+            name, options = str(part.step_name).removesuffix(part.suffix), (*entry.options[:2], True, False, *entry.options[4:])
+            self.log(name, value, options, None, bool(part.suffix))
             if part.on_epoch and not self.silent:
                 self._set(part.name, self.callback_metrics[str(part.step_name)])
         return None
@@ -433,25 +439,6 @@ class Metrics:
         )
         raise MisconfigurationError(
             f"self.log({entry.name!r}, ...) in {calling_hook()} got {described}. Log a number, a scalar tensor or a metric."
-        )
-
-    def _refuse_scope(self, name: str) -> NoReturn:
-        raise MisconfigurationError(
-            f"self.log({name!r}, ...) was called in {calling_hook()}, where a value belongs to no step and no epoch. Log in "
-            "training_step, validation_step, test_step, or in a hook from on_train_start to on_train_epoch_end."
-        )
-
-    def _refuse_options(self, entry: Entry, options: tuple[Any, ...]) -> NoReturn:
-        names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "sync_dist")
-        changes = [
-            f"{name}={new!r} after {name}={old!r}"
-            for name, old, new in zip(names, entry.options, options, strict=True)
-            if reduction_name(old) != reduction_name(new)
-        ]
-        difference = ", ".join(changes)
-        raise MisconfigurationError(
-            f"self.log({entry.name!r}, ...) in {calling_hook()}: the name is logged with different options ({difference}). "
-            "Use the same options for one name, or another name."
         )
 
 

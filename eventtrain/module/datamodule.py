@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -11,7 +10,7 @@ from eventtrain.checkpoint.storage import read as read_checkpoint
 from eventtrain.data.device import move_to_device
 from eventtrain.module.hparams import HyperparametersMixin, of_class
 from eventtrain.module.saved_hparams import build
-from eventtrain.paths import check_path
+from eventtrain.paths import StrPath, check_path
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
@@ -179,9 +178,9 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
     @of_class
     def load_from_checkpoint(
         cls: type[Self],
-        checkpoint_path: str | PathLike[str],
+        checkpoint_path: StrPath,
         map_location: Any = None,
-        hparams_file: str | PathLike[str] | None = None,
+        hparams_file: StrPath | None = None,
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:

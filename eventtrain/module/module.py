@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,7 +22,7 @@ from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.hooks import ModuleHooks
 from eventtrain.module.hparams import HyperparametersMixin, of_class
 from eventtrain.module.saved_hparams import build
-from eventtrain.paths import check_path
+from eventtrain.paths import StrPath, check_path
 
 if TYPE_CHECKING:
     from eventtrain.trainer import Trainer
@@ -457,9 +456,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> Trainer(max_epochs=1, default_callbacks=False, device="cpu").fit(Line(1, 1), [torch.ones(2, 1)])
             None
         """
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        if not schedulers:
-            return None
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs] or [None]
         return schedulers[0] if len(schedulers) == 1 else schedulers
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -591,15 +588,13 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
         toggles, chosen = self._toggle_stack(), self._in_run(optimizer)
         if not any(toggled is chosen for toggled, _ in toggles):
             return
-        last, flags = toggles[-1]
+        last, _ = toggles[-1]
         if last is not chosen:
             raise MisconfigurationError(
                 f"untoggle_optimizer({type(chosen.optimizer).__name__}): {type(last.optimizer).__name__} was toggled after it. "
                 "Untoggle that one first, or use `with self.toggled_optimizer(opt):`."
             )
-        toggles.pop()
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        self.untoggle_all(len(toggles) - 1)
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Generator[None, None, None]:
@@ -692,9 +687,8 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             if rank_zero_only and not trainer.is_global_zero:
                 return
             sync_dist = sync_dist and not rank_zero_only  # the other processes would not take part
-        metrics.log(
-            name, value, prog_bar, logger is not False, on_step, on_epoch, reduce_fx, sync_dist, batch_size, add_dataloader_idx
-        )
+        options = (prog_bar, logger is not False, on_step, on_epoch, reduce_fx, sync_dist)
+        metrics.log(name, value, options, batch_size, add_dataloader_idx)
 
     def log_dict(self, dictionary: Mapping[str, Any] | LoggableMetric, **options: Any) -> None:
         """Log several values with the same options.
@@ -731,8 +725,7 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> line.weight.requires_grad, line.training
             (False, False)
         """
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
+        self.requires_grad_(False)
         self.eval()
 
     def unfreeze(self) -> None:
@@ -746,16 +739,15 @@ class LightningModule(DataHooks, ModuleHooks, HyperparametersMixin, nn.Module):
             >>> line.weight.requires_grad, line.training
             (True, True)
         """
-        for parameter in self.parameters():
-            parameter.requires_grad_(True)
+        self.requires_grad_(True)
         self.train()
 
     @of_class
     def load_from_checkpoint(
         cls: type[Self],
-        checkpoint_path: str | PathLike[str],
+        checkpoint_path: StrPath,
         map_location: Any = None,
-        hparams_file: str | PathLike[str] | None = None,
+        hparams_file: StrPath | None = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
         **kwargs: Any,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, cast
 
 from torch.optim import Optimizer
@@ -38,23 +38,23 @@ def configure_optimizers(module: LightningModule) -> Configuration:
     if automatic and overridden_method(module, "configure_optimizers") is None:
         raise MisconfigurationError(f"{name} has no configure_optimizers. Define it, and return an optimizer.")
     returned = method_of(module, "configure_optimizers", LightningModule)()
-    configuration = parse_configuration(returned, automatic=automatic)
+    optimizers, schedulers = parse_configuration(returned, automatic=automatic)
     if not automatic:
-        return configuration
-    if len(configuration.optimizers) > 1:
+        return optimizers, schedulers
+    if len(optimizers) > 1:
         raise MisconfigurationError(
-            f"{name}.configure_optimizers returned {len(configuration.optimizers)} optimizers; automatic optimization steps "
+            f"{name}.configure_optimizers returned {len(optimizers)} optimizers; automatic optimization steps "
             "one. Use manual optimization: set self.automatic_optimization = False in __init__ and step them in training_step."
         )
-    if not configuration.optimizers:
+    if not optimizers:
         warnings.warn(
             f"{name}.configure_optimizers returned no optimizer: the run computes losses and updates nothing.", stacklevel=2
         )
     elif overridden_method(module, "optimizer_step") is None:
-        _check_takes_closure(configuration.optimizers[0].optimizer)
-    for config in configuration.schedulers:
+        _check_takes_closure(optimizers[0].optimizer)
+    for config in schedulers:
         _check_steps(module, config)
-    return configuration
+    return optimizers, schedulers
 
 
 def warn_of_idle_schedulers(module: LightningModule, callbacks: list[Any]) -> None:
@@ -87,8 +87,8 @@ def _check_steps(module: LightningModule, config: LRSchedulerConfig) -> None:
             f"{type(config.scheduler).__name__} steps by a metric and its config names none. Return "
             "{'scheduler': ..., 'monitor': 'val_loss'} with the name of a metric that you log."
         )
-    if config.takes_no_metric:
-        config.monitor = None  # common next to a StepLR in dicts that other code makes; it means nothing
+    if isinstance(config.scheduler, LRScheduler) and not config.reduce_on_plateau:
+        config.monitor = None  # common next to a StepLR in dicts that other code makes; its step takes no metric
     if not has_torch_api(config) and overridden_method(module, "lr_scheduler_step") is None:
         raise MisconfigurationError(
             f"{type(config.scheduler).__name__}.step does not have torch's form, step() or step(metric). Override "
@@ -96,17 +96,8 @@ def _check_steps(module: LightningModule, config: LRSchedulerConfig) -> None:
         )
 
 
-@dataclass(slots=True)
-class Configuration:
-    """The optimizers and schedulers of a module.
-
-    Attributes:
-        optimizers: The optimizers, in the order given.
-        schedulers: The scheduler configs, in the order given.
-    """
-
-    optimizers: list[LightningOptimizer]
-    schedulers: list[LRSchedulerConfig]
+Configuration = tuple[list[LightningOptimizer], list[LRSchedulerConfig]]
+"""The optimizers and the scheduler configs of a module, both in the order given."""
 
 
 def parse_configuration(returned: Any, *, automatic: bool = True) -> Configuration:
@@ -127,8 +118,8 @@ def parse_configuration(returned: Any, *, automatic: bool = True) -> Configurati
     Example:
         >>> from torch import nn, optim
         >>> sgd = optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-        >>> configuration = parse_configuration({"optimizer": sgd, "lr_scheduler": optim.lr_scheduler.StepLR(sgd, 1)})
-        >>> configuration.schedulers[0].interval
+        >>> _, [config] = parse_configuration({"optimizer": sgd, "lr_scheduler": optim.lr_scheduler.StepLR(sgd, 1)})
+        >>> config.interval
         'epoch'
     """
     optimizers: list[Any] = []
@@ -157,7 +148,7 @@ def parse_configuration(returned: Any, *, automatic: bool = True) -> Configurati
     configs = [_scheduler_config(scheduler, automatic) for scheduler in schedulers]
     for config in configs:
         _check_ownership(config, plain)
-    return Configuration(wrapped, configs)
+    return wrapped, configs
 
 
 def _from_sequence(returned: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -165,14 +156,10 @@ def _from_sequence(returned: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     if items and all(isinstance(item, Mapping) for item in items):
         pairs = [_from_mapping(item) for item in items]
         return [o for optimizers, _ in pairs for o in optimizers], [s for _, schedulers in pairs for s in schedulers]
-    if len(items) == 2 and all(isinstance(item, (list, tuple)) for item in items):
-        return list(items[0]), list(items[1])
-    if len(items) == 2 and isinstance(items[0], (list, tuple)) and _is_scheduler(items[1]):
-        return list(items[0]), [items[1]]
-    if len(items) == 2 and isinstance(items[0], Optimizer) and _is_scheduler(items[1]):
-        return [items[0]], [items[1]]
-    if len(items) == 2 and isinstance(items[0], Optimizer) and isinstance(items[1], (list, tuple)):
-        return [items[0]], list(items[1])
+    several = [isinstance(item, (list, tuple)) for item in items]
+    if len(items) == 2 and (several[0] or isinstance(items[0], Optimizer)) and (several[1] or _is_scheduler(items[1])):
+        optimizers, schedulers = (list(item) if each else [item] for item, each in zip(items, several, strict=True))
+        return optimizers, schedulers
     if all(isinstance(item, Optimizer) for item in items):
         return items, []
     raise _unknown_form(next((item for item in items if _remedy(item)), returned))

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from eventtrain.errors import MisconfigurationError, nearest
 
@@ -62,11 +62,6 @@ class LRSchedulerConfig:
             )
         if self.reduce_on_plateau is None:
             self.reduce_on_plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-
-    @property
-    def takes_no_metric(self) -> bool:
-        """Whether the scheduler is one of torch's whose ``step`` takes an epoch and not a metric."""
-        return isinstance(self.scheduler, LRScheduler) and not self.reduce_on_plateau
 
     @property
     def optimizer(self) -> Any:

@@ -73,22 +73,18 @@ class Evaluation(Run):
             self.signals.checkpoint_read.publish(CheckpointRead(checkpoint, path))
             self.signals.load_checkpoint.publish(LoadCheckpoint(checkpoint))
             load_weights(module, checkpoint, path)
-        loop = self.evaluation_loop(stage, context=self._evaluating)
+        loop = self.evaluation_loop(stage)
         loop.keep_outputs = stage == "predict" and self.keeps
         self.outputs = loop.evaluate()
         self.results = self.state.metrics.results(len(passes))
 
     @contextmanager
-    def _evaluating(self) -> Generator[None, None, None]:
+    def evaluating(self) -> Generator[None, None, None]:
         """The context of an evaluation outside a fit: without gradients, and if it may be in inference mode, also without the
         data that makes them possible."""
-        inference = self.trainer.arguments.inference_mode and not has_special_parameters(self.module)
+        # Parameters of a subclass of Tensor, such as sharded ones, may fail in inference mode, or afterwards.
+        is_special = any(type(parameter) not in (torch.Tensor, nn.Parameter) for parameter in self.module.parameters())
+        inference = self.trainer.arguments.inference_mode and not is_special
         no_grad = torch.inference_mode() if inference else torch.no_grad()
         with no_grad, evaluation_mode(self.module, self.evaluated):
             yield
-
-
-def has_special_parameters(module: nn.Module) -> bool:
-    """Return whether a module has parameters of a subclass of ``Tensor``, such as sharded ones. They may fail in inference
-    mode, or afterwards."""
-    return any(type(parameter) not in (torch.Tensor, nn.Parameter) for parameter in module.parameters())

@@ -17,7 +17,7 @@ from eventtrain.checkpoint.find import read_checkpoint
 from eventtrain.checkpoint.optimizers import parameter_groups
 from eventtrain.checkpoint.rng import isolated_rng
 from eventtrain.core.closure import Closure
-from eventtrain.core.evaluation import EvaluationLoop, step_arguments
+from eventtrain.core.evaluation import step_arguments
 from eventtrain.core.loop import TrainLoop
 from eventtrain.core.state import BatchState, StopRequest
 from eventtrain.core.stepping import Stepping
@@ -123,17 +123,16 @@ class Fit(Run):
 
     def _configure_optimizers(self) -> None:
         trainer, module, state = self.trainer, self.module, self.state
-        configuration = configure_optimizers(module)
+        optimizers, state.lr_scheduler_configs = configure_optimizers(module)
         automatic = module.automatic_optimization
-        if automatic and configuration.schedulers:
+        if automatic and state.lr_scheduler_configs:
             warn_of_idle_schedulers(module, trainer.callbacks)
-        state.lr_scheduler_configs = configuration.schedulers
-        state.configured_groups = parameter_groups(module, configuration.optimizers)
+        state.configured_groups = parameter_groups(module, optimizers)
         state.batch = BatchState(automatic=automatic)
         if trainer.world_size > 1:  # weights are measured in 1, because processes may have their first in different batches
             state.batch.processes, state.batch.weight_reference, state.stop = trainer.processes, 1.0, StopRequest()
         clip_hook = overridden_method(module, "configure_gradient_clipping") if automatic else None
-        for optimizer in configuration.optimizers:
+        for optimizer in optimizers:
             stepping = Stepping(optimizer, self.signals, state.batch, module.toggled_optimizer, clip_hook, version)
             optimizer.join(stepping)
             state.optimizers.append(optimizer)
@@ -142,7 +141,7 @@ class Fit(Run):
 
     def _train_loop(self, validate: Callable[[], Any] | None) -> TrainLoop:
         module, state, (loader,) = self.module, self.state, self.loaders.of("train")
-        training_step = self.steps["training_step"]
+        training_step, zero_grad = self.steps["training_step"], overridden_method(module, "optimizer_zero_grad")
         takes_index = step_arguments(training_step, 1, most=2) > 1
         closure = None
         if module.automatic_optimization and state.steppings:
@@ -153,7 +152,7 @@ class Fit(Run):
                 training_step,
                 takes_index=takes_index,
                 backward_hook=overridden_method(module, "backward") or Tensor.backward,
-                zero_grad_hook=self._zero_grad_hook(),
+                zero_grad_hook=zero_grad and (lambda *args: zero_grad(state.progress.current_epoch, *args)),
             )
         return TrainLoop(
             signals=self.signals,
@@ -171,13 +170,6 @@ class Fit(Run):
             validate=validate,
             keep_checkpoint=self.trainer.keep_checkpoint,
         )
-
-    def _zero_grad_hook(self) -> Callable[..., Any] | None:
-        hook = overridden_method(self.module, "optimizer_zero_grad")
-        if hook is None:
-            return None
-        progress = self.state.progress
-        return lambda batch_idx, optimizer: hook(progress.current_epoch, batch_idx, optimizer)
 
     # ------------------------------------------------------------------ validation
 
@@ -201,12 +193,12 @@ class Fit(Run):
             # Lightning zeroes all gradients here. Only a module that asks for it does, and never in an open window.
             if zero_grad is not None and not batch.window_open:
                 zero_grad()
-            self._validation_loop().evaluate()
+            self.evaluation_loop("validation").evaluate()
 
         return validate
 
     @contextmanager
-    def _validating(self) -> Generator[None, None, None]:
+    def evaluating(self) -> Generator[None, None, None]:
         """The context of a validation: without gradients, without a trace in training's random numbers and modes.
 
         Not ``inference_mode``, whose tensors training could not use.
@@ -214,21 +206,17 @@ class Fit(Run):
         with isolated_rng(), torch.no_grad(), evaluation_mode(self.module, "validation"):
             yield
 
-    def _validation_loop(self, most: int | None = None) -> EvaluationLoop:
-        interrupted = self._is_interrupted
-        return self.evaluation_loop("validation", context=self._validating, is_interrupted=interrupted, most=most)
-
     def _sanity_check(self) -> None:
         self.sanity_checking = True
         try:
             steps = self.trainer.arguments.num_sanity_val_steps
-            self._validation_loop(most=None if steps == -1 else steps).evaluate(silent=True)
+            self.evaluation_loop("validation", None if steps == -1 else steps).evaluate(silent=True)
         except EvaluationInterrupted:
             pass  # nothing was trained yet: the loop sees the request to stop
         finally:
             self.sanity_checking = False
 
-    def _is_interrupted(self) -> bool:
+    def is_interrupted(self) -> bool:
         """Return whether an evaluation is to be left, because this process is asked to or has heard that another one is."""
         processes, request = self.trainer.processes, self.state.stop_request
         if processes.evaluates_together:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from difflib import get_close_matches
 from typing import Any
 
@@ -32,33 +33,23 @@ LIKE_A_HOOK = re.compile(r"on_|configure_|tbptt_|\w+_(step|end|dict|queue)$")
 """Names that are looked up in the hints. They are read only for such names, because that takes some milliseconds."""
 
 
-class ConnectedHooks:
-    """The connections of one module (and its datamodule) to a trainer's signals.
+def connect_hooks(part: Any, signals: Signals, connected: ExitStack) -> None:
+    """Connect the hooks that a module or datamodule overrides to a trainer's signals.
 
     Args:
-        module: The module, or datamodule, whose hooks are connected.
+        part: The module or datamodule.
         signals: The trainer's signals.
+        connected: Removes the connections when it is closed.
 
     Raises:
         MisconfigurationError: If a method is named almost like a hook, or if a hook takes other arguments.
     """
-
-    def __init__(self, module: LightningModule | LightningDataModule, signals: Signals) -> None:
-        check_names(module)
-        check_signatures(module)
-        self._signals = signals
-        self._connected: list[tuple[str, Callable[..., Any]]] = []
-        for hook_name, signal_name in HOOKS.items():
-            if overridden(module, hook_name, LightningModule, LightningDataModule):
-                listener = adapted(module, hook_name, EVENTS[signal_name])
-                signals[signal_name].connect(listener)
-                self._connected.append((signal_name, listener))
-
-    def disconnect(self) -> None:
-        """Remove the connections."""
-        for signal_name, listener in self._connected:
-            self._signals[signal_name].disconnect(listener)
-        self._connected.clear()
+    check_names(part)
+    check_signatures(part)
+    for hook_name, signal_name in HOOKS.items():
+        if overridden(part, hook_name, LightningModule, LightningDataModule):
+            listener = signals[signal_name].connect(adapted(part, hook_name, EVENTS[signal_name]))
+            connected.callback(signals[signal_name].disconnect, listener)
 
 
 def check_names(part: Any) -> None:

@@ -1,4 +1,4 @@
-"""The loaders of one run, stage by stage, and the passes over them."""
+"""The loaders of one run, stage by stage, and the passes over them; and the data that a call is given."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from eventtrain.core.signals import SignalTable
+from eventtrain.core.state import RunStage
 from eventtrain.data.batches import LoaderPass
 from eventtrain.data.combined import CombinedLoader, as_loaders, as_one_loader, check_loader, loaders_in
 from eventtrain.data.device import transfer_to
 from eventtrain.data.generators import generator_states, set_generator_states
-from eventtrain.data.limits import Limit, known_length, limit_name, limited_length, samples_per_batch
+from eventtrain.data.limits import known_length, limit_name, limited_length, samples_per_batch
 from eventtrain.data.resumable import ResumableCombination, ResumableLoader, set_epoch
 from eventtrain.distributed import Processes, SingleProcess
+from eventtrain.errors import MisconfigurationError
 from eventtrain.events import PrepareLoader, Stage
 from eventtrain.module.datamodule import DataHooks, LightningDataModule
 from eventtrain.module.module import LightningModule
 from eventtrain.module.overriding import method_of, overridden
+from eventtrain.run.arguments import RunArguments
 
 HOOKS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 LOADER_HOOKS: dict[Stage, str] = dict(zip(get_args(Stage), HOOKS, strict=True))
@@ -38,11 +42,11 @@ class RunLoaders:
         dataloaders: The loaders that the call was given, by stage.
         module: The module, whose loaders and transfer hooks are used if the datamodule has none.
         datamodule: The datamodule; None if there is none.
-        batch_limits: How many batches of each stage are used.
+        arguments: The trainer's, which say how many batches of each stage are used, and whether training loaders without a
+            length are read one batch ahead.
         signals: The signals on which fetching is published.
         device: The device of the batches.
         processes: The processes that share the data.
-        read_ahead: Whether training loaders without a length are read ahead.
 
     Attributes:
         seed: The number that loaders' workers are seeded from, together with stage, pass and batch.
@@ -51,11 +55,10 @@ class RunLoaders:
     dataloaders: dict[Stage, Any]
     module: LightningModule
     datamodule: Any
-    batch_limits: dict[Stage, Limit]
+    arguments: RunArguments
     signals: SignalTable
     device: torch.device
     processes: Processes
-    read_ahead: bool
 
     def __post_init__(self) -> None:
         self.seed = torch.initial_seed()
@@ -107,7 +110,7 @@ class RunLoaders:
         Raises:
             MisconfigurationError: If the stage's limit does not fit the loader.
         """
-        length = limited_length(known_length(loader), self.batch_limits[stage], limit_name(stage))
+        length = limited_length(known_length(loader), self.arguments.batch_limits[stage], limit_name(stage))
         if stage == "train" and length is not None and self.processes.world_size > 1:
             return min(self.processes.gather_for_all(length))  # no process trains on after others have nothing left
         return length if most is None else most if length is None else min(most, length)
@@ -134,12 +137,12 @@ class RunLoaders:
         """
         if stage == "train":
             set_epoch(loader, number)
-        if self.batch_limits[stage] == 0:
+        if self.arguments.batch_limits[stage] == 0:
             loader = ()
+        source, transfer = self._source(stage, loader, dataloader_idx), self._transfer(dataloader_idx)
         together = (self.processes if stage == "train" else SingleProcess()).read_together
-        transfer, ahead = self._transfer(dataloader_idx), stage == "train" and self.read_ahead
-        args = self._source(stage, loader, dataloader_idx), number, measure, stage, self.signals, transfer, position
-        return LoaderPass(*args, together=together, reads_ahead=ahead)
+        reads_ahead = stage == "train" and self.arguments.read_ahead
+        return LoaderPass(source, number, measure, stage, self.signals, transfer, position, together, reads_ahead)
 
     def _source(self, stage: Stage, loader: Any, dataloader_idx: int) -> ResumableLoader | ResumableCombination:
         name = f"{stage}/{dataloader_idx}"
@@ -226,3 +229,51 @@ class RunLoaders:
         if self.datamodule is not None and overridden(self.datamodule, hook, *bases):
             return self.datamodule
         return self.module
+
+
+# ------------------------------------------------------------------ the data that a call is given
+
+
+def is_datamodule(value: Any) -> bool:
+    """Return whether an object, or a class, has a method that returns loaders, and is not a module."""
+    kind = value if isinstance(value, type) else type(value)
+    hooks = LOADER_HOOKS.values()
+    return not issubclass(kind, nn.Module) and any(callable(getattr(value, hook, None)) for hook in hooks)
+
+
+def data_of_call(call: RunStage, model: Any, dataloaders: dict[Stage, Any], datamodule: Any) -> tuple[dict[Stage, Any], Any]:
+    """Return the loaders and the datamodule of a call. A datamodule in the place of the first loaders is the datamodule.
+
+    Args:
+        call: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        model: The model that the call was given.
+        dataloaders: The loaders that it was given, by stage; None for none.
+        datamodule: The datamodule that it was given, or None.
+
+    Raises:
+        MisconfigurationError: If there are both, if the datamodule is none, or if the model stands in another place.
+    """
+    modules = [value for value in (*dataloaders.values(), datamodule) if isinstance(value, LightningModule)]
+    if is_datamodule(model) or (modules and not isinstance(model, LightningModule)):
+        raise MisconfigurationError(
+            f"{call}({type(model).__name__}, ...): the model comes first, then loaders or a datamodule. Write "
+            f"{call}(model, {'datamodule' if is_datamodule(model) else 'loader'})."
+        )
+    names = ("train_dataloaders", "val_dataloaders") if call == "fit" else ("dataloaders",)
+    arguments = dict(zip(names, dataloaders.values(), strict=True))
+    if datamodule is None and is_datamodule(arguments[names[0]]):
+        datamodule, dataloaders = arguments.pop(names[0]), {}
+    for name, loaders in arguments.items():
+        if is_datamodule(loaders) or (datamodule is not None and loaders is not None):
+            raise MisconfigurationError(
+                f"{call}({name}={type(loaders).__name__}): give either loaders or a datamodule, not both. A datamodule has the "
+                f"loaders of all stages: {call}(model, datamodule=...)."
+            )
+    if isinstance(datamodule, type):
+        raise MisconfigurationError(f"{datamodule.__name__} is a class. Give an object of it: {datamodule.__name__}(...).")
+    if datamodule is not None and not is_datamodule(datamodule):
+        raise MisconfigurationError(
+            f"{call}(datamodule={type(datamodule).__name__}): give a LightningDataModule, or another object that has one of "
+            f"{', '.join(LOADER_HOOKS.values())}. Loaders are given as {' and '.join(f'{name}=...' for name in names)}."
+        )
+    return dataloaders, datamodule

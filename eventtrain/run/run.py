@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.callback import Callback, listed, make_idle
 from eventtrain.checkpoint.rng import seed_everything
 from eventtrain.checkpoint.storage import first_line
 from eventtrain.core.evaluation import EvaluationLoop, EvaluationStage
+from eventtrain.core.loop import TrainLoop
 from eventtrain.core.state import RunStage
+from eventtrain.data.batches import LoaderPass
 from eventtrain.errors import MisconfigurationError
 from eventtrain.events import ExceptionRaised, JoinProcesses, Setup, Stage, Teardown
+from eventtrain.hints import tables
 from eventtrain.metrics.torchmetrics import unused_metrics
 from eventtrain.module.datamodule import DataHooks
 from eventtrain.module.module import LightningModule
 from eventtrain.module.overriding import method_of, overridden
 from eventtrain.run.arguments import check_module
 from eventtrain.run.compiled import ModuleSteps
-from eventtrain.run.datamodules import data_of_call
-from eventtrain.run.hook_connections import ConnectedHooks, misnamed_loader
-from eventtrain.run.loaders import LOADER_HOOKS, RunLoaders
-from eventtrain.run.places import add_notes
+from eventtrain.run.hook_connections import connect_hooks, misnamed_loader
+from eventtrain.run.loaders import LOADER_HOOKS, RunLoaders, data_of_call
 from eventtrain.run.state import RunState
 
 if TYPE_CHECKING:
@@ -50,12 +52,14 @@ class Run(ABC):
     Attributes:
         sanity_checking: The validation before training is running.
         loaders: The loaders of the run; they exist once it has joined the other processes.
+        is_interrupted: Asked before each batch of an evaluation: whether it is to be left. None outside a fit.
 
     Raises:
         MisconfigurationError: If the model is not a module, or the data is given in a wrong way.
     """
 
     loaders: RunLoaders
+    is_interrupted: Callable[[], bool] | None = None
 
     def __init__(
         self, trainer: Trainer, state: RunState, stage: RunStage, model: Any, datamodule: Any, dataloaders: dict[Stage, Any]
@@ -71,7 +75,7 @@ class Run(ABC):
         assert steps is not None
         self.steps = steps
         state.module, state.steps, state.datamodule = self.module, steps, datamodule
-        self._hooks: list[ConnectedHooks] = []
+        self._hooks = ExitStack()
         self._module_callbacks: list[Any] = []
         self._unused_metrics: list[Any] = []
         self._replaced_callbacks: list[tuple[int, Any]] = []
@@ -81,6 +85,10 @@ class Run(ABC):
     @abstractmethod
     def body(self) -> None:
         """Do the work of the run, between setup and teardown."""
+
+    @abstractmethod
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Return the context that an evaluation runs in."""
 
     def execute(self) -> None:
         """Run from setup to teardown. ``exception`` and ``teardown`` reach every listener; the first error is raised."""
@@ -115,7 +123,7 @@ class Run(ABC):
         self._attach_callbacks(listed(method_of(module, "configure_callbacks", LightningModule)()))
         for part in (datamodule, module):
             if part is not None:
-                self._hooks.append(ConnectedHooks(part, trainer.signals))
+                connect_hooks(part, trainer.signals, self._hooks)
 
     def _attach_to(self, trainer: Trainer) -> None:
         self.module.attach_trainer(trainer)
@@ -150,14 +158,7 @@ class Run(ABC):
         """Build the module, move it to its device, and let callbacks wrap it."""
         trainer, module, datamodule = self.trainer, self.module, self.state.datamodule
         self.loaders = RunLoaders(
-            self.dataloaders,
-            module,
-            datamodule,
-            trainer.arguments.batch_limits,
-            self.signals,
-            trainer.device,
-            trainer.processes,
-            trainer.arguments.read_ahead,
+            self.dataloaders, module, datamodule, trainer.arguments, self.signals, trainer.device, trainer.processes
         )
         parts = [part for part in (datamodule, module) if part is not None]
         for part in parts:
@@ -191,20 +192,11 @@ class Run(ABC):
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluation_loop(
-        self,
-        stage: EvaluationStage,
-        *,
-        context: Callable[[], AbstractContextManager[Any]],
-        is_interrupted: Callable[[], bool] | None = None,
-        most: int | None = None,
-    ) -> EvaluationLoop:
+    def evaluation_loop(self, stage: EvaluationStage, most: int | None = None) -> EvaluationLoop:
         """Return a loop over the loaders of a stage.
 
         Args:
             stage: The stage.
-            context: Returns the context that the evaluation runs in.
-            is_interrupted: Whether the evaluation is to be left; None outside a fit.
             most: Batches of each loader at most; None for the stage's own limit.
         """
         lengths = self.loaders.lengths(stage, most=most)
@@ -216,9 +208,9 @@ class Run(ABC):
             metrics=self.state.metrics,
             progress=self.state.progress,
             open_loaders=self.loaders.passes(stage, most=most, number=self.state.progress.total_batch_idx + 1),
-            context=context,
-            is_interrupted=is_interrupted,
-            processes=None if is_interrupted is None else self.trainer.processes,
+            context=self.evaluating,
+            is_interrupted=self.is_interrupted,
+            processes=None if self.is_interrupted is None else self.trainer.processes,
             warns_if_empty=self.trainer.world_size == 1 and self.trainer.arguments.batch_limits[stage] != 0,
         )
 
@@ -230,13 +222,12 @@ class Run(ABC):
     # ------------------------------------------------------------------ teardown
 
     def _tear_down(self) -> None:
-        trainer, state = self.trainer, self.state
+        trainer, outer, self._outer = self.trainer, self._outer, None
         try:
             self.module.untoggle_all(self._toggles)
             self.signals.teardown.publish_to_all(Teardown(self.stage))
         finally:
-            for hooks in self._hooks:
-                hooks.disconnect()
+            self._hooks.close()
             left = [each for each in trainer.callbacks if not any(each is brought for brought in self._module_callbacks)]
             trainer.callbacks.become(left)
             for index, callback in reversed(self._replaced_callbacks):
@@ -244,9 +235,9 @@ class Run(ABC):
             for callback in trainer.callbacks:
                 make_idle(callback, trainer.signals)
             self.release()
-            state.metrics.enter("train", None)
-            if self._outer is not None and self._outer.stage is not None:
-                self._attach_to(self._outer)
+            self.state.metrics.enter("train", None)
+            if outer is not None and outer.stage is not None:
+                self._attach_to(outer)
 
     def release(self) -> None:
         """Let go of the loaders' workers."""
@@ -262,3 +253,37 @@ class Run(ABC):
             if first is None or later.__cause__ is first:
                 raise
             first.add_note(f"and afterwards: {type(later).__name__}: {later}")
+
+
+def add_notes(error: Exception, trainer: Trainer, module: LightningModule) -> None:
+    """Add notes to an error that ends a run: the stage, epoch and batch, unless a note names the listener that raised it; and
+    what to write instead of an attribute that modules have elsewhere. It costs nothing while there is no error.
+
+    Args:
+        error: The error.
+        trainer: The trainer.
+        module: The module of the run.
+    """
+    if isinstance(error, AttributeError) and isinstance(error.obj, LightningModule):
+        remedy = tables()["module"].get(str(error.name))
+        if remedy is not None:
+            error.add_note(f"{type(error.obj).__name__} has no attribute {error.name!r}. {remedy}")
+    frames = {frame.f_code: frame for frame, _ in walk_tb(error.__traceback__)}
+    evaluation = frames.get(EvaluationLoop.evaluate_loader.__code__)
+    if hasattr(error, "_eventtrain_noted") or (evaluation is None and TrainLoop.train_epoch.__code__ not in frames):
+        return
+    is_loading = LoaderPass.fetch.__code__ in frames
+    if evaluation is None:
+        stage, batch_idx = "train", trainer.batch_idx + is_loading
+    else:
+        stage, batch_idx = evaluation.f_locals["self"].stage, evaluation.f_locals["batch_idx"]
+    step = "training_step" if stage == "train" else f"{stage}_step"
+    place = f"the {stage} loop"
+    if is_loading:
+        place = f"the {stage} loader"
+    elif getattr(getattr(module, step), "__code__", None) in frames:
+        place = f"{type(module).__name__}.{step}"
+    epoch = f"epoch {trainer.current_epoch}, " if trainer.stage == "fit" else ""
+    loader = "" if evaluation is None else f", loader {evaluation.f_locals['dataloader_idx']}"
+    error.add_note(f"raised in {place} ({epoch}batch {batch_idx}{loader})")
+    error._eventtrain_noted = True  # type: ignore[attr-defined]

@@ -22,6 +22,8 @@ from benchmarks import distributed, report, scaling
 from benchmarks.distributed import LATENCIES, Result, Setting
 from benchmarks.exchanges import Census, Latency, written
 
+LONGEST = 300.0  # seconds that a start of processes may take
+
 
 @pytest.fixture
 def group() -> Iterator[Any]:
@@ -138,6 +140,7 @@ def test_two_processes_take_turns_and_both_loops_end_with_the_same_bits(
 ) -> None:
     page, path = tmp_path / "page.md", tmp_path / "figures.json"
     page.write_text("<!-- generated: distributed -->\n<!-- end: distributed -->\n")
+    monkeypatch.setattr(distributed, "LONGEST", LONGEST)
     monkeypatch.setattr(distributed, "save", functools.partial(report.save, page=page, path=path))
     distributed.main(["--sizes", "1 ms", "--rounds", "1", "--save"])
     figures = json.loads(path.read_text())["distributed"]["figures"]
@@ -178,7 +181,9 @@ def test_sizes_of_more_processes_follow_from_two_numbers_of_processes() -> None:
 @pytest.fixture(scope="module")
 def counted() -> dict[int, Any]:
     """The figures of runs in two, three and four processes."""
-    return {processes: scaling.counted(processes) for processes in scaling.COUNTED}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(distributed, "LONGEST", LONGEST)
+        return {processes: scaling.counted(processes) for processes in scaling.COUNTED}
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_a_link_in_the_folder_is_deleted_and_not_its_target(tmp_path: Path) -> N
     folder = CheckpointFolder(tmp_path / "folder")
     folder.path.mkdir()
     os.symlink(target, tmp_path / "folder" / "old.ckpt")
-    folder.prepare(["old.ckpt"])
+    assert folder.delete(["old.ckpt"]) == {}
     assert target.read_text() == "precious" and list((tmp_path / "folder").iterdir()) == []
 
 
@@ -92,7 +92,7 @@ def test_half_written_files_of_killed_processes_go_and_others_stay(tmp_path: Pat
     others = [".notes.tmp", "a.tmp", ".last.ckpt.backup.tmp", ".last.ckpt.0123456789ABCDEF.tmp", ".last.ckpt.0123.tmp"]
     for name in [*left, *others]:
         (tmp_path / name).write_text("half")
-    CheckpointFolder(tmp_path).prepare([])
+    CheckpointFolder(tmp_path).prepare(claims=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 

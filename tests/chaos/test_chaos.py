@@ -29,6 +29,7 @@ SCRIPT = Path(__file__).with_name("train.py")
 KILLS = int(os.environ.get("CHAOS_KILLS", "25"))
 PHASES = {WINDOW: "an open window", VALIDATING: "a validation", WRITING: "a write", RENAMING: "before a rename"}
 EPOCHS = 8 + 3 * KILLS // 4  # long enough for this many kills
+LONGEST = 600.0  # seconds that a process may take
 MOST_BATCHES = 12  # that a process trains before it is killed: more than there are between two checkpoints
 
 
@@ -76,7 +77,11 @@ class Process:
         """
         self._memory[6] = batches
         self._memory[5] = phase or 0
+        deadline = time.monotonic() + LONGEST
         while self.process.poll() is None:
+            if time.monotonic() > deadline:
+                self.process.kill()
+                pytest.fail(f"the process did not end in {LONGEST} s: {self.output.read_text()[-3000:]}")
             if self.batches >= batches and self._is_in(phase):
                 time.sleep(delay)
                 # It is stopped first, because the phase may be over by now.
@@ -123,9 +128,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: 
         killed_in[at] += 1
         for path in (chaos / "checkpoints").glob("*.ckpt"):
             storage.read(path)  # is whole
-    last = subprocess.run([sys.executable, SCRIPT, chaos, str(EPOCHS)], capture_output=True, text=True, check=False)
+    command: list[str | Path] = [sys.executable, SCRIPT, chaos, str(EPOCHS)]
+    last = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
     assert last.returncode == 0, last.stderr
-    assert undisturbed.wait() == 0
+    assert undisturbed.wait(LONGEST) == 0
 
     print({PHASES.get(phase, "training"): count for phase, count in killed_in.items()})
     for phase, description in PHASES.items():

@@ -105,7 +105,7 @@ def outcome(content: dict[str, Any], folder: Path) -> str:
 @pytest.mark.parametrize(
     ("depth", "kinds"),
     [
-        (1, ["None", "a text"]),
+        (1, ["a text"]),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, list(VALUES)), (2, list(VALUES)), (4, FAST))),
     ],
 )

@@ -19,8 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[imp
 from eventtrain import CombinedLoader, LightningDataModule, MisconfigurationError
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 from eventtrain.callbacks.distributed.data_parallel import DataParallel
-from eventtrain.distributed import SingleProcess
-from tests.kit import Line, ModuleOf, NoLength, On, batches, new_trainer, train
+from tests.kit import FakeProcesses, Line, ModuleOf, NoLength, On, batches, new_trainer, train
 from tests.resuming import Model, check_all_safe_points
 
 MODES = ["min_size", "max_size", "max_size_cycle", "sequential"]
@@ -469,14 +468,9 @@ def test_each_loader_is_prepared_by_itself_and_none_is_changed() -> None:
 
 
 def test_each_process_reads_its_share_of_each_loader() -> None:
-    class Second(SingleProcess):
-        world_size, global_rank, local_rank = 2, 1, 1
-
-        def overwrite(self, tensors: Any) -> None: ...
-
     def trained(loaders: Any) -> tuple[list[Any], DataParallel]:
         parallel = DataParallel(shares_data=True, timeout=None)
-        parallel._processes = Second()  # type: ignore[assignment]
+        parallel._processes = FakeProcesses(2, 1)  # type: ignore[assignment]
         module = Reader()
         keep = On(train_end=lambda trainer, event: states.append(parallel.state_dict()))
         train(module, loaders, parallel, keep, max_epochs=2)

@@ -151,6 +151,11 @@ def test_b4_the_first_weight_is_kept_in_checkpoints(make: Any, tmp_path: Any) ->
 def test_b4_weights_are_summed_across_processes(make: Any) -> None:
     """The other process has the gradients 7 and 9 with the weights 4 and 2, in a window of two batches."""
 
+    class Weighing(FakeProcesses):
+        def end_reduction(self, batches: int, missing: int, weight: Any) -> tuple[int, Any]:
+            reductions.append((batches, missing, float(weight)))
+            return batches, (weight + 6.0) / 2
+
     def average(trainer: Any, event: Any) -> None:
         parameter = trainer.module.w  # as an all-reduce with a mean does with the other process's gradients
         theirs = (7.0 * 4.0 + 9.0 * 2.0) / (2 * 1.0)
@@ -158,11 +163,11 @@ def test_b4_weights_are_summed_across_processes(make: Any) -> None:
 
     module = Weighted()
     trainer = new_trainer(GradientAccumulation(2), On(reduce_gradients=average))
-    trainer.processes = processes = FakeProcesses(reduce=lambda value, reduction: value + 6.0)
+    trainer.processes = processes = Weighing()
+    reductions: list[Any] = []
     trainer.fit(module, weighted((1.0, make(1.0)), (2.0, make(3.0))))
     assert module.updates == [pytest.approx((1 * 1 + 2 * 3 + 7 * 4 + 9 * 2) / (1 + 3 + 4 + 2))]
-    ((value, reduction),) = processes.reduced
-    assert reduction == "sum" and isinstance(value, torch.Tensor)
+    assert reductions == [(2, 0, 4.0)] and processes.reduced == []
 
 
 @pytest.mark.parametrize("missing", [1.0, 2.0])

@@ -19,13 +19,13 @@ from fsspec import filesystem  # type: ignore[import-untyped]
 from torch import Tensor
 
 from eventtrain import Callback, MisconfigurationError, Trainer
-from eventtrain.callbacks import LRSchedulerStepping, ModelCheckpoint
+from eventtrain.callbacks import LRSchedulerStepping, ModelCheckpoint, claims
 from eventtrain.callbacks.checkpointing.folder import CheckpointFolder
 from eventtrain.callbacks.checkpointing.staging import Staging
 from eventtrain.checkpoint import storage
 from tests.chaos.harness import checkpoints
 from tests.chaos.places import Places
-from tests.kit import Line, new_trainer
+from tests.kit import Line, On, new_trainer
 from tests.resuming import Model, assert_same, assert_same_run
 
 BATCHES = list(torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(0)))
@@ -417,3 +417,56 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, key: str, name: A
     with pytest.raises(MisconfigurationError, match="which is not the name of a"):
         fit(tmp_path, ModelCheckpoint(every_n_steps=4), ckpt_path="last")
     assert (tmp_path / "victim.ckpt").read_text() == "a file of somebody else"
+
+
+def test_one_run_at_a_time_writes_the_last_checkpoint_of_a_folder(tmp_path: Path) -> None:
+    """Two would overwrite each other's. Folders of other names, and runs one after another, are no conflict."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    messages: list[str] = []
+
+    def another(trainer: Trainer, event: Any) -> None:
+        if messages:
+            return
+        for root, save_last in ((tmp_path, True), (tmp_path / "link", True), (tmp_path, False)):
+            try:
+                fit(root, ModelCheckpoint("kept", filename="other-{step}", save_last=save_last))
+                messages.append("trained")
+            except MisconfigurationError as error:
+                messages.append(str(error))
+        fit(tmp_path, ModelCheckpoint("elsewhere"))
+
+    fit(tmp_path, ModelCheckpoint("kept"), On(train_epoch_start=another))
+    assert messages[2] == "trained"
+    for message in messages[:2]:
+        assert f"another trainer in this process, {os.getpid()}, since" in message and "give another dirpath" in message
+    assert not list(tmp_path.glob(".*"))
+    fit(tmp_path, ModelCheckpoint("kept"))
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from eventtrain.callbacks.checkpointing.folder import CheckpointFolder
+folder = CheckpointFolder(Path(sys.argv[1], "kept"))
+folder.prepare(claims=True)
+print("holds", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_of_another_process_is_refused_until_that_is_gone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "holds\n"
+        with pytest.raises(MisconfigurationError, match=rf"that of the process {process.pid} on .*, since"):
+            fit(tmp_path, ModelCheckpoint("kept"))
+        process.kill()
+        fit(tmp_path, ModelCheckpoint("kept"))  # at once
+
+
+def test_a_place_without_a_hidden_file_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise PermissionError(13, "the parent is not ours")
+
+    monkeypatch.setattr(claims, "opened", fail)
+    fit(tmp_path, ModelCheckpoint("kept"))
+    assert (tmp_path / "kept" / "last.ckpt").is_file()

@@ -28,6 +28,7 @@ from eventtrain.callbacks import (
     TerminateOnNaN,
     Timer,
 )
+from eventtrain.callbacks.distributed import processes
 from eventtrain.callbacks.distributed.distributed_data_parallel import DistributedDataParallel
 from tests.callbacks.distributed.parts import SEED, TIMEOUT
 from tests.kit import On
@@ -59,17 +60,16 @@ class Small(LightningModule):
         super().__init__()
         torch.manual_seed(SEED)
         self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-        self.nothing, self.weights, self.index = nothing, weights, -1
+        self.nothing, self.weights = nothing, weights
 
     def loss(self, batch: Any) -> Any:
         return self.net(batch).square().mean()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.index += 1
-        loss = self.loss(batch)
-        if (RANK, self.index) in self.nothing:
+        index, loss = self.trainer.total_batch_idx, self.loss(batch)
+        if (RANK, index) in self.nothing:
             return None
-        return {"loss": loss, "weight": float(self.index % 3 + 1 + RANK)} if self.weights else loss
+        return {"loss": loss, "weight": float(index % 3 + 1 + RANK)} if self.weights else loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val", self.loss(batch))
@@ -117,7 +117,7 @@ FEW = (("train_batch_end", "stop"), ("safe_point", "stop"), ("train_epoch_start"
 
 
 def requests(folder: Path, askers: str, cases: Any = (*REQUESTS, *OTHERS)) -> Any:
-    results: dict[Any, Any] = {case: asked_at(folder, *case, askers) for case in cases}
+    results: dict[Any, Any] = {(place, ask): asked_at(folder, place, ask, askers) for place, ask in cases}
     results["window"] = asked_at(folder, "train_batch_end", "stop", askers, window=4)
     return results
 
@@ -177,7 +177,7 @@ def without_losses(folder: Path, cases: Any = LOSSES) -> Any:
         trainer = trainer_of(*([GradientAccumulation(window)] if window > 1 or weights else []))
         trainer.fit(module, list(shares()[:, RANK]))
         results[name, window, weights] = vector(module), by_hand(nothing, window, weights), trainer.global_step
-    for (way, place), window in itertools.product(SKIPS.items(), (1, 4)):
+    for (way, place), window, weights in itertools.product(SKIPS.items(), (1, 4), (False, True)):
         nothing = NOTHING["many"]
 
         def leave_out(trainer: Any, event: Any, nothing: Any = nothing, way: str = way) -> None:
@@ -187,10 +187,47 @@ def without_losses(folder: Path, cases: Any = LOSSES) -> Any:
                 else:
                     event.loss = None
 
-        module = Small()
+        module = Small(weights=weights)
         trainer_of(On(**{place: leave_out}), GradientAccumulation(window)).fit(module, list(shares()[:, RANK]))
-        expected = by_hand(nothing, window, False)
-        results[way, window, False] = vector(module), expected, 0
+        results[way, window, weights] = vector(module), by_hand(nothing, window, weights), 0
+    return results
+
+
+def on_device(folder: Path, cases: Any = LOSSES) -> Any:
+    """Reduce the counts as on devices whose reduction the host does not wait for, instead of telling them in notices."""
+    room: Any = processes
+    original = room.Windows
+    try:
+        room.Windows = lambda notices, device: original(notices, torch.device("cpu"))
+        return without_losses(folder, cases)
+    finally:
+        room.Windows = original
+
+
+# ------------------------------------------------------------------ checkpoints by the clock
+
+
+def minutes(folder: Path) -> Any:
+    """Write a checkpoint by a clock that is past its time in the third batch, in one process or in all; return when."""
+
+    class Noting(ModelCheckpoint):
+        def is_due(self, trainer: Any, event: Any) -> bool:
+            due = super().is_due(trainer, event)
+            if due:
+                noted.append((trainer.total_batch_idx, trainer.is_ending))
+            return due
+
+        def on_train_batch_end(self, trainer: Any, event: Any) -> None:
+            if trainer.total_batch_idx == 2 and RANK in ranks:
+                self._time -= 60
+
+    results = {}
+    for ranks, window in itertools.product(((0,), (1,), range(4)), (1, 4)):
+        noted: list[Any] = []
+        place = folder / f"minutes {ranks} {window}"
+        trainer_of(Noting(place, every_n_minutes=1), GradientAccumulation(window)).fit(Small(), list(shares()[:, RANK]))
+        dist.barrier()
+        results[len(ranks), min(ranks), window] = noted, sorted(path.name for path in place.glob("*.ckpt"))
     return results
 
 
@@ -323,11 +360,12 @@ def main() -> None:
     RANK = dist.get_rank()
     if sys.argv[2:] == ["few"]:
         results = {"one": requests(folder, "one", FEW), "all": requests(folder, "all", FEW)}
-        results["without losses"] = without_losses(folder, [("many", 1, False), ("many", 4, True)])
-        results |= {"manual": manual(folder), "exchanges": exchanges(folder)}
+        few = [("many", 1, False), ("many", 4, True)]
+        results |= {"without losses": without_losses(folder, few), "on the device": on_device(folder, few)}
+        results |= {"manual": manual(folder), "exchanges": exchanges(folder), "minutes": minutes(folder)}
     else:
         results = {askers: requests(folder, askers) for askers in ("one", "all")}
-        results["without losses"] = without_losses(folder)
+        results |= {"without losses": without_losses(folder), "on the device": on_device(folder)}
     torch.save(results, folder / f"{RANK}.pt")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 GROUP_TIMEOUT = timedelta(seconds=60)
+LIMIT = 150.0
+"""The longest time that a group may take, in seconds: longer than its exchanges wait, so that their errors are seen."""
 
 
 def in_processes(count: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
@@ -34,9 +38,29 @@ def in_processes(count: int, function: Callable[..., Any], folder: Path, *argume
         if (child := os.fork()) == 0:
             os._exit(_run(rank, count, function, meeting, arguments))
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = wait(children, LIMIT)
     assert not any(codes), f"{function.__name__} of {arguments} ended with {codes} in {count} processes"
     return [torch.load(meeting / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def wait(children: list[int], seconds: float) -> list[int]:
+    """Wait for processes, and end those that take too long; return their exit codes.
+
+    Args:
+        children: The processes.
+        seconds: The longest time to wait.
+    """
+    deadline = time.monotonic() + seconds
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        for child in set(children) - codes.keys():
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[child] for child in children]
 
 
 def _run(rank: int, count: int, function: Callable[..., Any], meeting: Path, arguments: Any) -> int:

@@ -472,17 +472,25 @@ def plain(values: Any) -> dict[str, float]:
 
 @check
 def windows(folder: Path) -> Any:
-    """Compare both callbacks in windows that are never closed, whose last batch is skipped, or whose batches have weights."""
+    """Compare both callbacks in windows that are never closed, whose last batch is skipped or has no loss, or whose batches
+    have weights."""
 
     class Weighted(Model):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return {"loss": F.mse_loss(self.out(batch[0]), batch[1]), "weight": float(1 + batch_idx + 3 * RANK)}
 
+    class Absent(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if kind == "early" and batch_idx == 2:
+                return None
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx in {"late": (2,), "nothing": (0, 1, 2)}.get(kind, ()) else loss
+
     results = {}
-    for kind in ("drop", "skip", "weights"):
+    for kind in ("drop", "skip", "weights", "early", "late", "nothing"):
         ends = []
         for processes in (DistributedDataParallel(timeout=TIMEOUT), FullyShardedDataParallel(timeout=TIMEOUT)):
-            module = Weighted() if kind == "weights" else Model()
+            module = Weighted() if kind == "weights" else Absent()
             trainer = new_trainer(GradientAccumulation(3, remainder="drop"), processes=processes)
 
             def skip(trainer: Any, event: Any, kind: str = kind) -> None:
@@ -586,6 +594,30 @@ def evaluation(folder: Path) -> Any:
         "predicted": predicted,
         "test by hand": by_hand,
     }
+
+
+@check
+def interrupted(folder: Path) -> Any:
+    """Interrupt a run in the validation of its fifth batch, in one process or in both, and resume it."""
+    results = {}
+    for ranks in ((), (0,), (1,), (0, 1)):
+        root = folder / f"interrupted by {ranks}"
+
+        def act(trainer: Any, event: Any, ranks: Any = ranks) -> None:
+            if event.batch_idx == 2 and RANK in ranks:
+                trainer.interrupt("enough")
+
+        modules = []
+        for path in (None, root / "checkpoints" / "interrupted.ckpt") if ranks else (None,):
+            module = Evaluated()
+            trainer = new_trainer(ExponentialMovingAverage(0.9), max_epochs=1, default_root_dir=root)
+            if path is None:
+                trainer.signals.validation_batch_start.connect(act)
+            trainer.fit(module, loader(20), loader(32, shuffle=False), ckpt_path=path)
+            modules.append(module)
+        end = outcome(module, trainer), plain(trainer.callback_metrics)
+        results[ranks] = {"left": len(modules[0].samples), "end": end}
+    return results
 
 
 def share(samples: int) -> Any:

@@ -26,6 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", ["epoch", "step", "batch", "validation"])
 @pytest.mark.parametrize("only_on", [None, 0, 1])
 def test_a_scheduler_gets_one_value_at_each_interval(results: list[Any], interval: str, only_on: int | None) -> None:
@@ -37,6 +38,7 @@ def test_a_scheduler_gets_one_value_at_each_interval(results: list[Any], interva
     assert first == pytest.approx(1.0 if gets_better else 0.1 ** (looks - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("monitor", "only_on"), [("loss", None), ("loss", 1), ("val", None), ("val", 1)])
 def test_early_stopping_looks_at_one_value(results: list[Any], monitor: str, only_on: int | None) -> None:
     (epochs, best, waited, reason), *others = (rank["stopping"][monitor, only_on] for rank in results)
@@ -46,6 +48,7 @@ def test_early_stopping_looks_at_one_value(results: list[Any], monitor: str, onl
     assert [each[:3] for each in others] == [(epochs, best, waited)]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_ranked_and_named_by_one_value(results: list[Any]) -> None:
     for rank in results:
         assert rank["checkpoints"]["scores"] == {"epoch=0-loss=1.0.ckpt": 1.0, "epoch=1-loss=3.0.ckpt": 3.0}
@@ -57,6 +60,7 @@ def test_checkpoints_are_ranked_and_named_by_one_value(results: list[Any]) -> No
         ]
 
 
+@pytest.mark.slow
 def test_an_evaluation_exchanges_the_same_with_any_number_of_batches_and_names(results: list[Any]) -> None:
     for rank in results:
         counts = {size: count for size, (count, _) in rank["exchanges"].items()}
@@ -65,6 +69,7 @@ def test_an_evaluation_exchanges_the_same_with_any_number_of_batches_and_names(r
         assert counts[1, 12] == counts[6, 12] == 5, "their numbers are longer than the head of a message"
 
 
+@pytest.mark.slow
 def test_values_of_an_epoch_are_merged_by_name_and_to_the_bit(results: list[Any]) -> None:
     first, second = (rank["exchanges"][6, 12][1] for rank in results)
     assert first == second
@@ -92,6 +97,7 @@ def test_values_of_an_epoch_are_merged_by_name_and_to_the_bit(results: list[Any]
     assert first["only here"] == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
 def test_a_validation_that_one_process_leaves_is_left_by_all(results: list[Any], ranks: Any) -> None:
     for rank, each in enumerate(results):
@@ -102,6 +108,7 @@ def test_a_validation_that_one_process_leaves_is_left_by_all(results: list[Any],
         assert left["resumed"] == 4 + rank + 3
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_prepares_the_data_longer_than_the_timeout_and_both_end_with_its_error(results: list[Any]) -> None:
     (lines, first), (_, second) = (rank["prepared"] for rank in results)
     assert lines == ["0"]

@@ -225,6 +225,7 @@ def test_one_process_cannot_resume_an_open_window_of_two(results: list[Any], fol
         trainer.fit(Model(), batches, ckpt_path=folder / "resume-1-rank-0.ckpt")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_after_one_of_its_processes_was_killed(results: list[Any], tmp_path: Path) -> None:
     start(HERE / "elastic.py", tmp_path, options=("--max-restarts", "1"))
     for rank, checks in enumerate(results):

@@ -56,6 +56,7 @@ def test_all_modes_have_figures() -> None:
     assert COMMITTED.keys() == (DDP | FSDP).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", COMMITTED)
 def test_a_batch_exchanges_gradients_and_nothing_else(counts: list[Any], mode: str) -> None:
     for rank, counted in enumerate(counts):
@@ -67,6 +68,7 @@ def test_a_batch_exchanges_gradients_and_nothing_else(counts: list[Any], mode: s
             assert actual == [expected] * len(actual), f"{mode}, rank {rank}, {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "window"), [("bare", 1), ("usual callbacks", 1), ("accumulation", WINDOW)])
 def test_a_batch_sends_the_bytes_that_the_hand_written_loop_sends(counts: list[Any], mode: str, window: int) -> None:
     for counted in counts:

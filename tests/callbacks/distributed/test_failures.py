@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.callbacks.distributed.launch import HERE, ROOT, start
+from tests.callbacks.distributed.launch import HERE, ROOT, run_in_time, start
 
 WRONG = "ValueError: the numbers are wrong"
 CALL_IT = "All processes have to call it: not under `if trainer.is_global_zero:`"
@@ -48,6 +47,7 @@ ALONE = {
 
 LATE = {"late": "", "late_in_an_exchange": r"Trainer.save_checkpoint\(\), called by save"}
 PATIENT = ("slow_checkpoint", "slow_save", "slow_prepare")
+LONGEST = 300.0  # seconds
 FAST = ("training_step", "backward", "kill", "fsdp", "save", "log", "ended", "slow_checkpoint")
 """The cases that are not slow: one of each kind."""
 
@@ -77,7 +77,10 @@ class Groups:
             )
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             new = [name for name in names if name not in self.started]
-            subprocess.run([sys.executable, HERE / "failing.py", self.folder, *new], env=environment, check=True, timeout=300)
+            code, _, text = run_in_time([sys.executable, HERE / "failing.py", self.folder, *new], environment, LONGEST)
+            late = [name for name in new if not all((self.folder / f"{name}-{rank}.status").exists() for rank in range(2))]
+            logs = "\n".join(self.log(name, rank) for name in late for rank in range(2))
+            assert code == 0 and not late, f"{late} did not end in {LONGEST} s:\n{logs}\n{text}"
             self.started.update(new)
         texts = []
         for rank in range(2):
@@ -88,7 +91,8 @@ class Groups:
         return [text.partition("\n")[2] for text in texts], [float(text.partition("\n")[0]) for text in texts]
 
     def log(self, case: str, rank: int) -> str:
-        return (self.folder / f"{case}-{rank}.log").read_text()[-3000:]
+        path = self.folder / f"{case}-{rank}.log"
+        return f"{path.name}: {path.read_text()[-3000:] if path.exists() else 'not begun'}"
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,14 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of the first check alone, which takes a sixth of the time of all."""
+    folder = tmp_path_factory.mktemp("quick")
+    start(SCRIPT, folder, "automatic")
+    return [result(folder, rank) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
 def alone(results: list[Any], folder: Path) -> Any:
     """The results of one process that reads the checkpoints of two: whole, damaged, missing, and converted."""
     whole = folder / "automatic" / "4.ckpt"
@@ -59,25 +67,26 @@ def alone(results: list[Any], folder: Path) -> Any:
 # ------------------------------------------------------------------ training
 
 
-def test_automatic_optimization_equals_a_loop_by_hand_with_fully_shard(results: list[Any]) -> None:
-    for rank in results:
+def test_automatic_optimization_equals_a_loop_by_hand_with_fully_shard(quick: list[Any]) -> None:
+    for rank in quick:
         assert equal(rank["automatic"]["ours"], rank["automatic"]["by hand"])
-    assert equal(results[0]["automatic"]["ours"]["optimizers"], results[1]["automatic"]["ours"]["optimizers"])
+    assert equal(quick[0]["automatic"]["ours"]["optimizers"], quick[1]["automatic"]["ours"]["optimizers"])
 
 
-def test_each_number_is_held_by_one_process(results: list[Any]) -> None:
-    (mine, total), (others, _) = (rank["automatic"]["numbers"] for rank in results)
+def test_each_number_is_held_by_one_process(quick: list[Any]) -> None:
+    (mine, total), (others, _) = (rank["automatic"]["numbers"] for rank in quick)
     assert mine + others == total
     assert max(mine, others) < 0.6 * total
 
 
-def test_gradients_are_reduced_once_per_window(results: list[Any]) -> None:
-    for rank in results:
+def test_gradients_are_reduced_once_per_window(quick: list[Any]) -> None:
+    for rank in quick:
         units_and_module = 3
         assert rank["automatic"]["updates"] == 3 * 2  # three epochs of five batches, in windows of 3 and 2
         assert rank["automatic"]["scatters"] == 6 * units_and_module
 
 
+@pytest.mark.slow
 def test_weights_can_stay_gathered_in_a_window(results: list[Any]) -> None:
     units, module, batches = 2, 1, 4
     once = units + module
@@ -88,6 +97,7 @@ def test_weights_can_stay_gathered_in_a_window(results: list[Any]) -> None:
         assert counts["both"] == 2 * once
 
 
+@pytest.mark.slow
 def test_weights_that_stay_gathered_are_saved_resumed_and_averaged_in_a_window(results: list[Any]) -> None:
     for rank in results:
         expected, _ = rank["gathered"]["default"]["ends"]
@@ -95,8 +105,8 @@ def test_weights_that_stay_gathered_are_saved_resumed_and_averaged_in_a_window(r
             assert all(equal(end, expected) for end in gathered["ends"])
 
 
-def test_gradient_norms_count_all_parts(results: list[Any]) -> None:
-    for rank in results:
+def test_gradient_norms_count_all_parts(quick: list[Any]) -> None:
+    for rank in quick:
         automatic = rank["automatic"]
         assert automatic["norms"] == automatic["expected norms"]
         for logged in automatic["layers"]:
@@ -105,6 +115,7 @@ def test_gradient_norms_count_all_parts(results: list[Any]) -> None:
             assert torch.allclose(layers.norm(), torch.tensor(logged["grad_norm"]))
 
 
+@pytest.mark.slow
 def test_clipping_uses_the_norm_that_one_process_computes(results: list[Any]) -> None:
     for rank in results:
         for (norm,), expected, ours, by_hand in rank["norms"]:
@@ -114,24 +125,28 @@ def test_clipping_uses_the_norm_that_one_process_computes(results: list[Any]) ->
     assert results[0]["norms"][1][0] == results[1]["norms"][1][0]
 
 
+@pytest.mark.slow
 def test_manual_optimization_equals_averaging_by_hand(results: list[Any]) -> None:
     for rank in results:
         assert equal(rank["manual"]["ours"], rank["manual"]["by hand"])
 
 
-@pytest.mark.parametrize("kind", ["drop", "skip", "weights"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["drop", "skip", "weights", "early", "late", "nothing"])
 def test_a_window_ends_as_with_distributed_data_parallel(results: list[Any], kind: str) -> None:
     for rank in results:
         wrapped, sharded = rank["windows"][kind]
         assert equal(wrapped, sharded)
 
 
+@pytest.mark.slow
 def test_steps_of_ones_own_are_averaged_as_by_hand(results: list[Any]) -> None:
     for rank in results:
         for sharded, by_hand in rank["own_steps"]:
             assert all(torch.allclose(sharded[name], value, atol=1e-6) for name, value in by_hand.items())
 
 
+@pytest.mark.slow
 def test_layers_that_share_a_weight_are_sharded_together(results: list[Any]) -> None:
     for rank in results:
         wrapped, sharded = rank["tied"]["ends"]
@@ -140,12 +155,14 @@ def test_layers_that_share_a_weight_are_sharded_together(results: list[Any]) -> 
         assert rank["tied"]["apart"] == ["middle"]
 
 
+@pytest.mark.slow
 def test_a_module_can_be_trained_again_after_an_error_in_a_step(results: list[Any]) -> None:
     for rank in results:
         after_error, undisturbed = rank["failed"]
         assert equal(after_error, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_that_would_be_wrong_is_refused(results: list[Any]) -> None:
     for rank in results:
         line_search, scaling = rank["refused"]
@@ -153,6 +170,7 @@ def test_a_run_that_would_be_wrong_is_refused(results: list[Any]) -> None:
         assert "MixedPrecision scales the loss" in scaling and "MixedPrecision('bf16')" in scaling
 
 
+@pytest.mark.slow
 def test_the_order_of_attachment_does_not_matter(results: list[Any]) -> None:
     for rank in results:
         first, other_order = rank["order"]
@@ -170,12 +188,14 @@ def test_the_order_of_attachment_does_not_matter(results: list[Any]) -> None:
 # ------------------------------------------------------------------ evaluation
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_training_as_it_is(results: list[Any]) -> None:
     for rank in results:
         without, with_evaluation = rank["evaluation"]["ends"]
         assert equal(without, with_evaluation)
 
 
+@pytest.mark.slow
 def test_evaluation_uses_the_averages_and_as_many_batches_on_each_rank(results: list[Any]) -> None:
     first, second = (rank["evaluation"] for rank in results)
     assert [len(batch) for batch in first["seen"]] == [len(batch) for batch in second["seen"]]
@@ -188,9 +208,21 @@ def test_evaluation_uses_the_averages_and_as_many_batches_on_each_rank(results: 
     assert len(first["predicted"]) == len(second["predicted"]) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_a_validation_that_one_process_leaves_is_left_by_all_at_the_same_batch(results: list[Any], ranks: Any) -> None:
+    for rank in results:
+        each, undisturbed = rank["interrupted"][ranks], rank["interrupted"][()]
+        assert undisturbed["left"] == 8
+        assert each["left"] == 3 if len(ranks) == 2 else 3 <= each["left"] <= 4
+        assert each["left"] == results[0]["interrupted"][ranks]["left"]
+        assert equal(each["end"], undisturbed["end"])
+
+
 # ------------------------------------------------------------------ checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["automatic", "mixed", "manual", "finetuned"])
 def test_a_run_resumes_exactly(results: list[Any], kind: str) -> None:
     for rank in results:
@@ -199,6 +231,7 @@ def test_a_run_resumes_exactly(results: list[Any], kind: str) -> None:
         assert all(equal(each, resumed["undisturbed"]) for each in resumed["resumed"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_one_file_and_each_part_is_written_once(results: list[Any], folder: Path) -> None:
     checkpoint = storage.read(folder / "automatic" / "4.ckpt")
     assert [name for name, value in checkpoint["state_dict"].items() if value is not None] == ["seen"]
@@ -207,6 +240,7 @@ def test_a_checkpoint_is_one_file_and_each_part_is_written_once(results: list[An
     assert [path.name for path in (folder / "automatic").rglob("*") if path.is_dir()] == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_leaves_its_checkpoints_and_nothing_else(results: list[Any]) -> None:
     for rank in results:
         checkpointed = rank["checkpointed"]
@@ -215,6 +249,7 @@ def test_a_resumed_run_leaves_its_checkpoints_and_nothing_else(results: list[Any
         assert equal(checkpointed["resumed"], checkpointed["undisturbed"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["epoch", "window"])
 def test_a_run_that_does_not_shard_is_resumed_by_one_that_shards(results: list[Any], place: str) -> None:
     for rank in results:
@@ -222,21 +257,25 @@ def test_a_run_that_does_not_shard_is_resumed_by_one_that_shards(results: list[A
         assert equal(whole, sharded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["automatic", "mixed", "manual", "finetuned"])
 def test_one_process_restores_the_state_of_two(alone: Any, folder: Path, kind: str) -> None:
     assert equal(alone[f"{kind} 1"], result(folder / kind, "epoch-0"))
     assert not equal(alone[f"{kind} 1"], alone[f"{kind} 2"])  # it trained on
 
 
+@pytest.mark.slow
 def test_one_process_validates_with_the_averages_of_two(alone: Any) -> None:
     assert torch.allclose(torch.tensor(alone["validated"][0]["val"]), alone["validated by hand"])
     assert not equal(alone["automatic 1"]["averages"], alone["automatic 1"]["module"])
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_is_a_file_of_weights(alone: Any, folder: Path) -> None:
     assert equal(alone["converted"], result(folder / "automatic", "epoch-0")["module"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_resumed_is_an_error(alone: Any) -> None:
     window, gone, damaged = alone["refused"]
     assert "open accumulation window" in window

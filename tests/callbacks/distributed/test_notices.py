@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from eventtrain.callbacks.distributed import notices
 from eventtrain.callbacks.distributed.notices import ExchangeError, Notices, clone
 from eventtrain.callbacks.distributed.requests import Requests
 
@@ -97,6 +98,48 @@ def test_a_process_that_is_not_heard_in_time_is_an_error_that_names_the_exchange
         with pytest.raises(ExchangeError, match="the greeting: 1 of 2 processes have not heard it, and rank 0 has"):
             first.wait_until_heard(number, "the greeting")
         second.open()
+
+
+class Silent:
+    """A store that takes no more requests after a while, as if the network were down.
+
+    Args:
+        store: The store that it stands for.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.is_down, self.goes_on = store, False, threading.Event()
+
+    def clone(self) -> Any:
+        return clone(self.store)
+
+    def __getattr__(self, name: str) -> Any:
+        if self.is_down:
+            assert self.goes_on.wait(20)
+        return getattr(self.store, name)
+
+
+def test_no_process_waits_for_a_silent_store_longer_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "SOON", 0.3)
+    silent: Any = Silent(new_store())
+    first = Notices(silent, 0, 2, timedelta(seconds=0.3))
+    requests = Requests(first)
+    first.open()
+    number = first.post("word", None, acknowledged=True)
+    silent.is_down = True
+    waits: list[Callable[[], Any]] = [
+        lambda: first.wait_until_heard(number, "the greeting"),
+        lambda: first.post("word", None),
+        lambda: requests.pass_tick([True], ends_batch=True),
+    ]
+    for wait in waits:
+        begun = time.monotonic()
+        with pytest.raises(ExchangeError, match=r"cannot reach the store|does not answer"):
+            wait()
+        assert time.monotonic() - begun < 10
+    silent.goes_on.set()
+    silent.is_down = False
+    first.end()
 
 
 def test_a_failure_ends_the_waiting_of_the_others_and_is_named() -> None:

@@ -10,7 +10,8 @@ import torch
 
 from eventtrain import MisconfigurationError
 from eventtrain.callbacks import DistributedDataParallel, FullyShardedDataParallel
-from eventtrain.callbacks.distributed.processes import ENVIRONMENT, device_of_process, join
+from eventtrain.callbacks.distributed.processes import ENVIRONMENT, TorchProcesses, device_of_process, join
+from tests.kit import FakeProcesses
 
 
 def test_joining_needs_every_variable_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +43,9 @@ def test_a_timeout_has_to_be_a_time(kind: Any, timeout: Any) -> None:
     message = re.escape(f"{kind.__name__}(timeout={timeout!r}): give a finite number above 0, in seconds; or a timedelta")
     with pytest.raises(MisconfigurationError, match=message):
         kind(timeout=timeout)
+
+
+def test_the_tests_fake_has_all_methods_of_the_processes() -> None:
+    """So that it can take their place, and a new method breaks no other test."""
+    names = {name for name in dir(TorchProcesses) if not name.startswith("_")}
+    assert names <= set(dir(FakeProcesses()))

@@ -61,7 +61,7 @@ class OneOfSeveral(FakeProcesses):
         self.states, self.ckpt_path = states, ckpt_path
 
     def broadcast(self, value: Any) -> Any:
-        return (self.ckpt_path, None) if isinstance(value, tuple) else value
+        return ([self.ckpt_path], None) if isinstance(value, tuple) else value
 
     def gather(self, value: Any) -> list[Any]:
         if isinstance(value, dict) and "rng" in value:

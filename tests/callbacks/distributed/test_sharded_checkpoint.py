@@ -61,6 +61,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------ in two processes
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_file_is_a_whole_checkpoint_after_the_run_went_on(results: list[Any]) -> None:
     for rank in results:
         copied = rank["copied"]
@@ -68,6 +69,7 @@ def test_a_copy_of_the_file_is_a_whole_checkpoint_after_the_run_went_on(results:
         assert equal(copied["straight"], copied["resumed"])
 
 
+@pytest.mark.slow
 def test_a_save_opens_no_other_checkpoint(results: list[Any]) -> None:
     for rank in results:
         opened = [path for path in rank["copied"]["opened"] if path.endswith((".ckpt", ".tmp"))]
@@ -75,12 +77,14 @@ def test_a_save_opens_no_other_checkpoint(results: list[Any]) -> None:
         assert [path for path in opened if not Path(path).name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_the_files_of_a_run_are_its_checkpoints_and_nothing_else(results: list[Any]) -> None:
     kept = [f"checkpoints/epoch=1-step={step}.ckpt" for step in (10, 7, 8, 9)]
     for rank in results:
         assert rank["copied"]["files"] == [*kept, "checkpoints/last.ckpt", "checkpoints/previous.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_named_and_passed_over_in_all_processes(results: list[Any]) -> None:
     first, second = (rank["damaged"] for rank in results)
     assert first == second
@@ -94,6 +98,7 @@ def test_a_damaged_shard_is_named_and_passed_over_in_all_processes(results: list
     assert "shards/1 has another checksum" in of_another_checkpoint[0]
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_shards_are_written_and_the_file_appears_when_all_are(results: list[Any]) -> None:
     for rank in results:
         background = rank["background"]

@@ -146,6 +146,17 @@ def test_a_program_that_has_ended_is_named(processes: list[Exchanges]) -> None:
         save_checkpoint(first, Work())
 
 
+def test_an_error_that_was_told_before_the_end_of_a_program_is_the_reason(processes: list[Exchanges]) -> None:
+    first, _, third = processes
+    assert first.notices is not None and third.notices is not None
+    first.notices.on("slow", lambda rank, content: time.sleep(0.2))  # so that it hears of the error later than of the end
+    third.notices.post("slow", None)
+    third.notices.fail(error := ValueError("wrong"))
+    third.depart(error)
+    with pytest.raises(ExchangeError, match=r"^Rank 2 has failed with ValueError: wrong\. Rank 0 waited for it in"):
+        save_checkpoint(first, Work())
+
+
 def test_a_store_that_hangs_keeps_nobody_waiting(processes: list[Exchanges]) -> None:
     first, hangs = processes[0], threading.Event()
     first._store = type("Store", (), {"add": lambda *arguments: int(not hangs.wait())})()

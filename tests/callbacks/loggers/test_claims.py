@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from eventtrain import MisconfigurationError
-from eventtrain.callbacks import JSONLinesLogger, LRSchedulerStepping, ModelCheckpoint, TensorBoardLogger
-from eventtrain.callbacks.loggers import claims, event_files, run_files
-from eventtrain.callbacks.loggers.claims import Claim
+from eventtrain.callbacks import JSONLinesLogger, LRSchedulerStepping, ModelCheckpoint, TensorBoardLogger, claims
+from eventtrain.callbacks.claims import Claim
+from eventtrain.callbacks.loggers import event_files, run_files
 from eventtrain.checkpoint import storage
 from tests.callbacks.loggers.logged import BATCHES, Crash, Model, points, run
 from tests.kit import FakeProcesses, On, local, new_trainer
@@ -117,6 +117,22 @@ def test_the_newest_checkpoint_continues_the_log_however_it_was_written(tmp_path
     trainer = new_trainer(lines, board, LRSchedulerStepping(), *checkpoints, max_epochs=3, default_root_dir=tmp_path)
     trainer.fit(Model(), BATCHES, ckpt_path="last")
     assert file_of(lines).name == "metrics.jsonl" and board.run_dir.name == "version_0"
+    assert steps(lines, board) == (list(range(1, 13)), list(range(1, 13)))
+
+
+@pytest.mark.parametrize("at", [6, 8], ids=["in an epoch", "at its end"])
+def test_the_newest_checkpoint_of_a_run_that_was_stopped_continues_its_log(tmp_path: Path, at: int) -> None:
+    def stop(trainer: Any, event: Any) -> None:
+        if trainer.global_step == at:
+            trainer.keep_checkpoint("a test")
+            trainer.stop("a test")
+
+    for more in ((On(safe_point=stop),), ()):
+        lines, board = both()
+        checkpoint = ModelCheckpoint()
+        trainer = new_trainer(lines, board, LRSchedulerStepping(), checkpoint, *more, max_epochs=3, default_root_dir=tmp_path)
+        trainer.fit(Model(), BATCHES, ckpt_path="last")
+        assert file_of(lines).name == "metrics.jsonl" and board.run_dir.name == "version_0"
     assert steps(lines, board) == (list(range(1, 13)), list(range(1, 13)))
 
 
@@ -257,7 +273,7 @@ def test_two_trainers_of_a_process_cannot_share_a_log(tmp_path: Path, index: int
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from eventtrain.callbacks.loggers.claims import Claim
+from eventtrain.callbacks.claims import Claim
 claim = Claim(Path(sys.argv[1]), Path("log"), "JSONLinesLogger", "path")
 claim.take()
 if os.fork() == 0:
@@ -359,3 +375,10 @@ def test_a_directory_that_cannot_be_read_at_a_checkpoint_costs_one_warning(
     lines, board = fit(tmp_path, ckpt_path=tmp_path / "epoch_0.ckpt")
     assert steps(lines, board)[0] == list(range(1, 9))
     assert sorted(set(steps(lines, board)[1])) == list(range(1, 9))
+
+
+def test_a_state_of_the_first_versions_names_no_directory_and_no_run(tmp_path: Path) -> None:
+    logger = TensorBoardLogger()
+    logger.load_state_dict({"samples": 8, "seconds": 2.5})
+    logger.load_state_dict({"samples": 8, "seconds": 2.5, "run_dir": None, "x_axis": "global_step"})
+    assert (logger.state_dict()["samples"], logger.state_dict()["run_dir"]) == (8, None)

@@ -18,7 +18,7 @@ SECRET = "hunter2-0123456789"
 SECRET_NAMES = """token key secret password api_key api-key apiKey APIKEY API_KEY hf_token HF_TOKEN accessToken auth_token
 wandb_key AWS_SECRET_ACCESS_KEY aws_access_key_id db_password DB_PASSWD passphrase client_secret credentials private_key
 authorization Authorization X-Api-Key user.password refresh_token openai_key secretKey cookie jwt bearer_token
-service_account_key""".split()
+service_account_key token1 TOKEN2 dbpassword Dpassword userPasswd apisecret user_pass pass pw dsn X-Token""".split()
 HARMLESS_NAMES = """monkey keys_per_head num_tokens tokenizer max_tokens tokens keyboard key_dim turkey pad_token
 eos_token sort_key batch_key label_key tokens_per_batch num_keys key_padding_mask secretary donkey_count passes
 forward_pass author authored
@@ -63,6 +63,14 @@ def test_a_harmless_name_is_not_masked(name: str) -> None:
         *(f"https://user:{SECRET}@host/path", f"s3://{SECRET}@bucket", f"postgresql+psycopg://u:{SECRET}@h:5432/d?x=1"),
         *(f"Authorization: Bearer {SECRET}", f"authorization=Basic {SECRET}", f"-H 'Authorization: Bearer {SECRET}'"),
         *(f"Bearer {SECRET}", f"{{'headers': {{'Authorization': 'Bearer {SECRET}'}}}}", f"url='https://h?token={SECRET}'"),
+        *(
+            f"https://user:p@{SECRET}@host/path",
+            f"tokens=1, password=[{SECRET!r}]",
+            f"token=b{SECRET!r}",
+            f"(secret=({SECRET!r}, 2))",
+        ),
+        *(f"{{'password': {{'a': {{'b': {SECRET!r}}}}}}}", f"store={{'token': {SECRET!r}}}", f"https://h/b?sv=1&sig={SECRET}"),
+        f"(secret=({SECRET!r}, 2))",
         *("ghp_" + SECRET.replace("-", "") * 2, "hf_" + "a" * 34, "sk-" + "b" * 40, "AKIA" + "C" * 16),
     ],
 )
@@ -84,6 +92,7 @@ def test_a_secret_is_masked_by_its_form(text: str) -> None:
             "token=None",
         ),
         *("Linear(in_features=2, out_features=1, bias=True)", "git clone ssh://host/x", "C:/runs", "12:30:00", "memory://a"),
+        *("key=(0, 1)", "betas=(0.9, 0.999)", "layers=[Linear(key_dim=3), ReLU()]", "name=b'bytes'", "shape={'a': (1, 2)}"),
         "sk-learn and hf_hub and basic training",
     ],
 )

@@ -25,7 +25,7 @@ from eventtrain import MisconfigurationError, Trainer
 from eventtrain.callbacks import TensorBoardLogger
 from eventtrain.callbacks.monitoring import system_monitor as implementation
 from eventtrain.callbacks.monitoring.system_monitor import Gpu, Sampler, SamplingThread, SystemMonitor, rates
-from tests.kit import Line, On, new_trainer
+from tests.kit import FakeProcesses, Line, On, new_trainer
 
 LONG = 1e9  # seconds: no sample between the first and the last
 WAIT = 60.0  # seconds that a test waits for another thread before it fails
@@ -255,7 +255,7 @@ def test_a_sensor_that_hangs_does_not_hold_up_the_end_of_the_run(monkeypatch: py
 def test_other_ranks_than_zero_are_not_sampled() -> None:
     counts = Counts()
     trainer, written = trainer_of(Monitor(counts))
-    trainer.processes = SimpleNamespace(global_rank=1, world_size=1, any=lambda flag: flag, reduce=lambda value, how: value)
+    trainer.processes = FakeProcesses(2, 1)
     RUNS["train"](trainer)
     assert counts.samples == 0 and written == []
 

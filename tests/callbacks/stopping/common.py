@@ -12,6 +12,7 @@ from eventtrain import Callback, Trainer, events
 from eventtrain.callbacks import GradientAccumulation, LRSchedulerStepping
 from eventtrain.core.state import StopRequest
 from eventtrain.distributed import Place, SingleProcess
+from tests.kit import FakeProcesses
 from tests.resuming import Build, Model
 
 INTERRUPTED = Path("checkpoints") / "interrupted.ckpt"
@@ -45,7 +46,7 @@ class CountsSafePoints(Callback):
         self.count = state["count"]
 
 
-class TwoProcesses(SingleProcess):
+class TwoProcesses(FakeProcesses):
     """This process, and another one that answers as a test tells it.
 
     Attributes:
@@ -55,9 +56,8 @@ class TwoProcesses(SingleProcess):
         exchanges: The number of exchanges so far.
     """
 
-    world_size = 2
-
     def __init__(self) -> None:
+        super().__init__(reduce=lambda value, reduction: value)
         self.request = StopRequest()
         self.flag = False
         self.exchanges = 0

@@ -203,7 +203,9 @@ def test_processes_stop_together() -> None:
     class Other(TwoProcesses):
         """The other process has a reason at its fifth look; it asks for the first time at ``fit_start``."""
 
-        world_size = 1  # so that only EarlyStopping asks
+        def __init__(self) -> None:
+            super().__init__()
+            self.world_size = 1  # so that only EarlyStopping asks
 
         def any(self, flag: bool) -> bool:
             return super().any(flag) or self.exchanges > 5

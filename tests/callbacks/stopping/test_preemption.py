@@ -20,6 +20,7 @@ import torch
 
 from eventtrain import Callback, MisconfigurationError, Trainer, events
 from eventtrain.callbacks import ModelCheckpoint
+from eventtrain.callbacks.distributed.data_parallel import DataParallel
 from eventtrain.callbacks.stopping.preemption import ECHO, Preemption
 from tests.callbacks.stopping.common import INTERRUPTED, CountsSafePoints, TwoProcesses, build, train_as
 from tests.resuming import assert_same_run, run
@@ -586,11 +587,13 @@ def test_a_signal_after_the_exchange_of_a_batch_ends_all_at_the_next_safe_point(
 
 
 def test_the_others_are_not_left_waiting_if_writing_the_checkpoint_fails(tmp_path: Path) -> None:
-    processes = Processes(tmp_path)
+    processes, parallel = Processes(tmp_path), DataParallel(False, None)
+    parallel._processes = processes  # type: ignore[assignment]
     (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(FileExistsError):
-        train_as(processes, tmp_path, Preemption(), Sends("train_batch_start", 7))
-    assert processes.notes[-1] == ("barrier", False)
+    with pytest.raises(FileExistsError) as raised:
+        train_as(processes, tmp_path, parallel, Preemption(), Sends("train_batch_start", 7))
+    assert processes.errors[0] is raised.value, "the others are told, and wait for it in no exchange"
+    assert not any(name == "barrier" for name, _ in processes.notes)
 
 
 # ------------------------------------------------------------------ arguments

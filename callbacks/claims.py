@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 from eventtrain.checkpoint import storage
 from eventtrain.errors import MisconfigurationError, printable
 from eventtrain.paths import AnyPath
+from eventtrain.trainer import Trainer
 
 try:
     import fcntl
@@ -187,6 +188,11 @@ class Claim:
                 file.write(line)
                 file.flush()
                 self.path.put(file.name)
+
+
+def is_over(trainer: Trainer, claim: Claim | None) -> bool:
+    """Return whether no run will resume a fit that has ended: it was not stopped, or has no checkpoint to resume it from."""
+    return trainer.stop_reason is None or claim is None or claim.saved is None
 
 
 def key(status: os.stat_result) -> tuple[int, int]:

@@ -121,9 +121,9 @@ def test_a_full_disk_of_one_process_is_a_warning_of_all(errors: list[Any], faili
         assert equal(rank["same"], rank["undisturbed"])
         ((files, kept, step),) = rank["at 8"]
         assert step == 4  # the file before is still there
-        assert files == [
-            f"checkpoints/{name}" for name in ("epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt", "last.ckpt", "previous.ckpt")
-        ]
+        names = ("epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt", "last.ckpt", "previous.ckpt")
+        # The hidden file is the run's claim to the folder.
+        assert files == [".checkpoints.run", *(f"checkpoints/{name}" for name in names)]
         assert in_background or list(kept) == ["epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt"]
         names = ("epoch=1-step=10.ckpt", "epoch=1-step=8.ckpt", "last.ckpt", "previous.ckpt")
         assert rank["files"] == [f"checkpoints/{name}" for name in names]

@@ -126,6 +126,16 @@ def test_floors_are_versions_that_are_tested() -> None:
     assert {**stated, "setuptools": numbers(build_system)} == tested
 
 
+def test_a_release_has_the_hash_of_each_pinned_package_but_torch() -> None:
+    lines = [line for line in text("constraints-release.txt").splitlines() if not line.startswith("#")]
+    hashed = [re.fullmatch(r"([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})", line) for line in lines]
+    assert all(hashed), "each line has the form package==version --hash=sha256:..."
+    versions = {match[1].lower().replace("_", "-"): match[2] for match in hashed if match is not None}
+    pinned = {package.replace("_", "-"): version for package, version in pins("constraints.txt").items()}
+    assert versions == {package: version for package, version in pinned.items() if package != "torch"}
+    assert len({match[3] for match in hashed if match is not None}) == len(hashed)
+
+
 def test_floors_of_developers_are_the_constraints() -> None:
     """Unless users need the package too, and it has an older floor."""
     constraints, tested = pins("constraints.txt"), pins("constraints-floor.txt")
